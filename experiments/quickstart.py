@@ -1,0 +1,83 @@
+"""A hybrid language model on text that is already on the machine, trained and evaluated in minutes on 2 cores.
+
+    python -m longctx.train --config=experiments/quickstart.py --workdir=runs/quickstart
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The quickstart; `smoke` (`--config=experiments/quickstart.py:smoke`) shrinks it to a test of the machinery."""
+    if arg not in ("", "smoke"):
+        raise ValueError(f"the quickstart is asked for '{arg}'; it knows 'smoke', or nothing for the whole run")
+    config = ConfigDict()
+    config.seed = 0  # of the parameters, the order of the rows and the planted facts
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices that split the batch; -1: all that are left
+    config.mesh.context = 1  # devices that split the sequence
+    config.mesh.model = 1  # devices that split heads and hidden widths
+
+    config.data = ConfigDict()
+    config.data.path = ""  # a file or folder of your own documents; empty: the interpreter's standard library
+    config.data.tokenizer = "bpe"  # "bpe" is trained on the corpus; or "bytes", or the path of a tokenizer.json
+    config.data.vocab_size = 2048  # entries of the byte-pair vocabulary
+    config.data.heldout = 0.05  # fraction of the documents kept for evaluation
+    config.data.needles = ConfigDict()
+    config.data.needles.rows = 0.5  # fraction of the rows that carry facts to be asked for later
+    config.data.needles.facts = 8  # facts per such row
+
+    def mlp():
+        return {"kind": "swiglu", "hidden": 320}
+
+    config.model = ConfigDict()
+    config.model.width = 128  # D
+    config.model.pattern = ("delta", "local", "delta", "full")  # blocks, in order
+    config.model.repeats = 1  # times the pattern is repeated
+    config.model.dtype = "auto"  # of activations: bfloat16 on GPU and TPU, float32 on CPU
+    config.model.remat = "none"  # what the backward pass recomputes: "none", "dots" or "full"
+    config.model.blocks = ConfigDict()
+    config.model.blocks.delta = {  # a matrix memory of bounded size, written by the gated delta rule
+        "mixer": {"kind": "gated_delta", "heads": 2, "key_width": 64, "value_width": 64, "conv_width": 4},
+        "mlp": mlp(),
+    }
+    config.model.blocks.local = {  # softmax attention over the last 64 tokens, with rotary positions
+        "mixer": {"kind": "attention", "heads": 2, "kv_heads": 2, "head_width": 64, "window": 64, "conv_width": 4},
+        "mlp": mlp(),
+    }
+    config.model.blocks.full = {  # softmax attention over the whole document, without positions
+        "mixer": {"kind": "attention", "heads": 2, "kv_heads": 2, "head_width": 64, "rope_base": 0.0, "conv_width": 4, "length_base": 256.0},
+        "mlp": mlp(),
+    }
+
+    config.training = ConfigDict()
+    config.training.stages = ((300, 32, 128), (300, 16, 256), (600, 8, 512))  # (steps, rows, tokens a row)
+    config.training.learning_rate = 3e-3  # at its peak
+    config.training.final_learning_rate = 0.1  # at the end, as a fraction of the peak
+    config.training.warmup_steps = 100
+    config.training.weight_decay = 0.1  # on matrices
+    config.training.beta1 = 0.9
+    config.training.beta2 = 0.95
+    config.training.clip_norm = 1.0  # of the global gradient
+    config.training.accumulate = 1  # micro-batches a step
+    config.training.answer_weight = 1.0  # of an answer in the loss; any other token weighs 1
+    config.training.log_every = 20  # steps between scalars in TensorBoard
+
+    config.checkpoints = ConfigDict()
+    config.checkpoints.every = 500  # steps
+    config.checkpoints.keep = 2  # newest ones kept
+
+    config.evaluation = ConfigDict()
+    config.evaluation.factors = (1, 2, 4, 8)  # lengths tested, in multiples of the trained length
+    config.evaluation.depths = 5  # depths of the needle in the context
+    config.evaluation.samples = 16  # needles per depth and length
+    config.evaluation.final_block = 128  # tokens of the fixed final block
+    config.evaluation.documents = 32  # held-out windows for perplexity and loss by position
+
+    if arg == "smoke":
+        config.model.width = 32
+        config.training.stages = ((6, 4, 64), (6, 2, 128))
+        config.evaluation.factors = (1, 2)
+        config.evaluation.samples = 2
+        config.evaluation.documents = 4
+    return config

@@ -1,0 +1,321 @@
+"""What an experiment is: frozen dataclasses, built from an experiment file's ConfigDict and validated together.
+
+An experiment file (`experiments/*.py`) returns an `ml_collections.ConfigDict`. `parse` turns it into an
+`Experiment`, once, at the boundary; everything inside the library reads these dataclasses. All that is wrong
+is reported in one `UsageError`: unknown fields, wrong types, values that cannot be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from longctx.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis of the mesh; -1, for at most one axis, takes what the others leave."""
+
+    data: int = -1  # splits the batch, and the parameters
+    context: int = 1  # splits the sequence, and the parameters
+    model: int = 1  # splits heads and hidden widths
+
+    def problems(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                yield f"{name} is {size}; give a number of devices, or -1 for all that the other axes leave"
+        if list(sizes.values()).count(-1) > 1:
+            yield f"{sizes} leaves more than one axis open; give all but one a number"
+
+
+@dataclasses.dataclass(frozen=True)
+class Needles:
+    """The retrieval task planted in real text: facts (key, value) stated once and asked for later."""
+
+    rows: float = 0.5  # fraction of the training rows that carry facts
+    facts: int = 8  # facts per such row, each stated once and asked for once
+
+    def problems(self):
+        if not 0 <= self.rows <= 1:
+            yield f"rows is {self.rows}; it is a fraction, give a number from 0 to 1"
+        if self.facts < 1:
+            yield f"facts is {self.facts}; give at least 1, or set rows to 0 for none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where text comes from and how it becomes rows."""
+
+    path: str = ""  # a file or folder of documents; empty: the interpreter's own standard library
+    tokenizer: str = "bpe"  # "bpe" (trained on the corpus), "bytes", or the path of a tokenizer.json
+    vocab_size: int = 2048  # entries of the byte-pair vocabulary; "bytes" and a tokenizer.json have their own
+    heldout: float = 0.05  # fraction of the documents kept for evaluation, chosen by hash
+    needles: Needles = Needles()
+
+    def problems(self):
+        if not 0 < self.heldout < 1:
+            yield f"heldout is {self.heldout}; it is a fraction of the documents, give a number between 0 and 1"
+        if self.tokenizer == "bpe" and self.vocab_size < 300:
+            yield f"vocab_size is {self.vocab_size}; byte-pair encoding needs at least 300 entries"
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One kind of block: a mixer over the sequence and an MLP over the width, each with its options."""
+
+    mixer: str
+    mixer_options: Any  # the mixer's own `Config`
+    mlp: str
+    mlp_options: Any  # the MLP's own `Config`
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A language model: a pattern of blocks, repeated."""
+
+    pattern: tuple[str, ...]  # names of blocks, in order
+    blocks: Mapping[str, Block]  # the kinds of block that the pattern names
+    width: int = 128  # D
+    repeats: int = 1  # times the pattern is repeated (its parameters stacked, one scan)
+    dtype: str = "auto"  # of activations: "auto" is bfloat16 on GPU and TPU, float32 on CPU; parameters are float32
+    remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but matrix products), "full"
+
+    def problems(self):
+        if self.width < 1 or self.repeats < 1:
+            yield f"width is {self.width} and repeats is {self.repeats}; both must be at least 1"
+        if not self.pattern:
+            yield "pattern is empty; name at least one block"
+        for name in dict.fromkeys(self.pattern):
+            if name not in self.blocks:
+                yield f"pattern names the block '{name}', which blocks does not define; it defines {sorted(self.blocks)}"
+        yield from _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        yield from _one_of("remat", self.remat, ("none", "dots", "full"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of training at one length of rows."""
+
+    steps: int
+    batch: int  # rows a step, over all devices
+    length: int  # tokens a row
+
+    def problems(self):
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                yield f"{name} is {value}; it must be at least 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The optimisation: AdamW, linear warm-up, cosine decay, clipping by global norm."""
+
+    stages: tuple[Stage, ...]  # short rows first; the last stage's length is the trained length
+    learning_rate: float = 3e-3  # at its peak
+    final_learning_rate: float = 0.1  # at the end, as a fraction of the peak
+    warmup_steps: int = 100
+    weight_decay: float = 0.1  # on matrices only
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float = 1.0  # of the global gradient
+    accumulate: int = 1  # micro-batches a step
+    answer_weight: float = 1.0  # weight of a retrieval answer in the loss; any other token weighs 1
+    log_every: int = 20  # steps between scalars
+
+    def problems(self):
+        if not self.stages:
+            yield "stages is empty; give at least one (steps, batch, length)"
+        for stage in self.stages:
+            if self.accumulate >= 1 and stage.batch % self.accumulate:
+                yield (
+                    f"accumulate is {self.accumulate} and does not divide the batch of {stage.batch} rows; "
+                    "change one of the two"
+                )
+        for name in ("accumulate", "log_every"):
+            if getattr(self, name) < 1:
+                yield f"{name} is {getattr(self, name)}; it must be at least 1"
+        for name in ("learning_rate", "clip_norm"):
+            if getattr(self, name) <= 0:
+                yield f"{name} is {getattr(self, name)}; it must be above 0"
+        for name in ("warmup_steps", "weight_decay", "final_learning_rate", "answer_weight"):
+            if getattr(self, name) < 0:
+                yield f"{name} is {getattr(self, name)}; it must not be negative"
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"{name} is {getattr(self, name)}; it must be at least 0 and below 1"
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages together."""
+        return sum(stage.steps for stage in self.stages)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """When the training state is saved, under WORKDIR/checkpoints/<step>."""
+
+    every: int = 500  # steps
+    keep: int = 2  # newest ones kept
+
+    def problems(self):
+        if self.every < 1 or self.keep < 1:
+            yield f"every is {self.every} and keep is {self.keep}; both must be at least 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What the report measures on held-out documents."""
+
+    factors: tuple[int, ...] = (1, 2, 4, 8)  # lengths tested, in multiples of the trained length
+    depths: int = 5  # depths of the needle, from the start of the context to its end
+    samples: int = 16  # needles per depth and length
+    final_block: int = 128  # tokens of the fixed final block whose perplexity is measured
+    documents: int = 32  # held-out documents for perplexity and loss by position
+
+    def problems(self):
+        for name in ("depths", "samples", "final_block", "documents"):
+            if getattr(self, name) < 1:
+                yield f"{name} is {getattr(self, name)}; it must be at least 1"
+        if not self.factors or any(factor < 1 for factor in self.factors):
+            yield f"factors is {self.factors}; give whole multiples of the trained length, such as (1, 2, 4, 8)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that a run is made from."""
+
+    model: Model
+    training: Training
+    data: Data = Data()
+    mesh: Mesh = Mesh()
+    checkpoints: Checkpoints = Checkpoints()
+    evaluation: Evaluation = Evaluation()
+    seed: int = 0
+
+    def problems(self):
+        if self.seed < 0:
+            yield f"seed is {self.seed}; give a number from 0 up"
+        context = self.mesh.context
+        for stage in self.training.stages:
+            if context > 1 and stage.length % context:
+                yield (
+                    f"training.stages has rows of {stage.length} tokens, which mesh.context={context} does not divide; "
+                    "change one of the two"
+                )
+
+
+def parse(config: Mapping[str, Any], mixers: Mapping[str, type], mlps: Mapping[str, type]) -> Experiment:
+    """The experiment that a ConfigDict (or nested dict) describes.
+
+    Args:
+      config: what an experiment file's `get_config` returned, overrides applied.
+      mixers: name to mixer; each has a frozen dataclass `Config` of its options.
+      mlps: name to MLP, likewise.
+
+    Raises:
+      UsageError: with everything that is wrong, one line each.
+    """
+    problems: list[str] = []
+    tree = _plain(config)
+    model = tree.get("model")
+    if isinstance(model, dict) and isinstance(model.get("blocks"), dict):
+        for name, block in model["blocks"].items():
+            model["blocks"][name] = _block(block, f"model.blocks.{name}", mixers, mlps, problems)
+    experiment = _build(Experiment, tree, "", problems)
+    if problems:
+        raise UsageError("\n".join(problems))
+    return experiment
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]):
+    if value not in choices:
+        yield f"{name} is '{value}'; choose one of {', '.join(choices)}"
+
+
+def _plain(config) -> Any:
+    """ConfigDicts as dicts, references resolved."""
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if isinstance(config, Mapping):
+        return {key: _plain(value) for key, value in config.items()}
+    return config
+
+
+def _block(tree, path: str, mixers, mlps, problems: list[str]) -> Block | None:
+    """`{"mixer": {"kind": "attention", ...}, "mlp": {"kind": "swiglu", ...}}` as a Block."""
+    found = {}
+    if not isinstance(tree, dict) or set(tree) != {"mixer", "mlp"}:
+        given = sorted(tree) if isinstance(tree, dict) else tree
+        problems.append(f"{path} is {given}; give it a 'mixer' and an 'mlp', each with its kind and options")
+        return None
+    for part, registry in (("mixer", mixers), ("mlp", mlps)):
+        options = dict(tree[part]) if isinstance(tree[part], dict) else {}
+        kind = options.pop("kind", None)
+        if kind not in registry:
+            problems.append(f"{path}.{part}.kind is '{kind}'; choose one of {', '.join(sorted(registry))}")
+            continue
+        found[part] = (kind, _build(registry[kind].Config, options, f"{path}.{part}", problems))
+    return Block(*found["mixer"], *found["mlp"]) if len(found) == 2 else None
+
+
+def _build(cls: type, tree: Any, path: str, problems: list[str]) -> Any:
+    """An instance of the dataclass `cls`, or None with what hinders it appended to `problems`."""
+    if isinstance(tree, cls):
+        return tree
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if isinstance(tree, tuple | list) and len(tree) == len(fields):  # a Stage as (steps, batch, length)
+        tree = dict(zip(fields, tree, strict=True))
+    if not isinstance(tree, dict):
+        problems.append(f"{path} is {tree!r}; expected {', '.join(fields)}")
+        return None
+    hints = typing.get_type_hints(cls)
+    before = len(problems)
+    values = {}
+    for name, value in tree.items():
+        where = f"{path}.{name}" if path else name
+        if name in fields:
+            values[name] = _value(hints[name], value, where, problems)
+        else:
+            close = difflib.get_close_matches(name, fields, n=1)
+            advice = f"did you mean '{close[0]}'?" if close else f"known fields are {', '.join(fields)}"
+            problems.append(f"{where} is not a field; {advice}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if name not in tree and required:
+            problems.append(f"{path + '.' if path else ''}{name} is missing; the experiment file must set it")
+    if len(problems) > before:
+        return None
+    instance = cls(**values)
+    if hasattr(instance, "problems"):
+        problems.extend(f"{path}.{problem}" if path else problem for problem in instance.problems())
+    return instance
+
+
+def _value(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+    """`value` as the type `hint` asks for it."""
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path, problems)
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            problems.append(f"{path} is {value!r}; expected a tuple")
+            return None
+        inner = typing.get_args(hint)[0]
+        return tuple(_value(inner, item, f"{path}[{i}]", problems) for i, item in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, dict):
+            problems.append(f"{path} is {value!r}; expected a dictionary")
+            return None
+        return types.MappingProxyType(dict(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is not Any and (not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)):
+        problems.append(f"{path} is {value!r}, of type {type(value).__name__}; expected {hint.__name__}")
+        return None
+    return value

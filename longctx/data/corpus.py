@@ -1,0 +1,198 @@
+"""Documents: where text comes from, and which of it is held out.
+
+One file is one document; in a `.jsonl` file one line is. Documents keep a stable order, that of their names.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import sysconfig
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+from longctx.errors import UsageError
+
+SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl")  # each also with .gz
+
+# Left out of the standard library: installed packages, and its tests, which not every distribution ships.
+_NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+
+
+class Document(NamedTuple):
+    """A text, and where it was read: a path, for a line of a `.jsonl` file also the line's number."""
+
+    name: str
+    text: str
+
+
+def read(path: str) -> list[Document]:
+    """The documents of a file or folder, in the order of their names; those without any text are left out.
+
+    A folder is read recursively; hidden files and folders, and files of another kind, are passed over.
+
+    Args:
+      path: a file or a folder; empty for the sources of the running interpreter's standard library.
+
+    Raises:
+      UsageError: when there is nothing there, no file of a kind that can be read, or no text in any; when a file
+        is not UTF-8 text, or a line of a `.jsonl` file is not a document.
+    """
+    if not path:
+        return _standard_library()
+    root = Path(path).expanduser()
+    if root.is_dir():
+        files = [file for file in _walk(root) if _suffix(file) in SUFFIXES]
+        if not files:
+            raise UsageError(
+                f"data.path is the folder '{root}', which holds no documents; "
+                f"put files there that end in {_kinds()}, or name another folder"
+            )
+    elif root.is_file():
+        if _suffix(root) not in SUFFIXES:
+            raise UsageError(
+                f"data.path is '{root}', not a kind of file that can be read; give one ending in {_kinds()}"
+            )
+        files = [root]
+    else:
+        raise UsageError(
+            f"data.path is '{root}', which does not exist; "
+            "give a file or folder of documents, or leave it empty for the standard library's sources"
+        )
+    base = root if root.is_dir() else root.parent
+    documents = [document for file in files for document in _documents(file, file.relative_to(base).as_posix())]
+    documents = [document for document in documents if document.text.strip()]
+    if not documents:
+        raise UsageError(f"data.path is '{root}', whose documents are all empty; give documents with text in them")
+    return documents
+
+
+def split(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
+    """Training and held-out documents.
+
+    A document is held out when the hash of its text, as a number from 0 to 1, is below `fraction`: it stays on its
+    side however the corpus grows, and copies of a document are on one side. Neither side is left empty: the
+    document closest to the limit changes sides. Of a lone document the last `fraction` is held out.
+
+    Args:
+      documents: at least one.
+      fraction: of the documents to hold out, above 0 and below 1.
+
+    Raises:
+      UsageError: when all documents have the same text, or a lone one is too short to be cut in two.
+    """
+    if len(documents) == 1:
+        return _cut(documents[0], fraction)
+    points = [_point(document.text) for document in documents]
+    limit, lowest, highest = fraction, min(points), max(points)
+    if lowest == highest:
+        raise UsageError(
+            f"the corpus is {len(documents)} copies of one document ('{documents[0].name}'), so nothing can be held "
+            "out for evaluation; give documents that differ, or the one document alone"
+        )
+    if lowest >= limit:
+        limit = (lowest + min(point for point in points if point > lowest)) / 2
+    elif highest < limit:
+        limit = highest
+    train = [document for document, point in zip(documents, points, strict=True) if point >= limit]
+    heldout = [document for document, point in zip(documents, points, strict=True) if point < limit]
+    return train, heldout
+
+
+def _point(text: str) -> float:
+    digest = hashlib.blake2b(text.encode(), digest_size=6).digest()  # 48 bits, exact in a float
+    return int.from_bytes(digest, "big") / 2**48
+
+
+def _cut(document: Document, fraction: float) -> tuple[list[Document], list[Document]]:
+    end = round(len(document.text) * (1 - fraction))
+    train, heldout = document.text[:end], document.text[end:]
+    if not train.strip() or not heldout.strip():
+        raise UsageError(
+            f"the corpus is one document of {len(document.text)} characters ('{document.name}'), too short to hold out "
+            f"{fraction:g} of it for evaluation; give more text"
+        )
+    return [Document(f"{document.name} (start)", train)], [Document(f"{document.name} (end)", heldout)]
+
+
+def _standard_library() -> list[Document]:
+    root = Path(sysconfig.get_path("stdlib"))
+    documents = []
+    for file in _walk(root):
+        name = file.relative_to(root)
+        if file.suffix != ".py" or _NOT_LIBRARY.intersection(name.parts):
+            continue
+        try:
+            text = file.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError:  # a few sources have another encoding on purpose
+            continue
+        if text.strip():
+            documents.append(Document(name.as_posix(), text))
+    return documents
+
+
+def _walk(root: Path) -> list[Path]:
+    """Files under `root`, hidden ones left out, sorted by name."""
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(files, key=lambda file: file.relative_to(root).as_posix())
+
+
+def _suffix(file: Path) -> str:
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def _kinds() -> str:
+    return f"{', '.join(SUFFIXES)} (or these with .gz)"
+
+
+def _documents(file: Path, name: str) -> list[Document]:
+    text = _text(file)
+    if _suffix(file) != ".jsonl":
+        return [Document(name, text)]
+    lines = enumerate(text.split("\n"), start=1)  # not splitlines: JSON strings may hold other line separators
+    return [Document(f"{name}:{number}", _line(line, file, number)) for number, line in lines if line.strip()]
+
+
+def _line(line: str, file: Path, number: int) -> str:
+    """The text of one line of a `.jsonl` file."""
+    expected = 'each line must be a string or an object with a "text" string; mend or delete it'
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"'{file}', line {number}, is not JSON ({error.msg} at character {error.colno}); {expected}"
+        ) from error
+    text = value.get("text") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        given = f"an object with {sorted(value)}" if isinstance(value, dict) else json.dumps(value)[:40]
+        raise UsageError(f"'{file}', line {number}, is {given}; {expected}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"'{file}', line {number}, holds half of a surrogate pair; {expected}") from error
+    return text
+
+
+def _text(file: Path) -> str:
+    try:
+        content = file.read_bytes()
+        if file.name.lower().endswith(".gz"):
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UsageError(f"'{file}' cannot be read ({error}); mend it or take it away") from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"'{file}' is not UTF-8 text (byte {content[error.start]:#04x} at {error.start}); "
+            "convert it or take it away"
+        ) from error
+    if "\0" in text:
+        raise UsageError(f"'{file}' is not text: it holds a NUL at character {text.index(chr(0))}; take it away")
+    return text

@@ -1,0 +1,132 @@
+"""From a config to batches: documents read, tokenizer made, rows shuffled, planted, shared out and batched.
+
+The input pipeline is a `grain` dataset with random access. Row i of a stage depends on the corpus, the seed, the
+stage and i alone, not on how many processes share the work, so a run can be resumed, or moved to other machines,
+at the exact row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import grain
+import numpy as np
+from grain.experimental import get_next_index
+
+from longctx import config
+from longctx.data import corpus as documents
+from longctx.data.needles import Planter
+from longctx.data.packing import Row, Rows, TokenStore
+from longctx.data.tokenizers import Tokenizer
+from longctx.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """What a run reads: its tokenizer, and its documents as tokens.
+
+    Attributes:
+      tokenizer: of both stores.
+      train: training documents, in an order that the seed gives.
+      heldout: held-out documents, in the order of their names.
+    """
+
+    tokenizer: Tokenizer
+    train: TokenStore
+    heldout: TokenStore
+
+
+def prepare(data: config.Data, seed: int, workdir: Path | None = None) -> Corpus:
+    """Reads and encodes the documents that `data` names.
+
+    Args:
+      data: what to read, and how to encode it.
+      seed: of the order of the training documents, from 0 up.
+      workdir: where `tokenizer.json` is kept: used when it is there, else made from `data` and written. None keeps
+        nothing.
+
+    Raises:
+      UsageError: when the documents or the tokenizer cannot be used; nothing has been written then.
+    """
+    train, heldout = documents.split(documents.read(data.path), data.heldout)
+    kept = None if workdir is None else Path(workdir) / "tokenizer.json"
+    if kept is not None and kept.exists():
+        tokenizer = Tokenizer.load(kept)
+    elif data.tokenizer == "bpe":
+        tokenizer = Tokenizer.train((document.text for document in train), data.vocab_size)
+    elif data.tokenizer == "bytes":
+        tokenizer = Tokenizer.bytes()
+    else:
+        tokenizer = Tokenizer.load(data.tokenizer)
+    order = np.random.default_rng(seed).permutation(len(train))
+    corpus = Corpus(
+        tokenizer,
+        TokenStore.encode([train[i] for i in order], tokenizer),
+        TokenStore.encode(heldout, tokenizer),
+    )
+    if kept is not None and not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(kept)
+    return corpus
+
+
+def batches(
+    corpus: Corpus,
+    data: config.Data,
+    stage: config.Stage,
+    seed: int,
+    stage_index: int,
+    process: int = 0,
+    processes: int = 1,
+) -> grain.DatasetIterator[Row]:
+    """An endless iterator over the batches of one stage of training.
+
+    It is a grain iterator: `get_state` and `set_state` resume it exactly, and Orbax saves it as it is. Rows are
+    shuffled anew each time the corpus has been gone through; batch s is rows `s * batch` to `(s + 1) * batch` of that
+    order, and a process has those whose number is `process` modulo `processes`.
+
+    Args:
+      corpus: what to read.
+      data: of which `needles` is used: how many rows carry facts, and how many.
+      stage: length of a row, and rows of a batch over all processes.
+      seed: of the order of the rows, and of what is planted in them, from 0 up.
+      stage_index: of the stage in the experiment; each has its own order.
+      process, processes: which share of each batch this is, of how many.
+
+    Returns:
+      An iterator over dicts of arrays `[batch / processes, length]`, as `data.packing` describes them.
+
+    Raises:
+      UsageError: when the corpus does not fill a row, the processes do not divide the batch, or the vocabulary has too
+        few words for the facts.
+    """
+    rows = Rows(corpus.train, stage.length)
+    if len(rows) == 0:
+        raise UsageError(
+            f"training.stages[{stage_index}] has rows of {stage.length} tokens, and the corpus has {corpus.train.size} "
+            f"training tokens; give more text, or rows of at most {corpus.train.size} tokens"
+        )
+    if stage.batch % processes:
+        raise UsageError(
+            f"training.stages[{stage_index}] has a batch of {stage.batch} rows, which {processes} processes cannot "
+            "share equally; give a multiple"
+        )
+    dataset = grain.MapDataset.source(rows).seed(int(np.random.SeedSequence((seed, stage_index)).generate_state(1)[0]))
+    dataset = dataset.shuffle().repeat()
+    if data.needles.rows > 0:
+        planter = Planter(corpus.tokenizer, data.needles.facts)
+
+        def plant(row: Row, rng: np.random.Generator) -> Row:
+            return planter.plant(row, rng) if rng.random() < data.needles.rows else row
+
+        dataset = dataset.random_map(plant)
+    share = dataset.slice(slice(process, None, processes)).batch(stage.batch // processes, drop_remainder=True)
+    # One thread and few batches ahead: a batch takes far less time than a step, and the cores are the step's.
+    return iter(share.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+def describe(iterator: grain.DatasetIterator, stage: config.Stage, stage_index: int) -> str:
+    """Names the batch that `iterator` gave last, for messages: "batch 37 of stage 1 (its rows 592 to 607)"."""
+    batch = get_next_index(iterator) - 1
+    return f"batch {batch} of stage {stage_index} (its rows {batch * stage.batch} to {(batch + 1) * stage.batch - 1})"

@@ -1,0 +1,5 @@
+"""Measurements on held-out text, and the report of them."""
+
+from longctx.evals.suite import evaluate
+
+__all__ = ["evaluate"]

@@ -1,0 +1,61 @@
+"""Can the model find a fact again? Accuracy by the length of the text and the fact's depth in it.
+
+A row is held-out text in which facts (key, value) are planted: the one asked for at a fraction `depth` of the
+text (0 its start, 1 its end), the others, distractors, anywhere. It ends in a question with the key. The answer
+is right if the value is the most likely of the whole vocabulary. Picking one of the row's values at random would
+be right once in `facts` times: nothing below that shows retrieval.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from longctx import data
+from longctx.evals.scorer import Scorer
+
+
+def depths(count: int) -> list[float]:
+    """`count` depths evenly from 0 to 1; a single one is in the middle."""
+    return np.linspace(0, 1, count).tolist() if count > 1 else [0.5]
+
+
+def grid(scorer: Scorer, corpus, lengths: list[int], samples: int, facts: int, where: list[float], tail: int, seed: int):
+    """Accuracies `[len(lengths), len(where)]`.
+
+    Args:
+      scorer: of the model.
+      corpus: whose held-out text and tokenizer are used.
+      lengths: tokens a row.
+      samples: rows per length and depth.
+      facts: facts a row.
+      where: depths.
+      tail: tokens the scorer's programs score; the answer is the last of them.
+      seed: of the facts and their places.
+    """
+    accuracy = np.zeros((len(lengths), len(where)))
+    for i, length in enumerate(lengths):
+        rows = []
+        for j, depth in enumerate(where):
+            batch = data.needle_rows(
+                corpus.heldout, corpus.tokenizer, length, depth, samples, facts, seed + len(where) * i + j
+            )
+            rows.append(np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1))
+        correct = scorer(np.concatenate(rows), length, tail).correct[:, -1]
+        accuracy[i] = correct.reshape(len(where), samples).mean(axis=1)
+    return accuracy
+
+
+def summarise(accuracy: np.ndarray, lengths: list[int], where: list[float], samples: int, facts: int) -> dict:
+    """Accuracy by length, averaged over depths, with standard errors; the grid; and what guessing would give."""
+    mean = accuracy.mean(axis=1)
+    error = np.sqrt(mean * (1 - mean) / (samples * len(where)))
+    keys = [str(length) for length in lengths]
+    return {
+        "accuracy": dict(zip(keys, mean.tolist(), strict=True)),
+        "standard_error": dict(zip(keys, error.tolist(), strict=True)),
+        "depths": where,
+        "grid": dict(zip(keys, accuracy.tolist(), strict=True)),
+        "samples": samples,
+        "facts": facts,
+        "guessing": 1 / facts,
+    }

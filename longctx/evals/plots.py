@@ -1,0 +1,250 @@
+"""The report's pictures, as PNG bytes, in a light and a dark style; colours told apart by the colour-blind."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """Colours of a page: paper, ink, lines of a grid, and two (after Okabe and Ito) for the curves."""
+
+    paper: str
+    ink: str
+    grid: str
+    first: str
+    second: str
+
+    def settings(self) -> dict[str, Any]:
+        """For `matplotlib.rc_context`."""
+        inks = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
+        return dict.fromkeys(inks, self.ink) | {
+            "figure.facecolor": self.paper,
+            "axes.facecolor": self.paper,
+            "savefig.facecolor": self.paper,
+            "grid.color": self.grid,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "font.family": "DejaVu Sans",
+            "font.size": 11,
+            "axes.titlesize": 12,
+            "axes.titlelocation": "left",
+            "lines.linewidth": 1.8,
+            "lines.markersize": 5,
+            "legend.frameon": False,
+        }
+
+
+LIGHT = Style("#ffffff", "#24292f", "#e4e7eb", "#0072b2", "#d55e00")
+DARK = Style("#161b22", "#dfe4ea", "#30363d", "#56b4e9", "#e69f00")
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """One picture of the report.
+
+    Attributes:
+      name: of the file, without its ending.
+      title, caption: what it shows, and how to read it in a sentence or two.
+      light, dark: PNG.
+    """
+
+    name: str
+    title: str
+    caption: str
+    light: bytes
+    dark: bytes
+
+
+def pictures(summary: dict[str, Any], history: list[dict[str, Any]]) -> Iterator[Picture]:
+    """Those pictures for which there is something to show.
+
+    Args:
+      summary: what `evaluate` measured.
+      history: the lines of metrics.jsonl.
+    """
+    block = summary["perplexity"].get("block")
+    last = f"the last {block} tokens of each window" if block else ""
+    for name, title, caption, there, draw in (
+        (
+            "needle",
+            "Retrieval",
+            "Accuracy of naming the value of a fact that was stated once, by the length of the text and the fact's depth "
+            "in it (0 is its start); right means most likely of the whole vocabulary.",
+            summary["needle"]["accuracy"],
+            _needle,
+        ),
+        (
+            "perplexity",
+            "Perplexity of a fixed final block",
+            f"Perplexity of {last}, always the same ones, as the context before them grows: where the curve falls, the "
+            "added context is used; bars are standard errors.",
+            summary["perplexity"]["final_block"],
+            _perplexity,
+        ),
+        (
+            "loss_by_position",
+            "Loss by position",
+            "Mean loss of held-out tokens by their position in the longest rows, in buckets that double in length; bars "
+            "are standard errors over rows.",
+            summary["loss_by_position"],
+            _positions,
+        ),
+        (
+            "speed",
+            "Speed and memory",
+            "Tokens a second of the forward pass, and its memory on one device by the compiler's account, at about equal "
+            "numbers of tokens a call until one row is longer: flat lines mean costs linear in the length.",
+            summary["speed"],
+            _speed,
+        ),
+        (
+            "training",
+            "Training",
+            "Loss of the training batches (thin) with its running mean (thick), and below it the share of planted "
+            "questions answered right; dotted lines mark where rows become longer.",
+            history,
+            _training,
+        ),
+    ):
+        if there:
+            light, dark = (_png(draw, style, summary, history) for style in (LIGHT, DARK))
+            yield Picture(name, title, caption, light, dark)
+
+
+def _png(draw, style: Style, summary, history) -> bytes:
+    with matplotlib.rc_context(style.settings()):
+        figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+        FigureCanvasAgg(figure)
+        draw(figure, style, summary, history)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _training(figure, style: Style, summary, history) -> None:
+    retrieval = [line for line in history if line.get("retrieval_accuracy") is not None]
+    if retrieval:
+        loss_axes, axes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        _curve(axes, style.second, retrieval, "retrieval_accuracy")
+        axes.set(ylabel="retrieval", ylim=(-0.03, 1.03))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    else:
+        loss_axes = axes = figure.subplots()
+    _curve(loss_axes, style.first, history, "loss")
+    loss_axes.set(ylabel="loss (nats)")
+    axes.set(xlabel="step")
+    axes.margins(x=0.01)
+    stages = summary["config"].get("training", {}).get("stages", [])
+    for before, line in zip([None, *history[:-1]], history, strict=True):
+        stage = line.get("stage")
+        if before is not None and stage == before.get("stage"):
+            continue
+        for each in {id(loss_axes): loss_axes, id(axes): axes}.values():
+            if before is not None:
+                each.axvline(line["step"], color=style.ink, linewidth=1, linestyle=":")
+        if isinstance(stage, int) and stage < len(stages):
+            label = f" {_stage_length(stages[stage]):,} tokens"
+            transform = loss_axes.get_xaxis_transform()
+            loss_axes.text(line["step"], 1.0, label, transform=transform, va="top", fontsize=9)
+
+
+def _stage_length(stage) -> int:
+    return stage["length"] if isinstance(stage, dict) else stage[2]
+
+
+def _curve(axes, color: str, history, name: str) -> None:
+    """The values of every line, and their running mean over a fiftieth of them, centred."""
+    steps = np.array([line["step"] for line in history])
+    values = np.array([line[name] for line in history], float)
+    width = max(1, len(values) // 50)
+    axes.plot(steps, values, color=color, alpha=0.35, linewidth=0.8)
+    if len(values) > width:
+        sums = np.cumsum(np.insert(values, 0, 0.0))
+        middles = steps[(width - 1) // 2 : len(steps) - width // 2]
+        axes.plot(middles, (sums[width:] - sums[:-width]) / width, color=color)
+
+
+def _perplexity(figure, style: Style, summary, history) -> None:
+    axes = figure.subplots()
+    values = summary["perplexity"]["final_block"]
+    contexts = [int(context) for context in values]
+    errors = list(summary["perplexity"]["standard_error"].values())
+    axes.errorbar(contexts, list(values.values()), errors, color=style.first, marker="o", capsize=3, elinewidth=1)
+    axes.set(xlabel="tokens of context", ylabel="perplexity")
+    _lengths(axes, contexts)
+    _trained(axes, style, summary)
+
+
+def _positions(figure, style: Style, summary, history) -> None:
+    axes = figure.subplots()
+    buckets = summary["loss_by_position"]
+    middles = [np.sqrt(bucket["from"] * bucket["to"]) for bucket in buckets]
+    losses, errors = ([bucket[name] for bucket in buckets] for name in ("loss", "standard_error"))
+    edges = [bucket["from"] for bucket in buckets] + [buckets[-1]["to"] + 1]
+    axes.stairs(losses, edges, color=style.first, linewidth=1.8, baseline=None)
+    axes.errorbar(middles, losses, errors, color=style.first, linestyle="none", capsize=3, elinewidth=1)
+    axes.set(xlabel="position in the row", ylabel="loss (nats)")
+    _lengths(axes, [edge for edge in edges[1:-1] if edge >= 16])
+    _trained(axes, style, summary)
+
+
+def _needle(figure, style: Style, summary, history) -> None:
+    axes = figure.subplots()
+    needle = summary["needle"]
+    grid = np.array(list(needle["grid"].values())).T  # depths down, lengths across
+    image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(grid):
+        color = "#ffffff" if value < 0.55 else "#1b1b1b"
+        axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=color, fontsize=11)
+    axes.set_xticks(range(grid.shape[1]), [f"{int(length):,}" for length in needle["grid"]])
+    axes.set_yticks(range(grid.shape[0]), [f"{depth:.2g}" for depth in needle["depths"]])
+    axes.set(xlabel="tokens of text", ylabel="depth of the fact")
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1), pad=0.02)
+    bar.outline.set_visible(False)
+
+
+def _speed(figure, style: Style, summary, history) -> None:
+    speeds, memory = figure.subplots(1, 2)
+    measured = summary["speed"]
+    lengths = [int(length) for length in measured]
+    for axes, color, title, values in (
+        (speeds, style.first, "tokens a second", [m["tokens_per_second"] for m in measured.values()]),
+        (memory, style.second, "peak memory (MiB)", [m["peak_bytes"] / 2**20 for m in measured.values()]),
+    ):
+        axes.plot(lengths, values, color=color, marker="o")
+        axes.set(title=title, xlabel="tokens a row", ylim=(0, 1.15 * max(values)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        _lengths(axes, lengths)
+
+
+def _lengths(axes, ticks: list[int]) -> None:
+    """A logarithmic axis of lengths, with at most eight of them named."""
+    axes.set_xscale("log", base=2)
+    every = -(-len(ticks) // 8)
+    shown = ticks[::-1][::every][::-1]
+    axes.set_xticks(shown, [f"{tick:,}" for tick in shown])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _trained(axes, style: Style, summary) -> None:
+    """A dashed line at the length that training ended with."""
+    length = summary["model"]["trained_length"]
+    axes.axvline(length, color=style.second, linewidth=1.2, linestyle="--")
+    transform = axes.get_xaxis_transform()
+    axes.text(length, 1.0, "trained length ", color=style.second, transform=transform, va="top", ha="right", fontsize=9)

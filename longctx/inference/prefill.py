@@ -1,0 +1,96 @@
+"""Reading a prompt: a model run over spans of one fixed length, the state carried from each to the next.
+
+One compiled program serves prompts of any length. The last span is filled up with padding, which changes no
+state, so the state is that of the prompt and nothing else; the memory needed is one span's and the state's.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from longctx.typing import Segments
+
+SPAN = 1024  # tokens a call; longer spans are hardly faster, and their activations grow
+
+
+def span_for(length: int) -> int:
+    """Tokens a call for a prompt of `length`: `SPAN`, or the power of two that a shorter prompt fits in."""
+    return min(SPAN, 1 << (length - 1).bit_length())
+
+
+def capacity_for(length: int, span: int) -> int:
+    """`length` rounded up to whole spans, so that nearly equal lengths share their compiled programs."""
+    return -(-length // span) * span
+
+
+def advance(
+    model: nnx.Module, tokens: Int[Array, "B T"], offset: Int[Array, ""], count: Int[Array, ""], state: Any
+) -> tuple[Float[Array, "B V"], Any]:
+    """One span of a document, of which the first `count` tokens count and the others are padding.
+
+    Args:
+      model: a language model.
+      tokens: `[B, T]`.
+      offset: tokens of the document before the span.
+      count: tokens of the span that are not padding, at least 1.
+      state: after the tokens before the span.
+
+    Returns:
+      The logits `[B, V]` after the last token that counts, and the state after it.
+    """
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    ids = jnp.broadcast_to(index < count, tokens.shape)
+    positions = jnp.broadcast_to(offset + index, tokens.shape)
+    hidden, state = model(tokens, Segments.from_ids(ids, positions), state)
+    last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)
+    return model.logits(last)[:, 0], state
+
+
+class Prefill:
+    """`logits, state = Prefill(model)(tokens, capacity)`; programs are compiled once per shape and kept."""
+
+    def __init__(self, model: nnx.Module):
+        graphdef, params = nnx.split(model)
+        self._model, self._params = model, nnx.as_pure(params)
+
+        @functools.partial(jax.jit, donate_argnums=4)
+        def read(params, tokens, offset, count, state):
+            return advance(nnx.merge(graphdef, params), tokens, offset, count, state)
+
+        self._read = read
+
+    def __call__(
+        self, tokens: Int[np.ndarray, "B T"], capacity: int, span: int | None = None
+    ) -> tuple[Float[Array, "B V"], Any]:
+        """Reads prompts of one length, from the start of their documents.
+
+        Args:
+          tokens: `[B, T]`, T at least 1.
+          capacity: tokens that the state must have room for, those to be generated among them.
+          span: tokens a call; `span_for(T)` by default.
+
+        Returns:
+          The logits `[B, V]` after the last token, and the state.
+        """
+        batch, length = tokens.shape
+        if not 1 <= length <= capacity:
+            raise ValueError(f"The prompt has {length} tokens and the state room for {capacity}; give 1 to {capacity}.")
+        span = span or span_for(length)
+        logits, state = None, self._model.init_state(batch, capacity)
+        with tqdm.tqdm(total=length, desc="reading", unit="token", leave=False, disable=None) as bar:
+            for offset in range(0, length, span):
+                piece = np.asarray(tokens[:, offset : offset + span], np.int32)
+                count = piece.shape[1]
+                piece = np.pad(piece, ((0, 0), (0, span - count)))
+                logits, state = self._read(self._params, piece, np.int32(offset), np.int32(count), state)
+                logits.block_until_ready()  # so that the bar shows what has been read
+                bar.update(count)
+        return logits, state

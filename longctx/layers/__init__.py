@@ -1,0 +1,28 @@
+"""Flax NNX modules: parameters, projections, and a call into `longctx.ops` by way of `longctx.parallel`.
+
+`MIXERS` and `MLPS` are the registries that experiment files name and that the laws run over. A mixer is
+
+    mixer = Mixer(width, options: Mixer.Config, rngs)
+    y, state = mixer(x[B, T, D], segments, state=None)
+    state = mixer.init_state(batch, capacity, dtype)
+
+and so is an MLP: most have no state, and return None for it.
+"""
+
+from longctx.layers.attention import Attention
+from longctx.layers.gated_delta import GatedDelta
+from longctx.layers.gla import GLA
+from longctx.layers.mlp import SquaredReLU, SwiGLU
+from longctx.layers.rglru import RGLRU
+
+MIXERS: dict[str, type] = {
+    "attention": Attention,
+    "gated_delta": GatedDelta,
+    "gla": GLA,
+    "rglru": RGLRU,
+}
+
+MLPS: dict[str, type] = {
+    "relu2": SquaredReLU,
+    "swiglu": SwiGLU,
+}

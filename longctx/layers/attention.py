@@ -1,0 +1,139 @@
+"""Softmax attention as a mixer: full or sliding-window, grouped keys and values, rotary or no positions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longctx.layers.basic import Linear, RMSNorm, ShortConv, like_queries, undo_values
+from longctx.layers.rotary import rotate
+from longctx.memory.cache import KVCache
+from longctx.ops import attention as ops
+from longctx.ops.patterns import Causal, Global, Window
+from longctx.parallel import sequence
+from longctx.typing import Segments
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionState:
+    """The cache of keys and values, and the last inputs of the convolution (None without one)."""
+
+    cache: KVCache
+    conv: Float[Array, "B W-1 C"] | None
+
+
+class Attention(nnx.Module):
+    """Causal softmax attention over the document so far, or over its last `window` tokens.
+
+    State: `KVCache` of `window` tokens, or of `capacity` tokens where the window is unbounded.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        heads: int = 4  # H
+        kv_heads: int = 4  # G, divides H
+        head_width: int = 32  # K
+        window: int = 0  # tokens a query looks back on, itself included; 0: the whole document
+        global_tokens: int = 0  # with a window: first tokens of the document that every query sees
+        rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions (NoPE)
+        conv_width: int = 0  # taps of a causal convolution on queries, keys and values; 0: none
+        qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
+        length_base: float = 0.0  # n: logits are scaled by log(tokens so far + 1) / log n; 0: not
+        sinks: bool = False  # a learned logit per head that joins the softmax's denominator
+        soft_cap: float = 0.0  # logits become cap · tanh(logits / cap); 0: none
+
+        def problems(self):
+            if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
+                yield f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads"
+            if self.rope_base and self.head_width % 2:
+                yield f"head_width is {self.head_width}; rotary positions need an even one"
+            if min(self.window, self.global_tokens, self.conv_width, self.rope_base, self.soft_cap) < 0:
+                yield "window, global_tokens, conv_width, rope_base and soft_cap must not be negative"
+            if self.length_base and self.length_base <= 1:
+                yield f"length_base is {self.length_base}; give a length above 1, or 0 for no scaling"
+            if self.global_tokens and not self.window:
+                yield f"global_tokens is {self.global_tokens} without a window; full attention sees all tokens"
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        self.options = options
+        queries, keys = options.heads * options.head_width, options.kv_heads * options.head_width
+        self.query = Linear(width, queries, ("embed", "heads"), rngs)
+        like_query = like_queries(self.query, options.kv_heads, options.head_width)
+        self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
+        self.value = Linear(width, keys, ("embed", "heads"), rngs)
+        back = undo_values(self.value, options.heads, options.head_width)
+        self.out = Linear(queries, width, ("heads", "embed"), rngs, initial=back)
+        self.conv = ShortConv(options.conv_width, queries + 2 * keys, rngs) if options.conv_width else None
+        self.query_norm = RMSNorm(options.head_width, ("head",)) if options.qk_norm else None
+        self.key_norm = RMSNorm(options.head_width, ("head",)) if options.qk_norm else None
+        self.sinks = nnx.Param(jnp.zeros(options.heads, jnp.float32), axes=("heads",)) if options.sinks else None
+
+    @property
+    def pattern(self):
+        """Which keys a query may see."""
+        window, tokens = self.options.window, self.options.global_tokens
+        if not window:
+            return Causal()
+        return Causal() & (Window(window) | Global(tokens)) if tokens else Causal() & Window(window)
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: AttentionState | None = None):
+        """Returns `(y[B, T, D], AttentionState)`."""
+        batch, length, _ = x.shape
+        options = self.options
+        parts = [self.query(x), self.key(x), self.value(x)]
+        tail = None
+        if self.conv is not None:
+            mixed, tail = self.conv(jnp.concatenate(parts, axis=-1), segments, None if state is None else state.conv)
+            sizes = [part.shape[-1] for part in parts]
+            parts = jnp.split(mixed, [sizes[0], sizes[0] + sizes[1]], axis=-1)
+        q, k, v = (part.reshape(batch, length, -1, options.head_width) for part in parts)
+        if options.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if options.rope_base:
+            q, k = rotate(q, segments.positions, options.rope_base), rotate(k, segments.positions, options.rope_base)
+        if options.length_base:
+            # The more keys share a softmax, the sharper it must be (Nakanishi, 2025, "Scalable-Softmax").
+            tokens = segments.positions.astype(jnp.float32)[..., None, None] + 1
+            q = (q * jnp.log(tokens + 1) / math.log(options.length_base)).astype(q.dtype)
+        settings = {
+            "sinks": None if self.sinks is None else self.sinks[...],
+            "soft_cap": options.soft_cap or None,
+        }
+        if state is None:
+            cache = self._empty(batch, length, x.dtype).append(k, v, segments)
+            y = sequence.attention(q, k, v, self.pattern, segments, **settings)
+        else:
+            cache = state.cache.append(k, v, segments)
+            y = self._with_cache(q, k, v, segments, state.cache, cache, settings)
+        return self.out(y.reshape(batch, length, -1)), AttentionState(cache, tail)
+
+    def _with_cache(self, q, k, v, segments: Segments, before: KVCache, after: KVCache, settings):
+        """Attention over what the cache holds and the span; the document in progress has id 1, later ones 2, ..."""
+        span = dataclasses.replace(segments, ids=jnp.where(segments.valid, segments.runs + 1, 0))
+        if q.shape[1] == 1:  # the span's one token is in the cache already, if its document is the one in progress
+            keys, values, held = after.keys, after.values, after.segments
+            span = dataclasses.replace(span, ids=segments.valid.astype(jnp.int32))
+        else:
+            keys = jnp.concatenate([before.keys, k.astype(before.keys.dtype)], axis=1)
+            values = jnp.concatenate([before.values, v.astype(before.values.dtype)], axis=1)
+            held = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), before.segments, span)
+        return ops.attention(
+            q, keys, values, self.pattern, segment_ids=span, kv_segment_ids=held, **settings
+        )
+
+    def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
+        options = self.options
+        # Global tokens are the first of the document, which a ring of the last W would lose.
+        capacity = options.window if options.window and not options.global_tokens else capacity
+        return KVCache.empty(batch, capacity, options.kv_heads, options.head_width, options.head_width, dtype)
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> AttentionState:
+        """The state before any token, with room for `capacity` tokens (a window needs no more than itself)."""
+        tail = None if self.conv is None else self.conv.init_state(batch)
+        return AttentionState(self._empty(batch, capacity, dtype), tail)

@@ -1,0 +1,102 @@
+"""Projections, norms and the short convolution that the mixers share.
+
+Parameters are float32 and carry the logical names of their axes (`axes=`), which `parallel.rules` maps to the
+mesh. Activations keep the dtype they come in.
+
+Initial values are mimetic (Trockman and Kolter, 2023; Trockman et al., 2024, for recall): keys are projected as
+queries are, so that a layer begins by comparing contents; outputs by the transpose of the values' projection, so
+that it begins by copying what it reads; and a convolution lets half of the previous token through, so that a value
+lies under the key before it. Recall then takes hundreds of steps to learn instead of thousands.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longctx.parallel import sequence
+from longctx.typing import Segments
+
+_INITIAL = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+class Linear(nnx.Module):
+    """`x W`, without a bias unless asked for.
+
+    Args:
+      inputs, outputs: widths.
+      axes: logical names of the two axes of W.
+      rngs: source of the initial values: normal, of variance 1 / inputs.
+      bias: initial value of a bias, or None for no bias.
+      initial: `[inputs, outputs]` initial values, in place of random ones.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        axes: tuple[str, str],
+        rngs: nnx.Rngs,
+        bias: float | None = None,
+        initial: Float[Array, "I O"] | None = None,
+    ):
+        if initial is None:
+            initial = _INITIAL(rngs.params(), (inputs, outputs), jnp.float32)
+        # A copy: parameters that start alike must not share a buffer, which training gives away.
+        self.weight = nnx.Param(jnp.array(initial, copy=True), axes=axes)
+        self.bias = None if bias is None else nnx.Param(jnp.full(outputs, bias, jnp.float32), axes=axes[1:])
+
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        y = x @ self.weight[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def like_queries(query: Linear, key_heads: int, width: int) -> Float[Array, "D G*K"]:
+    """Initial values of the keys' projection: those of the queries' first heads."""
+    return query.weight[...][:, : key_heads * width]
+
+
+def undo_values(value: Linear, heads: int, width: int) -> Float[Array, "H*V D"]:
+    """Initial values of the output's projection: half the transpose of the values', shared as the heads share them."""
+    shared = value.weight[...].T.reshape(-1, width, value.weight.shape[0])
+    return 0.5 * jnp.repeat(shared, heads // shared.shape[0], axis=0).reshape(heads * width, -1)
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x²) + ε) · scale` over the last axis, in float32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, width: int, axes: tuple[str, ...] = ("embed",)):
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes=axes)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        y = x.astype(jnp.float32)
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class ShortConv(nnx.Module):
+    """A causal convolution of width W per channel, whose taps do not cross a document's start.
+
+    The taps start at 1 on the token itself and 1/2 on the one before it, with noise of deviation 0.1 on all.
+    """
+
+    def __init__(self, width: int, channels: int, rngs: nnx.Rngs):
+        kernel = 0.1 * jax.random.normal(rngs.params(), (width, channels), jnp.float32)
+        self.kernel = nnx.Param(kernel.at[-1].add(1.0).at[-2:-1].add(0.5), axes=("taps", "heads"))
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: Float[Array, "B W-1 D"] | None):
+        """Returns `(y[B, T, D], the last W-1 inputs)`."""
+        return sequence.convolution(x, self.kernel[...].astype(x.dtype), state, segments)
+
+    def init_state(self, batch: int) -> Float[Array, "B W-1 D"]:
+        """The inputs before any token: zeros, float32."""
+        taps, channels = self.kernel.shape
+        return jnp.zeros((batch, taps - 1, channels), jnp.float32)
+
+
+def l2_normalise(x: Float[Array, "... K"]) -> Float[Array, "... K"]:
+    """`x / sqrt(Σx² + 1e-6)` over the last axis, in float32."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.sum(jnp.square(y), axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)

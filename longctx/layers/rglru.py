@@ -1,0 +1,90 @@
+"""The real-gated linear recurrent unit of Griffin (De et al., 2024) as a mixer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longctx.layers.basic import Linear, ShortConv
+from longctx.ops import linear_scan as ops
+from longctx.parallel import sequence
+from longctx.typing import Segments
+
+_RATE = 8.0  # c of the paper: log a = -c softplus(Λ) r
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RGLRUState:
+    """The recurrent state, float32, and the last inputs of the convolution."""
+
+    hidden: Float[Array, "B N"]
+    conv: Float[Array, "B W-1 N"]
+
+
+class RGLRU(nnx.Module):
+    """A diagonal linear recurrence whose decay and input depend on the token.
+
+    With u the convolved branch, r = σ(u W_r + b_r) and i = σ(u W_i + b_i) (block-diagonal W):
+    log a = -c softplus(Λ) r;  h_t = a h_{t-1} + √(1 - a²) (i ⊙ u);  y = (h ⊙ gelu(x W_g)) W_out.
+    The first token of a document enters whole (factor 1 in place of √(1 - a²)). State: `[B, N]` float32.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        hidden: int = 128  # N
+        heads: int = 4  # blocks of the gates' projections; divides N
+        conv_width: int = 4  # taps of the convolution
+
+        def problems(self):
+            if min(self.hidden, self.heads, self.conv_width) < 1 or self.hidden % self.heads:
+                yield f"hidden is {self.hidden} and heads is {self.heads}; heads must divide hidden"
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        self.options = options
+        hidden, heads = options.hidden, options.heads
+        self.branch = Linear(width, hidden, ("embed", "heads"), rngs)
+        self.gate = Linear(width, hidden, ("embed", "heads"), rngs)
+        self.conv = ShortConv(options.conv_width, hidden, rngs)
+        block = (heads, hidden // heads, hidden // heads)
+        normal = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=(0,))
+        names = ("heads", "block", "block_out")
+        self.recurrence_gate = nnx.Param(normal(rngs.params(), block, jnp.float32), axes=names)
+        self.recurrence_bias = nnx.Param(jnp.zeros(hidden, jnp.float32), axes=("heads",))
+        self.input_gate = nnx.Param(normal(rngs.params(), block, jnp.float32), axes=names)
+        self.input_bias = nnx.Param(jnp.zeros(hidden, jnp.float32), axes=("heads",))
+        # a^c, the decay at r = 1, uniform in [0.9, 0.999] (section 2.4 of the paper).
+        decay = jax.random.uniform(rngs.params(), (hidden,), minval=0.9, maxval=0.999)
+        self.rate = nnx.Param(jnp.log(jnp.expm1(-jnp.log(decay) / _RATE)), axes=("heads",))
+        self.out = Linear(hidden, width, ("heads", "embed"), rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: RGLRUState | None = None):
+        """Returns `(y[B, T, D], RGLRUState)`."""
+        batch, length, _ = x.shape
+        u, tail = self.conv(self.branch(x), segments, None if state is None else state.conv)
+        u = u.astype(jnp.float32)
+        blocks = u.reshape(batch, length, self.options.heads, -1)
+
+        def gate(weight, bias):
+            y = jnp.einsum("bthi,hij->bthj", blocks, weight[...]).reshape(u.shape)
+            return jax.nn.sigmoid(y + bias[...])
+
+        r = gate(self.recurrence_gate, self.recurrence_bias)
+        i = gate(self.input_gate, self.input_bias)
+        log_decay = -_RATE * jax.nn.softplus(self.rate[...]) * r
+        # 1 - a² by expm1, which keeps its digits where a is near 1; the floor keeps the root's gradient finite.
+        scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_decay), 1e-12))
+        scale = jnp.where(segments.starts[..., None], 1.0, scale)
+        y, hidden = sequence.recurrence(
+            ops, scale * i * u, log_decay, state=None if state is None else state.hidden, segments=segments
+        )
+        y = y.astype(x.dtype) * jax.nn.gelu(self.gate(x))
+        return self.out(y), RGLRUState(hidden, tail)
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> RGLRUState:
+        """The state before any token; `capacity` does not matter."""
+        return RGLRUState(jnp.zeros((batch, self.options.hidden), jnp.float32), self.conv.init_state(batch))

@@ -1,0 +1,121 @@
+"""A language model: embedding, a pattern of blocks repeated by one scan, a norm, and the embedding again."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from longctx import config
+from longctx.layers.basic import RMSNorm
+from longctx.models.block import Block
+from longctx.parallel.rules import constrain
+from longctx.typing import Segments
+
+_REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class LanguageModel(nnx.Module):
+    """`hidden, state = model(tokens, segments, state)`: one call for training, prefill and decoding.
+
+    Args:
+      options: the model's part of the experiment.
+      vocab_size: V, entries of the tokenizer.
+      rngs: source of the initial values.
+    """
+
+    def __init__(self, options: config.Model, vocab_size: int, rngs: nnx.Rngs):
+        self.options = options
+        self.vocab_size = vocab_size
+        normal = jax.nn.initializers.normal(options.width**-0.5)
+        self.embedding = nnx.Param(
+            normal(rngs.params(), (vocab_size, options.width), jnp.float32), axes=("vocab", "embed")
+        )
+        # One Block per place in the pattern, each of its parameters stacked over the repeats.
+        self.blocks = nnx.List([_stacked(options, options.blocks[name], rngs) for name in options.pattern])
+        self.norm = RMSNorm(options.width)
+
+    @property
+    def dtype(self):
+        """Of the activations: what the config says, or what the hardware multiplies fast."""
+        if self.options.dtype == "auto":
+            return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return jnp.dtype(self.options.dtype)
+
+    @property
+    def unembedding(self) -> Float[Array, "V D"]:
+        """The matrix from hidden vectors to logits: the embedding itself, float32."""
+        return self.embedding[...]
+
+    def __call__(self, tokens: Int[Array, "B T"], segments: Segments, state: Any = None):
+        """Hidden vectors of a span, and the state after it.
+
+        Args:
+          tokens: `[B, T]`.
+          segments: the documents of the span.
+          state: what `init_state` or an earlier span returned. None: the empty state, and none is returned, so
+            that training keeps no caches.
+
+        Returns:
+          `hidden[B, T, D]`, normed and ready for `logits` or the chunked loss, and the state (None if none was given).
+        """
+        # Scaled to unit variance, since the same matrix serves as the unembedding.
+        x = self.embedding[...][tokens].astype(self.dtype) * math.sqrt(self.options.width)
+        x = constrain(x, ("batch", "time", None))
+
+        def repeat(x, blocks_and_states):
+            after = []
+            for block, before in zip(*blocks_and_states, strict=True):
+                x, block_state = block(x, segments, before)
+                x = constrain(x, ("batch", "time", None))
+                after.append(None if state is None else block_state)
+            return x, tuple(after)
+
+        if self.options.remat != "none":
+            repeat = jax.checkpoint(repeat, policy=_REMAT[self.options.remat])
+        before = (None,) * len(self.blocks) if state is None else state
+        x, after = jax.lax.scan(repeat, x, (tuple(self.blocks), before))
+        return self.norm(x), None if state is None else after
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Float32 logits of hidden vectors."""
+        return jnp.einsum(
+            "btd,vd->btv", hidden, self.unembedding.astype(hidden.dtype), preferred_element_type=jnp.float32
+        )
+
+    def init_state(self, batch: int, capacity: int) -> tuple:
+        """The state before any token, with room for `capacity` tokens in caches that grow with the document."""
+        repeats = self.options.repeats
+
+        def stacked(leaf):
+            return jnp.broadcast_to(leaf, (repeats, *leaf.shape))
+
+        return tuple(jax.tree.map(stacked, block.init_state(batch, capacity, self.dtype)) for block in self._first())
+
+    @property
+    def bounded(self) -> bool:
+        """True if the state's size does not depend on the length of the document."""
+        small, large = (jax.eval_shape(lambda c=c: self.init_state(1, c)) for c in (2**20, 2**21))
+        return jax.tree.map(jnp.shape, small) == jax.tree.map(jnp.shape, large)
+
+    def _first(self) -> list[Block]:
+        """The blocks of the first repeat."""
+        return [jax.tree.map(lambda leaf: leaf[0], block) for block in self.blocks]
+
+
+def _stacked(options: config.Model, block: config.Block, rngs: nnx.Rngs) -> Block:
+    """A Block whose parameters have a leading axis of `options.repeats`, each repeat initialised on its own."""
+    keys = jax.random.split(rngs.params(), options.repeats)
+    return jax.vmap(lambda key: Block(options.width, block, nnx.Rngs(params=key)))(keys)
+
+
+def parameter_count(model: nnx.Module) -> int:
+    """Numbers in the model's parameters."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

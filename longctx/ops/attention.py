@@ -1,0 +1,230 @@
+r"""Softmax attention over the keys that a pattern and the documents of a packed row let a query see.
+
+For query t with visible keys s, per head (Vaswani et al., arXiv:1706.03762):
+
+    logit_ts = scale q_t . k_s,   if soft-capped c tanh(logit / c)          (Gemma 2, arXiv:2408.00118)
+    L_t = log sum_s exp(logit_ts)
+    out_t = sum_s exp(logit_ts - L_t) v_s
+
+A query may see a key if both bear the same document id, neither is padding, and the pattern shows it at their
+positions. A query that sees nothing gives 0 and has L = -inf.
+
+`(out, L)` over a part of the keys is a *partial result*, and partial results over disjoint parts merge by
+
+    L = log(e^{L_1} + e^{L_2});    out = e^{L_1 - L} out_1 + e^{L_2 - L} out_2
+
+which is associative: key blocks in a loop, devices in a ring (arXiv:2310.01889), shards of a cache in a tree all
+use it. A learned sink (GPT-OSS) is a key with value 0 whose logit is a parameter of the head: the partial result
+`(0, sink)`, merged once at the end.
+
+Implementations: "dense" (the definition; holds all logits), "blockwise" (`ops/blockwise.py`), "cudnn" and
+"splash" (`ops/kernels/`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from longctx.ops import blockwise
+from longctx.ops.kernels import cudnn, splash
+from longctx.ops.patterns import Causal, Pattern
+from longctx.typing import Segments
+
+_CAUSAL = Causal()
+_DENSE_LOGITS = 128 * 128  # up to this many logits a head, holding them all is faster than a loop over blocks
+
+
+class Partial(NamedTuple):
+    """Attention over a part of the keys. Both float32; 0 and -inf for a query that sees none of them."""
+
+    output: Float[Array, "B T H V"]
+    logsumexp: Float[Array, "B T H"]
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    pattern: Pattern = _CAUSAL,
+    segment_ids: Int[Array, "B T"] | Segments | None = None,
+    kv_segment_ids: Int[Array, "B S"] | Segments | None = None,
+    *,
+    scale: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
+    soft_cap: float | None = None,
+    implementation: str | None = None,
+    block: int | None = None,
+) -> Float[Array, "B T H V"]:
+    """Softmax attention; see the module's docstring for the formula.
+
+    Args:
+      q: queries. Head h reads the keys and values of group h // (H // G).
+      k: keys.
+      v: values.
+      pattern: which keys of its document a query may see.
+      segment_ids: document of each query, 0 for padding; ids differ between the documents of a row. None: the
+        row is one document. Plain ids are taken for whole documents, positions counted from the row's start.
+      kv_segment_ids: the same for keys that are not the queries' own tokens (a cache and then the span: S != T);
+        pass `Segments` on both sides there, since positions cannot be told from ids. None: keys are the queries'
+        own tokens, S == T.
+      scale: of the logits; None for 1 / sqrt(K).
+      sinks: a logit per head that joins the softmax's denominator.
+      soft_cap: c, bound of the logits.
+      implementation: "dense", "blockwise", "cudnn" or "splash"; None chooses by platform and case and logs the
+        choice once.
+      block: tokens a block of "blockwise"; None chooses.
+
+    Returns:
+      `[B, T, H, V]` in v's dtype; the softmax is float32 whatever the inputs. 0 for padding and for queries that
+      see no key. First derivatives only, except with "dense".
+
+    Raises:
+      ValueError: shapes that do not fit together, an unknown implementation.
+      NotImplementedError: the named implementation cannot compute this case, or not on this platform.
+    """
+    queries, keys = _tokens(q, k, v, segment_ids, kv_segment_ids)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    case = dict(segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, sinks=sinks, soft_cap=soft_cap)
+    chosen = _choose(q, k, v, pattern, case) if implementation is None else implementation
+    if chosen == "dense":
+        own = queries if keys is None else keys
+        mask = (queries.ids[:, :, None] == own.ids[:, None, :]) & (queries.ids[:, :, None] > 0)
+        mask &= pattern.mask(queries.positions[:, :, None], own.positions[:, None, :])
+        return dense(q, k, v, mask, scale=scale, sinks=sinks, soft_cap=soft_cap)
+    if chosen == "blockwise":
+        plan = blockwise.Plan(pattern, scale, soft_cap, *_block_sizes(pattern, q.shape[1], k.shape[1], block))
+        result = Partial(*blockwise.blockwise(q, k, v, queries, keys, plan))
+        result = result if sinks is None else add_sinks(result, sinks)
+        return result.output.astype(v.dtype)
+    if chosen not in _KERNELS:
+        raise ValueError(f"implementation is '{chosen}'; choose one of dense, blockwise, {', '.join(_KERNELS)}, or None.")
+    if refusal := _KERNELS[chosen].refusal(q, k, v, pattern, **case):
+        raise NotImplementedError(f"implementation '{chosen}' {refusal}")
+    return _KERNELS[chosen].attention(q, k, v, pattern, segment_ids=segment_ids, scale=scale, soft_cap=soft_cap)
+
+
+def attention_partial(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    pattern: Pattern = _CAUSAL,
+    segment_ids: Int[Array, "B T"] | Segments | None = None,
+    kv_segment_ids: Int[Array, "B S"] | Segments | None = None,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    block: int | None = None,
+) -> Partial:
+    """Blockwise attention over these keys alone, to be merged with that over others; arguments as `attention`.
+
+    Differentiable once in both parts of the result. Sinks are not a part of it: see `add_sinks`.
+    """
+    queries, keys = _tokens(q, k, v, segment_ids, kv_segment_ids)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    plan = blockwise.Plan(pattern, scale, soft_cap, *_block_sizes(pattern, q.shape[1], k.shape[1], block))
+    return Partial(*blockwise.blockwise(q, k, v, queries, keys, plan))
+
+
+def merge(first: Partial, then: Partial) -> Partial:
+    """Attention over the keys of both; the parts must be disjoint. Associative and commutative."""
+    peak = jnp.maximum(first.logsumexp, then.logsumexp)
+    peak = jax.lax.stop_gradient(jnp.where(jnp.isneginf(peak), 0.0, peak))
+    weights = jnp.exp(first.logsumexp - peak), jnp.exp(then.logsumexp - peak)
+    total = weights[0] + weights[1]
+    seen = total > 0
+    total = jnp.where(seen, total, 1.0)
+    shares = (weight / total for weight in weights)
+    output = sum(share[..., None] * part.output for share, part in zip(shares, (first, then), strict=True))
+    return Partial(output, jnp.where(seen, peak + jnp.log(total), -jnp.inf))
+
+
+def add_sinks(partial: Partial, sinks: Float[Array, " H"]) -> Partial:
+    """The partial result with each head's sink in its denominator; once, when all keys have been merged."""
+    logsumexp = jnp.broadcast_to(sinks.astype(jnp.float32), partial.logsumexp.shape)
+    return merge(partial, Partial(jnp.zeros_like(partial.output), logsumexp))
+
+
+def dense(q, k, v, mask, *, scale, sinks=None, soft_cap=None):
+    """The definition. `mask[B or 1, T, S]` is True where the query may see the key; holds `[B, H, T, S]` logits."""
+    repeats = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
+    logits = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) * scale
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    mask = mask[:, None]
+    # A row without a visible key would be 0 / 0: its softmax runs over zeros and is then masked away.
+    logits = jnp.where(mask, logits, jnp.where(mask.any(-1, keepdims=True), -jnp.inf, 0.0))
+    if sinks is not None:
+        column = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None, None], (*logits.shape[:-1], 1))
+        logits = jnp.concatenate([logits, column], axis=-1)
+    weights = jnp.where(mask, jax.nn.softmax(logits, axis=-1)[..., : k.shape[1]], 0.0)
+    return jnp.einsum("bhts,bshv->bthv", weights, v.astype(jnp.float32)).astype(v.dtype)
+
+
+_KERNELS = {"cudnn": cudnn, "splash": splash}
+_PLATFORM_KERNELS = {"gpu": "cudnn", "tpu": "splash"}
+
+
+def _tokens(q, k, v, segment_ids, kv_segment_ids) -> tuple[blockwise.Tokens, blockwise.Tokens | None]:
+    """Ids and positions of queries and keys, once the shapes are found to fit."""
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or q.shape[-1] != k.shape[-1] or k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"q, k and v have shapes {q.shape}, {k.shape} and {v.shape}; expected [B, T, H, K], [B, S, G, K] and "
+            "[B, S, G, V]."
+        )
+    if q.shape[0] != k.shape[0] or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"q has batch {q.shape[0]} and {q.shape[2]} heads, k has batch {k.shape[0]} and {k.shape[2]} heads; "
+            "give them one batch, and q a multiple of k's heads."
+        )
+    batch, length = q.shape[:2]
+    if kv_segment_ids is None:
+        if k.shape[1] != length:
+            raise ValueError(
+                f"q has {length} tokens and k has {k.shape[1]}; pass segment_ids and kv_segment_ids where the keys "
+                "are not the queries' own tokens."
+            )
+        if segment_ids is None:  # known while tracing, and so is all the work
+            positions = np.arange(length, dtype=np.int32)[None]
+            return blockwise.Tokens(np.ones_like(positions), positions), None
+    elif segment_ids is None:
+        raise ValueError("kv_segment_ids were given without segment_ids; pass both, so that positions are known.")
+    queries = Segments.of(segment_ids, batch, length)
+    queries = blockwise.Tokens(queries.ids, queries.positions)
+    if kv_segment_ids is None:
+        return queries, None
+    keys = Segments.of(kv_segment_ids, batch, k.shape[1])
+    return queries, blockwise.Tokens(keys.ids, keys.positions)
+
+
+def _block_sizes(pattern: Pattern, length: int, keys: int, block: int | None) -> tuple[int, int]:
+    """Tokens in a block of queries and in a block of keys."""
+    if block is None:
+        block = 512 if pattern.reach is None else min(512, max(128, 1 << pattern.reach.bit_length() - 1))
+    return min(block, length), min(block, keys)
+
+
+def _choose(q, k, v, pattern: Pattern, case) -> str:
+    """The implementation for this case on this platform."""
+    kernel = _PLATFORM_KERNELS.get(jax.default_backend())
+    refusal = _KERNELS[kernel].refusal(q, k, v, pattern, **case) if kernel else None
+    if kernel and not refusal:
+        chosen, reason = kernel, f"the kernel of this platform ({jax.default_backend()})"
+    elif q.shape[1] * k.shape[1] <= _DENSE_LOGITS or q.shape[1] == 1:
+        chosen, reason = "dense", "few logits a head"
+    else:
+        chosen, reason = "blockwise", f"'{kernel}' {refusal}" if kernel else "many logits a head"
+    _log(chosen, reason)
+    return chosen
+
+
+@functools.cache
+def _log(chosen: str, reason: str):
+    logging.info("attention: implementation '%s' (%s)", chosen, reason)

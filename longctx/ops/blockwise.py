@@ -1,0 +1,253 @@
+r"""Blockwise softmax attention: exact, linear memory, work only where the pattern and the documents leave something.
+
+FlashAttention (Dao et al., arXiv:2205.14135; backward as in arXiv:2307.08691) in plain XLA. Queries and keys are
+cut into blocks. For a pair (i, j) of blocks with logits S = c tanh(scale Q_i K_j^T / c), -inf where masked,
+the running row statistics of the query block are updated:
+
+    m' = max(m, rowmax S);   P = exp(S - m');   l' = e^{m - m'} l + rowsum P;   O' = e^{m - m'} O + P V_j
+
+and in the end out = O / l and logsumexp L = m + log l. The backward pass recomputes P = exp(S - L) and, with
+D = rowsum(dO * O) - dL, the row's own share of the gradient,
+
+    dV_j += P^T dO_i;   dS = P * (dO_i V_j^T - D) * (1 - S^2 / c^2) * scale;   dQ_i += dS K_j;   dK_j += dS^T Q_i
+
+in one sweep over the pairs, five matrix products each.
+
+Both passes are one loop over a *schedule*: the list of the touched pairs. Its candidates come from the pattern's
+block map by row index; ranges of ids and positions, known at run time, strike out the pairs in which no row of
+the batch has a visible pair of tokens, and put first those that are wholly visible, which need no mask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from longctx.ops.patterns import Pattern, Range
+
+
+class Tokens(NamedTuple):
+    """Ids and positions `[rows, tokens]` of queries or keys; numpy arrays where they are known while tracing."""
+
+    ids: Int[Array, "rows tokens"]
+    positions: Int[Array, "rows tokens"]
+
+
+class Schedule(NamedTuple):
+    """The pairs of blocks to work on. Those of query block i are `keys[start[i] : touched[i]]`, and those before
+    `whole[i]` are wholly visible."""
+
+    keys: Int[Array, " pairs"]
+    start: Int[Array, " blocks"]
+    whole: Int[Array, " blocks"]
+    touched: Int[Array, " blocks"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the loops must know while tracing."""
+
+    pattern: Pattern
+    scale: float
+    soft_cap: float | None
+    q_block: int
+    k_block: int
+
+
+def blockwise(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    queries: Tokens,
+    keys: Tokens | None,
+    plan: Plan,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """Attention output and logsumexp of the logits, both float32; 0 and -inf for a query that sees nothing.
+
+    Args:
+      q, k, v: as in `attention`.
+      queries: ids and positions of the queries, `[B, T]`, or `[1, T]` if all rows are alike.
+      keys: the same of the keys, `[B, S]`; None where the keys are the same tokens as the queries.
+      plan: pattern, scale, soft cap and block sizes.
+
+    First derivatives only: the backward pass is not itself differentiable.
+    """
+    batch, length, heads, _ = q.shape
+    groups = k.shape[2]
+    q_tokens = _token_blocks(queries, plan.q_block)
+    k_tokens = _token_blocks(queries if keys is None else keys, plan.k_block)
+    schedule = _schedule(plan, q_tokens, k_tokens, length if keys is None else None)
+    q = (q * plan.scale).astype(q.dtype)
+    q_blocks = _split(q.reshape(batch, length, groups, heads // groups, -1), plan.q_block)
+    k_blocks = _split(k[:, :, :, None], plan.k_block)
+    v_blocks = _split(v[:, :, :, None], plan.k_block)
+    out, logsumexp = _attend(plan, q_blocks, k_blocks, v_blocks, (q_tokens, k_tokens, schedule))
+    out = _join(out, heads // groups, plan.q_block)[:, :length]
+    logsumexp = _join(logsumexp[..., None], heads // groups, plan.q_block)[:, :length]
+    return out.reshape(batch, length, heads, -1), logsumexp.reshape(batch, length, heads)
+
+
+def _split(x: Float[Array, "B T G R W"], block: int) -> Float[Array, "blocks B G RC W"]:
+    """Blocks first, and the heads of a group among the rows: a group's keys serve them without being repeated."""
+    batch, length, groups, repeats, width = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -length % block), (0, 0), (0, 0), (0, 0)))
+    x = x.reshape(batch, -1, block, groups, repeats, width).transpose(1, 0, 3, 4, 2, 5)
+    return x.reshape(x.shape[0], batch, groups, repeats * block, width)
+
+
+def _join(x: Float[Array, "blocks B G RC W"], repeats: int, block: int) -> Float[Array, "B T G R W"]:
+    """The inverse of `_split`, the padding still at the end."""
+    blocks, batch, groups, _, width = x.shape
+    x = x.reshape(blocks, batch, groups, repeats, block, width).transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(batch, blocks * block, groups, repeats, width)
+
+
+def _token_blocks(tokens: Tokens, block: int) -> Tokens:
+    """Ids and positions as `[blocks, rows, tokens]`, filled up with padding; still numpy if they were."""
+
+    def split(x):
+        xp = np if isinstance(x, np.ndarray) else jnp
+        x = xp.pad(x, ((0, 0), (0, -x.shape[1] % block)))
+        return x.reshape(x.shape[0], -1, block).swapaxes(0, 1)
+
+    return Tokens(*map(split, tokens))
+
+
+def _schedule(plan: Plan, q: Tokens, k: Tokens, length: int | None) -> Schedule:
+    """The touched pairs of blocks. `length` is T where the keys are the queries' own tokens."""
+    known = isinstance(q.ids, np.ndarray) and isinstance(k.ids, np.ndarray)
+    xp = np if known else jnp
+    if length is None:
+        candidates = np.ones((len(q.ids), len(k.ids)), bool)
+    else:
+        candidates = plan.pattern.block_map(length, (plan.q_block, plan.k_block), packed=not known)
+    i, j = np.nonzero(candidates)  # in the order of i
+
+    def ranges(x, ids, pairs):  # over the valid tokens of each block; an empty block gives an inverted range
+        limit = np.iinfo(np.int32)
+        first = xp.where(ids > 0, x, limit.max // 2).min(-1)
+        last = xp.where(ids > 0, x, limit.min // 2).max(-1)
+        return Range(first[pairs], last[pairs])
+
+    q_ids, k_ids = ranges(q.ids, q.ids, i), ranges(k.ids, k.ids, j)
+    q_positions, k_positions = ranges(q.positions, q.ids, i), ranges(k.positions, k.ids, j)
+    touched = (q_ids.first <= k_ids.last) & (k_ids.first <= q_ids.last)
+    touched &= plan.pattern.touches(q_positions, k_positions)
+    whole = (q_ids.first == q_ids.last) & (k_ids.first == k_ids.last) & (q_ids.first == k_ids.first)
+    whole &= (q.ids > 0).all(-1)[i] & (k.ids > 0).all(-1)[j] & plan.pattern.covers(q_positions, k_positions)
+    touched, whole = touched.any(-1), whole.all(-1)
+    order = xp.argsort(3 * i + xp.where(whole, 0, xp.where(touched, 1, 2)), stable=True)
+    ends = np.cumsum(candidates.sum(1))
+    start = ends - candidates.sum(1)
+
+    def count(pairs):  # of each query block
+        sums = xp.concatenate([np.zeros(1, np.int32), xp.cumsum(pairs, dtype=np.int32)])
+        return sums[ends] - sums[start]
+
+    return Schedule(
+        xp.asarray(j, np.int32)[order], start.astype(np.int32), start + count(whole), start + count(touched)
+    )
+
+
+def _logits(plan: Plan, q, k):
+    """Capped logits of a pair of blocks, float32 `[B, G, RC, keys]`."""
+    logits = jnp.einsum("bgik,bgjk->bgij", q, k, preferred_element_type=jnp.float32)
+    if plan.soft_cap is not None:
+        logits = plan.soft_cap * jnp.tanh(logits / plan.soft_cap)
+    return logits
+
+
+def _masked(plan: Plan, logits, tokens, i, j):
+    """Logits with -inf where the query may not see the key."""
+    q, k = (Tokens(x.ids[n], x.positions[n]) for x, n in zip(tokens, (i, j), strict=True))
+    mask = (q.ids[:, :, None] == k.ids[:, None, :]) & (q.ids[:, :, None] > 0)
+    mask &= plan.pattern.mask(q.positions[:, :, None], k.positions[:, None, :])
+    heads = logits.reshape(*logits.shape[:2], -1, *mask.shape[1:])
+    return jnp.where(mask[:, None, None], heads, -jnp.inf).reshape(logits.shape)
+
+
+def _sweep(schedule: Schedule, i, step, carry):
+    """Runs `step(carry, j, masked)` over the key blocks that query block i touches, masking where there is need."""
+
+    def loop(first, last, carry, masked):
+        return jax.lax.fori_loop(first, last, lambda n, carry: step(carry, schedule.keys[n], masked), carry)
+
+    start, whole, touched = schedule.start[i], schedule.whole[i], schedule.touched[i]
+    return loop(whole, touched, loop(start, whole, carry, False), True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: Plan, q, k, v, tables):
+    return _forward(plan, q, k, v, tables)[0]
+
+
+def _forward(plan: Plan, q, k, v, tables):
+    *tokens, schedule = jax.tree.map(jnp.asarray, tables)
+
+    def rows(i):
+        def step(carry, j, masked):
+            peak, total, out = carry
+            logits = _logits(plan, q[i], k[j])
+            if masked:
+                logits = _masked(plan, logits, tokens, i, j)
+            higher = jnp.maximum(peak, logits.max(-1))
+            shift = jnp.where(jnp.isneginf(higher), 0.0, higher)  # a row that has seen nothing stays at exp(-inf) = 0
+            weights = jnp.exp(logits - shift[..., None])
+            decay = jnp.exp(peak - shift)
+            total = total * decay + weights.sum(-1)
+            update = jnp.einsum("bgij,bgjv->bgiv", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
+            return higher, total, out * decay[..., None] + update
+
+        shape = q.shape[1:-1]
+        start = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1]))
+        peak, total, out = _sweep(schedule, i, step, start)
+        seen = total > 0
+        total = jnp.where(seen, total, 1.0)
+        return out / total[..., None], jnp.where(seen, peak + jnp.log(total), -jnp.inf)
+
+    out, logsumexp = jax.lax.map(rows, jnp.arange(len(q)))
+    return (out, logsumexp), (q, k, v, out, logsumexp, tables)
+
+
+def _backward(plan: Plan, residuals, cotangents):
+    q, k, v, out, logsumexp, tables = residuals
+    *tokens, schedule = jax.tree.map(jnp.asarray, tables)
+    d_out, d_logsumexp = cotangents
+    shift = jnp.where(jnp.isneginf(logsumexp), 0.0, logsumexp)
+    share = (d_out * out).sum(-1) - d_logsumexp
+    d_out = d_out.astype(v.dtype)
+
+    def rows(carry, i):
+        def step(carry, j, masked):
+            dq, dk, dv = carry
+            logits = capped = _logits(plan, q[i], k[j])
+            if masked:
+                logits = _masked(plan, logits, tokens, i, j)
+            weights = jnp.exp(logits - shift[i][..., None])
+            d_weights = jnp.einsum("bgiv,bgjv->bgij", d_out[i], v[j], preferred_element_type=jnp.float32)
+            d_logits = weights * (d_weights - share[i][..., None])
+            if plan.soft_cap is not None:
+                d_logits *= 1 - (capped / plan.soft_cap) ** 2
+            weights, d_logits = weights.astype(v.dtype), d_logits.astype(q.dtype)
+            return (
+                dq + jnp.einsum("bgij,bgjk->bgik", d_logits, k[j], preferred_element_type=jnp.float32),
+                dk.at[j].add(jnp.einsum("bgik,bgij->bgkj", q[i], d_logits, preferred_element_type=jnp.float32)),
+                dv.at[j].add(jnp.einsum("bgiv,bgij->bgvj", d_out[i], weights, preferred_element_type=jnp.float32)),
+            )
+
+        dq, dk, dv = _sweep(schedule, i, step, (jnp.zeros(q.shape[1:]), *carry))
+        return (dk, dv), dq.astype(q.dtype)
+
+    # The gradients of keys and values are summed transposed: transposing `weights` in each step is what is slow.
+    start = jnp.zeros(k.mT.shape), jnp.zeros(v.mT.shape)
+    (dk, dv), dq = jax.lax.scan(rows, start, jnp.arange(len(q)))
+    return dq, dk.mT.astype(k.dtype), dv.mT.astype(v.dtype), None
+
+
+_attend.defvjp(_forward, _backward)

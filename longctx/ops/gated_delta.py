@@ -1,0 +1,178 @@
+"""The gated delta rule: DeltaNet (no decay), Gated DeltaNet (one decay per head) and KDA (one per key channel).
+
+Recurrence, for a matrix state S of K x V per head: the state decays, then what it holds at k_t moves towards v_t,
+
+    S <- Diag(a_t) S,    S <- S + beta_t k_t (v_t - S^T k_t)^T,    y_t = S^T q_t,    a_t = exp(log_decay_t)
+
+Chunk form. With b_i = sum of log_decay up to token i of the chunk, S the state before the chunk, and
+
+    N_ij = beta_i sum_k k_ik k_jk exp(b_ik - b_jk) for j < i,    A_ij = sum_k q_ik k_jk exp(b_ik - b_jk) for j <= i,
+    T = (I + N)^-1,    U = T (beta v),    W = T (beta exp(b) * k),
+
+the rows that the chunk really adds are U - W S, and
+
+    y = (exp(b) * q) S + A (U - W S),    S' = Diag(exp(b_C)) S + (exp(b_C - b) * k)^T (U - W S).
+
+Transition of a span: (M, B), S -> M S + B, with (M_2, B_2) after (M_1, B_1) being (M_2 M_1, M_2 B_1 + B_2).
+
+Reference: Yang et al., "Gated Delta Networks", 2025, section 3.3; Kimi Team, "Kimi Linear", 2025, section 3.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from longctx.ops.gated_linear import BEFORE, decay, einsum, join, scores, split, start_clock
+from longctx.typing import Segments
+
+
+class Transition(NamedTuple):
+    """What a span does to any state: S -> matrix S + state."""
+
+    matrix: Float[Array, "B H K K"]
+    state: Float[Array, "B H K V"]
+
+
+def recurrent(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    beta: Float[Array, "B T H"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"],
+    state: Float[Array, "B H K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | Segments | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """The definition, token by token.
+
+    Args:
+      q: what is read from the state; neither scaled nor normalised here.
+      k: where v is written; of norm 1 or less, or the rule may diverge.
+      v: what is written.
+      beta: how much of what the state holds at k is replaced, 0 to 1 (2 with negative eigenvalues).
+      log_decay: at most 0; -inf is a decay of exactly 0. Per head, or per head and key channel.
+      state: before the span, None for zeros.
+      segment_ids: documents of a packed row. A document's start forgets everything before it; padding leaves the
+        state unchanged and gives 0.
+
+    Returns:
+      y in the dtype of v, and the state after the span, float32.
+    """
+    segments = Segments.of(segment_ids, *k.shape[:2])
+
+    def step(s, token):
+        q, k, v, beta, decay, start, valid = token
+        after = jnp.where(start, 0, decay)[..., None] * s
+        error = v - jnp.sum(k[..., None] * after, axis=-2)
+        after = after + (beta * k)[..., None] * error[..., None, :]
+        s = jnp.where(valid[..., None], after, s)
+        return s, jnp.where(valid, jnp.sum(q[..., None] * s, axis=-2), 0)
+
+    decay = jnp.exp(log_decay.astype(jnp.float32))
+    decay = decay[..., None] if decay.ndim == 3 else decay
+    tokens = (*(leaf.astype(jnp.float32) for leaf in (q, k, v, beta[..., None])), decay)
+    tokens += (segments.starts[..., None, None], segments.valid[..., None, None])
+    s = _zeros(k, v) if state is None else state.astype(jnp.float32)
+    s, y = jax.lax.scan(step, s, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
+    return jnp.moveaxis(y, 0, 1).astype(v.dtype), s
+
+
+def chunked(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    beta: Float[Array, "B T H"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"],
+    state: Float[Array, "B H K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | Segments | None = None,
+    chunk: int = 64,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """The same as `recurrent`, chunk by chunk in matrix products; `chunk` is C, a power of two."""
+    keys, clock, chunks = _chunks(k, v, beta, log_decay, segment_ids, chunk)
+    s = _zeros(k, v) if state is None else state.astype(jnp.float32)
+    s, (before, rows) = jax.lax.scan(_step, s, chunks)
+    queries = split(q, chunk)
+    y = einsum("nbhck,nbhkv->nbhcv", queries * decay(clock, BEFORE), before)
+    y += einsum("nbhcd,nbhdv->nbhcv", scores(queries, keys, clock), rows)
+    return join(y, v, segment_ids), s
+
+
+def transition(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    beta: Float[Array, "B T H"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"],
+    segment_ids: Int[Array, "B T"] | Segments | None = None,
+    chunk: int = 64,
+) -> Transition:
+    """What the span does to any state. `q` is not read: it is there so that all functions take the same inputs.
+
+    M is carried as K further columns of the state, which start as the identity and are written with zeros.
+    """
+    batch, _, heads, width = k.shape
+    values = jnp.concatenate([jnp.zeros_like(k), v], axis=-1)
+    _, _, chunks = _chunks(k, values, beta, log_decay, segment_ids, chunk)
+    identity = jnp.broadcast_to(jnp.eye(width, width + v.shape[-1]), (batch, heads, width, width + v.shape[-1]))
+    s, _ = jax.lax.scan(lambda s, chunk: (_step(s, chunk)[0], None), identity, chunks)
+    return Transition(s[..., :width], s[..., width:])
+
+
+def compose(first: Transition, then: Transition) -> Transition:
+    """`then` after `first`; associative. Zeros as `first` stand for the zero state."""
+    return Transition(einsum("bhij,bhjk->bhik", then.matrix, first.matrix), apply(then, first.state))
+
+
+def apply(transition: Transition, state: Float[Array, "B H K V"]) -> Float[Array, "B H K V"]:
+    """The state after the span, from the state before it."""
+    return einsum("bhij,bhjv->bhiv", transition.matrix, state) + transition.state
+
+
+def _chunks(k, v, beta, log_decay, segment_ids, chunk):
+    """Keys, their clock, and what a chunk does to the state: (W, U, keys decayed to its end, its whole decay)."""
+    if segment_ids is not None:
+        k = jnp.where(Segments.of(segment_ids, *k.shape[:2]).valid[..., None, None], k, 0)
+    keys, values, strength = split(k, chunk), split(v, chunk), split(beta[..., None], chunk)
+    clock = start_clock(log_decay, segment_ids, chunk)
+    inverse = _inverse(jnp.tril(strength * scores(keys, keys, clock), -1))
+    fresh = einsum("nbhcd,nbhdv->nbhcv", inverse, strength * values)
+    erased = einsum("nbhcd,nbhdk->nbhck", inverse, strength * decay(clock, BEFORE) * keys)
+    total = jnp.swapaxes(decay(clock.last, BEFORE), -1, -2)
+    return keys, clock, (erased, fresh, keys * decay(clock.last, clock), total)
+
+
+def _step(s, chunk):
+    """One chunk: the state after it, and (the state before it, the rows that it adds)."""
+    erased, fresh, keys, total = chunk
+    rows = fresh - einsum("bhck,bhkv->bhcv", erased, s)
+    return total * s + einsum("bhck,bhcv->bhkv", keys, rows), (s, rows)
+
+
+@jax.custom_jvp
+def _inverse(n):
+    """(I + N)^-1 for strictly lower triangular N [..., C, C], C a power of two.
+
+    The inverses of diagonal blocks of 1, 2, 4, ... rows: two neighbours A and B with N' below A make a block twice as
+    large, whose inverse is theirs and, below, -B^-1 N' A^-1. Unlike the powers of N, which grow like binomial
+    coefficients when neighbouring keys are alike, nothing here is larger than the inverse itself.
+    """
+    if n.shape[-1] == 1:
+        return jnp.ones_like(n)
+    half = n.shape[-1] // 2
+    blocks = jnp.concatenate([n[..., :half, :half], n[..., half:, half:]])
+    first, second = jnp.split(_inverse(blocks), 2)
+    below = -second @ n[..., half:, :half] @ first
+    return jnp.block([[first, jnp.zeros_like(below)], [below, second]])
+
+
+@_inverse.defjvp
+def _inverse_jvp(primals, tangents):
+    inverse = _inverse(*primals)
+    return inverse, -inverse @ tangents[0] @ inverse
+
+
+def _zeros(k, v):
+    return jnp.zeros((k.shape[0], k.shape[2], k.shape[3], v.shape[3]))

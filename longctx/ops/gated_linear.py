@@ -1,0 +1,235 @@
+"""Gated linear attention: linear attention, RetNet, Mamba-2 (one decay per head) and GLA (one per key channel).
+
+Recurrence, for a matrix state S of K x V per head:
+
+    S_t = Diag(a_t) S_{t-1} + k_t v_t^T,    y_t = S_t^T q_t,    a_t = exp(log_decay_t)
+
+Chunk form. With b_i = sum of log_decay up to token i of the chunk, S the state before the chunk, and
+
+    A_ij = sum_k q_ik k_jk exp(b_ik - b_jk) for j <= i, 0 elsewhere,
+
+    y_i = S^T (exp(b_i) * q_i) + sum_j A_ij v_j,    S' = Diag(exp(b_C)) S + sum_j (exp(b_C - b_j) * k_j) v_j^T.
+
+Transition of a span: (a, B), S -> Diag(a) S + B, with (a_2, B_2) after (a_1, B_1) being (a_2 a_1, Diag(a_2) B_1 + B_2).
+
+Reference: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2024, section 4; Dao
+and Gu, "Transformers are SSMs", 2024, section 6.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from longctx.typing import Segments
+
+einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+FLOOR = -128.0  # of log decays: exp is 0 in float32 from -104 on, so that nothing changes below it
+
+
+class Transition(NamedTuple):
+    """What a span does to any state: S -> Diag(decay) S + state."""
+
+    decay: Float[Array, "B H #K"]
+    state: Float[Array, "B H K V"]
+
+
+def recurrent(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"],
+    state: Float[Array, "B H K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | Segments | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """The definition, token by token.
+
+    Args:
+      q: what is read from the state; neither scaled nor normalised here.
+      k: where v is written.
+      v: what is written.
+      log_decay: at most 0; -inf is a decay of exactly 0. Per head, or per head and key channel.
+      state: before the span, None for zeros.
+      segment_ids: documents of a packed row. A document's start forgets everything before it; padding leaves the
+        state unchanged and gives 0.
+
+    Returns:
+      y in the dtype of v, and the state after the span, float32.
+    """
+    segments = Segments.of(segment_ids, *k.shape[:2])
+
+    def step(s, token):
+        q, k, v, decay, start, valid = token
+        after = jnp.where(start, 0, decay)[..., None] * s + k[..., None] * v[..., None, :]
+        s = jnp.where(valid[..., None], after, s)
+        return s, jnp.where(valid, jnp.sum(q[..., None] * s, axis=-2), 0)
+
+    decay = jnp.exp(log_decay.astype(jnp.float32))
+    decay = decay[..., None] if decay.ndim == 3 else decay
+    tokens = (*(leaf.astype(jnp.float32) for leaf in (q, k, v)), decay)
+    tokens += (segments.starts[..., None, None], segments.valid[..., None, None])
+    s = _zeros(k, v) if state is None else state.astype(jnp.float32)
+    s, y = jax.lax.scan(step, s, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
+    return jnp.moveaxis(y, 0, 1).astype(v.dtype), s
+
+
+def chunked(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"],
+    state: Float[Array, "B H K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | Segments | None = None,
+    chunk: int = 64,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """The same as `recurrent`, chunk by chunk in matrix products; `chunk` is C, a power of two."""
+    keys, values, clock = _chunks(k, v, log_decay, segment_ids, chunk)
+    queries = split(q, chunk)
+    writes = einsum("nbhck,nbhcv->nbhkv", keys * decay(clock.last, clock), values)
+    total = decay(clock.last, BEFORE)
+
+    def step(s, chunk):
+        total, writes = chunk
+        return jnp.swapaxes(total, -1, -2) * s + writes, s
+
+    s = _zeros(k, v) if state is None else state.astype(jnp.float32)
+    s, before = jax.lax.scan(step, s, (total, writes))
+    y = einsum("nbhck,nbhkv->nbhcv", queries * decay(clock, BEFORE), before)
+    y += einsum("nbhcd,nbhdv->nbhcv", scores(queries, keys, clock), values)
+    return join(y, v, segment_ids), s
+
+
+def transition(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"],
+    segment_ids: Int[Array, "B T"] | Segments | None = None,
+    chunk: int = 64,
+) -> Transition:
+    """What the span does to any state. `q` is not read: it is there so that all functions take the same inputs."""
+    keys, values, clock = _chunks(k, v, log_decay, segment_ids, chunk)
+    writes = einsum("nbhck,nbhcv->nbhkv", keys * decay(clock.last, clock), values)
+    totals = decay(clock.last, BEFORE)[..., 0, :]
+    nothing = Transition(jnp.ones_like(totals[0]), _zeros(k, v))
+    chunks = Transition(totals, writes)
+    return jax.lax.scan(lambda before, chunk: (compose(before, Transition(*chunk)), None), nothing, chunks)[0]
+
+
+def compose(first: Transition, then: Transition) -> Transition:
+    """`then` after `first`; associative. Zeros as `first` stand for the zero state."""
+    return Transition(then.decay * first.decay, apply(then, first.state))
+
+
+def apply(transition: Transition, state: Float[Array, "B H K V"]) -> Float[Array, "B H K V"]:
+    """The state after the span, from the state before it."""
+    return transition.decay[..., None] * state + transition.state
+
+
+def split(x: Float[Array, "B T H K"], chunk: int) -> Float[Array, "n B H C K"]:
+    """Chunks in float32, the last filled up with zeros."""
+    batch, length, heads, width = x.shape
+    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -length % chunk), (0, 0), (0, 0)))
+    return jnp.transpose(x.reshape(batch, -1, chunk, heads, width), (1, 0, 3, 2, 4))
+
+
+def join(y: Float[Array, "n B H C V"], v: Float[Array, "B T H V"], segment_ids) -> Float[Array, "B T H V"]:
+    """The inverse of `split` for outputs, in the dtype of v; 0 at padding."""
+    y = jnp.transpose(y, (1, 0, 3, 2, 4)).reshape(v.shape[0], -1, *v.shape[2:])[:, : v.shape[1]]
+    if segment_ids is not None:
+        y = jnp.where(Segments.of(segment_ids, *v.shape[:2]).valid[..., None, None], y, 0)
+    return y.astype(v.dtype)
+
+
+class Clock(NamedTuple):
+    """How far each token of a chunk has decayed what came before it, to be compared by `decay`.
+
+    A sum of log decays loses its low bits when it grows, and with them the small decays that come after one large. So
+    the integers nearest to the log decays, whose sums are exact, are summed apart from the rest, which stays small.
+
+    Attributes:
+      whole, rest: sum of log decays from the document's or chunk's start up to the token.
+      run: documents begun in the chunk up to the token; 0 continues the state.
+    """
+
+    whole: Float[Array, "n B H C K"]
+    rest: Float[Array, "n B H C K"]
+    run: Int[Array, "n B 1 C 1"]
+
+    def part(self, rows: slice) -> Clock:
+        """The clock of some tokens."""
+        return Clock(*(leaf[..., rows, :] for leaf in self))
+
+    @property
+    def last(self) -> Clock:
+        """The clock at the chunk's end."""
+        return self.part(slice(-1, None))
+
+
+BEFORE = Clock(0.0, 0.0, 0)  # the clock right before the chunk
+
+
+def start_clock(log_decay, segment_ids, chunk: int) -> Clock:
+    """The clock of `[B, T, H]` or `[B, T, H, K]` log decays."""
+    log_decay = jnp.maximum(log_decay.astype(jnp.float32), FLOOR)
+    log_decay = log_decay[..., None] if log_decay.ndim == 3 else log_decay
+    batch, length = log_decay.shape[:2]
+    earlier = jnp.tril(jnp.ones((chunk, chunk), bool))
+    if segment_ids is None:
+        run = jnp.zeros((batch, -(-length // chunk), chunk), jnp.int32)
+    else:
+        segments = Segments.of(segment_ids, batch, length)
+        log_decay = jnp.where((segments.valid & ~segments.starts)[..., None, None], log_decay, 0)
+        starts = jnp.pad(segments.starts, ((0, 0), (0, -length % chunk)))
+        run = jnp.cumsum(starts.reshape(batch, -1, chunk), axis=-1, dtype=jnp.int32)
+        earlier = earlier & (run[..., :, None] == run[..., None, :])
+    whole = jax.lax.stop_gradient(jnp.round(log_decay))
+    earlier = jnp.broadcast_to(earlier, (*run.shape, chunk)).astype(jnp.float32)
+    sums = [einsum("bnij,nbhjk->nbhik", earlier, split(part, chunk)) for part in (whole, log_decay - whole)]
+    return Clock(*sums, jnp.swapaxes(run, 0, 1)[:, :, None, :, None])
+
+
+def decay(now: Clock, since: Clock) -> Float[Array, "..."]:
+    """What is left at `now` of what was there at `since`; exactly 0 across a document start."""
+    log = (now.whole - since.whole) + (now.rest - since.rest)
+    return jnp.exp(jnp.where(now.run == since.run, log, -jnp.inf))
+
+
+def scores(x: Float[Array, "n B H C K"], k: Float[Array, "n B H C K"], clock: Clock) -> Float[Array, "n B H C C"]:
+    """sum_k x_ik k_jk exp(b_ik - b_jk) for j <= i in one document, 0 elsewhere.
+
+    With a decay per head the exponential leaves the sum. With a decay per channel the chunk is halved until one token
+    is left: at each halving, queries in the second half meet keys in the first, and the decay between them is that up
+    to the middle times that after it, neither above 1.
+    """
+    size = x.shape[-2]
+    if clock.whole.shape[-1] == 1:
+        row = Clock(*(jnp.swapaxes(leaf, -1, -2) for leaf in clock))
+        log = (clock.whole - row.whole) + (clock.rest - row.rest)
+        seen = jnp.tril(clock.run == row.run)
+        return einsum("...ck,...dk->...cd", x, k) * jnp.exp(jnp.where(seen, log, -jnp.inf))
+    if size == 1:
+        return jnp.sum(x * k, axis=-1, keepdims=True)
+    first, second = slice(None, size // 2), slice(size // 2, None)
+    halves = [jnp.concatenate([leaf[..., first, :], leaf[..., second, :]]) for leaf in (x, k, *clock)]
+    near = jnp.split(scores(*halves[:2], Clock(*halves[2:])), 2)
+    middle = clock.part(slice(size // 2 - 1, size // 2))
+    after = x[..., second, :] * decay(clock.part(second), middle)
+    up_to = k[..., first, :] * decay(middle, clock.part(first))
+    far = einsum("...ck,...dk->...cd", after, up_to)
+    return jnp.block([[near[0], jnp.zeros_like(far)], [far, near[1]]])
+
+
+def _chunks(k, v, log_decay, segment_ids, chunk):
+    if segment_ids is not None:
+        k = jnp.where(Segments.of(segment_ids, *k.shape[:2]).valid[..., None, None], k, 0)
+    return split(k, chunk), split(v, chunk), start_clock(log_decay, segment_ids, chunk)
+
+
+def _zeros(k, v):
+    return jnp.zeros((k.shape[0], k.shape[2], k.shape[3], v.shape[3]))

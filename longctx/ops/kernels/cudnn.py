@@ -1,0 +1,38 @@
+"""Softmax attention by cuDNN's fused kernel, through `jax.nn.dot_product_attention`.
+
+Written to the documented interface; the project's own machines have no GPU, and this file was never run on one.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def refusal(q, k, v, pattern, *, segment_ids, kv_segment_ids, sinks, soft_cap) -> str | None:
+    """Why cuDNN cannot compute this, as the end of a sentence; None if it can. Arguments as `attention`."""
+    if jax.default_backend() != "gpu":
+        return f"needs an NVIDIA GPU, and the platform is {jax.default_backend()}; use 'blockwise'."
+    if segment_ids is not None or kv_segment_ids is not None:
+        return "takes rows of one document only; pass no segment ids, or use 'blockwise'."
+    if sinks is not None or soft_cap is not None:
+        return "has neither sinks nor soft cap; use 'blockwise'."
+    if pattern.ahead or pattern.global_tokens:
+        return f"computes causal attention, windowed or not, and the pattern is {pattern}; use 'blockwise'."
+    if len({q.dtype, k.dtype, v.dtype}) > 1 or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 or float16, and q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast, or use 'blockwise'."
+    if q.shape[-1] != v.shape[-1] or q.shape[-1] % 8 or q.shape[-1] > 128:
+        return (
+            "takes heads of one width for keys and values, a multiple of 8 up to 128, and they have "
+            f"{q.shape[-1]} and {v.shape[-1]}; use 'blockwise'."
+        )
+    return None
+
+
+def attention(q, k, v, pattern, *, segment_ids, scale, soft_cap):
+    """Causal attention, within the pattern's window if it has one. Arguments as `attention`, after `refusal`."""
+    del segment_ids, soft_cap  # None: refused otherwise
+    window = None if pattern.reach is None else (pattern.reach, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=True, local_window_size=window, implementation="cudnn"
+    )

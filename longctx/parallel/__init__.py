@@ -1,0 +1,1 @@
+"""Sequences over a device mesh: the mesh, the sharding rules, and every op as one span per device."""

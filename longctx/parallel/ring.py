@@ -1,0 +1,101 @@
+r"""Softmax attention of unbounded reach over a sequence split along a mesh axis: the ring.
+
+Each device keeps its queries; keys and values, with their ids and positions, go round the ring of devices, and the
+partial results over each shard's keys merge (Liu et al., arXiv:2310.01889). While one shard's keys are worked on,
+the next ones are under way. Shards are contiguous, so that under a causal pattern the first device sees one shard's
+keys and the last sees all; what a shard may not see costs it no work.
+
+The backward pass goes round once more, and the gradients of keys and values travel with them, home after a full
+turn: a device never holds more than two shards of keys, where plain differentiation would keep all of them. With
+(out, L) the merged result, w_h = exp(L_h - L) the share of the keys of hop h, and (out_h, L_h) their partial result,
+recomputed,
+
+    d out_h = w_h d out;    d L_h = w_h (d out · (out_h - out) + d L)
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from longctx.ops.attention import Partial, attention_partial, merge
+from longctx.ops.patterns import Pattern
+from longctx.typing import Segments
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    pattern: Pattern,
+    segments: Segments,
+    axis_name: str,
+    **options,
+) -> Partial:
+    """Attention of this shard's queries to the keys of all shards, inside a `jax.shard_map`.
+
+    Args:
+      q, k, v: this device's shards, of contiguous shards along `axis_name`.
+      pattern: which keys a query may see within its document.
+      segments: of this shard's tokens; ids and positions are those of the whole rows.
+      axis_name: the mesh axis.
+      options: `scale`, `soft_cap` and `block` of `longctx.ops.attention.attention_partial`.
+
+    Returns:
+      The merged partial result, float32. First derivatives only.
+    """
+
+    def partial(q, k, v, queries, keys):
+        return attention_partial(q, k, v, pattern, queries, keys, **options)
+
+    @jax.custom_vjp
+    def ring(q, k, v, segments):
+        return forward(q, k, v, segments)[0]
+
+    def forward(q, k, v, segments):
+        def hop(result, keys):
+            return merge(result, partial(q, keys[0], keys[1], segments, keys[2]))
+
+        rows = (*q.shape[:3], v.shape[-1])
+        nothing = Partial(jnp.zeros(rows), jnp.full(rows[:3], -jnp.inf))
+        result = _around(hop, nothing, (k, v, segments), axis_name)
+        return result, (q, k, v, segments, result)
+
+    def backward(residuals, cotangent):
+        q, k, v, segments, whole = residuals
+        total = jnp.where(jnp.isneginf(whole.logsumexp), 0.0, whole.logsumexp)
+
+        def hop(gradients, keys):
+            k, v, held = keys
+            part, pull = jax.vjp(lambda q, k, v: partial(q, k, v, segments, held), q, k, v)
+            share = jnp.exp(part.logsumexp - total)
+            slope = jnp.sum(cotangent.output * (part.output - whole.output), axis=-1) + cotangent.logsumexp
+            update = pull(Partial(share[..., None] * cotangent.output, share * slope))
+            dq, dk, dv = jax.tree.map(lambda total, x: total + x.astype(jnp.float32), gradients, update)
+            return dq, *_onward((dk, dv), axis_name)
+
+        zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+        gradients = _around(hop, zeros, (k, v, segments), axis_name)
+        return *(x.astype(like.dtype) for x, like in zip(gradients, (q, k, v), strict=True)), None
+
+    ring.defvjp(forward, backward)
+    return ring(q, k, v, segments)
+
+
+def _around(hop, carry, keys, axis_name):
+    """`carry = hop(carry, keys)` for the keys of every shard: this device's, its predecessor's, and so on."""
+
+    def body(_, both):
+        carry, keys = both
+        return hop(carry, keys), _onward(keys, axis_name)
+
+    # The last step sends the keys home for nothing, which costs less than a second copy of the hop to compile.
+    return jax.lax.fori_loop(0, jax.lax.axis_size(axis_name), body, (carry, keys))[0]
+
+
+def _onward(tree, axis_name):
+    """What the previous device of the ring holds."""
+    devices = jax.lax.axis_size(axis_name)
+    pairs = [(i, (i + 1) % devices) for i in range(devices)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, axis_name, pairs), tree)

@@ -1,0 +1,186 @@
+"""What layers call: the ops on a span that the ambient mesh may split along its time.
+
+Under a mesh (`jax.set_mesh`) whose `context` axis has several devices, each op runs as a `jax.shard_map` island over
+that axis, on contiguous shards of the span; the axes `data` and `model` stay with the compiler. Otherwise, and for a
+span of fewer tokens than devices (a decoding step), it is the plain op, the same on every device along `context`.
+
+What a device must know of those before it, and the bytes it sends for that:
+
+| op                           | moves                                         | bytes a device sends            |
+|------------------------------|-----------------------------------------------|---------------------------------|
+| recurrence, convolution      | transitions, by an exclusive prefix scan      | ⌈log₂ devices⌉ transitions      |
+| attention of bounded reach   | the last keys and values, by a halo exchange  | those of `reach` tokens         |
+| ... with n global tokens     | also the first of the document, by a scan     | those of ⌈log₂ devices⌉ n       |
+| attention of unbounded reach | all keys and values, round a ring             | those of T tokens               |
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from longctx.ops import attention as attention_ops
+from longctx.ops import causal_conv
+from longctx.ops.patterns import Pattern
+from longctx.parallel import halo, mesh, prefix, ring
+from longctx.typing import Segments
+
+_WHOLE, _SHARD = PartitionSpec(), PartitionSpec(None, "context")
+
+
+def recurrence(op: types.ModuleType, *inputs, state=None, segments: Segments | None, **static):
+    """A family of recurrences on a span.
+
+    Args:
+      op: the family's module, such as `longctx.ops.gated_delta`.
+      inputs: its inputs, each `[B, T, ...]`.
+      state: before the span; None is the empty state.
+      segments: the documents of the span, or what `Segments.of` makes them from.
+      static: options of `op.chunked`, such as `chunk`.
+
+    Returns:
+      `(y, state)`: the outputs `[B, T, ...]` and the state after the span.
+
+    Raises:
+      ValueError: T is not a multiple of the devices along `context`.
+    """
+    batch, length = inputs[0].shape[:2]
+    segments = Segments.of(segments, batch, length)
+    if length == 1:
+        return op.recurrent(*inputs, state=state, segment_ids=segments)
+    return _scan(op, inputs, (), state, segments, static)
+
+
+def convolution(
+    x: Float[Array, "B T D"],
+    kernel: Float[Array, "W D"],
+    state: Float[Array, "B W-1 D"] | None,
+    segments: Segments | None,
+):
+    """The causal convolution on a span.
+
+    Args:
+      x: inputs.
+      kernel: taps; the last multiplies the token itself.
+      state: the last W-1 inputs before the span; None is none.
+      segments: the documents of the span.
+
+    Returns:
+      `(y[B, T, D], state)`.
+
+    Raises:
+      ValueError: T is not a multiple of the devices along `context`.
+    """
+    return _scan(causal_conv, (x,), (kernel,), state, Segments.of(segments, *x.shape[:2]), {})
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    pattern: Pattern,
+    segments: Segments | None,
+    **options,
+) -> Float[Array, "B T H V"]:
+    """Softmax attention of the span's tokens to each other.
+
+    Args:
+      q, k, v: queries, keys, values.
+      pattern: which keys a query may see within its document.
+      segments: the documents of the span.
+      options: of `longctx.ops.attention.attention`.
+
+    Raises:
+      ValueError: T is not a multiple of the devices along `context`, or the pattern looks ahead while several
+        devices share the span.
+    """
+    if not _splits(q.shape[1]):
+        return attention_ops.attention(q, k, v, pattern, segment_ids=segments, **options)
+    if pattern.ahead:
+        raise ValueError(
+            f"{pattern} looks {pattern.ahead} tokens ahead, and shards of a sequence only look back; "
+            "combine it with Causal(), or set mesh.context to 1."
+        )
+    shard = _near if pattern.reach is not None else _far
+    sinks = options.pop("sinks", None)
+
+    def run(q, k, v, segments, sinks):
+        return shard(q, k, v, pattern, segments, sinks=sinks, **options)
+
+    island = _island(run, (_SHARD, _SHARD, _SHARD, _SHARD, _WHOLE), _SHARD)
+    return island(q, k, v, Segments.of(segments, *q.shape[:2]), sinks)
+
+
+def _near(q, k, v, pattern: Pattern, segments: Segments, **options):
+    """One shard's attention of bounded reach: to its own keys, the last ones before it, and the global ones."""
+    length = q.shape[1]
+    own = (k, v, segments.ids, segments.positions)
+    reach = min(pattern.reach, (jax.lax.axis_size("context") - 1) * length)
+    before = halo.last(own, reach, "context")
+    parts = [before, own]
+    if pattern.global_tokens:
+        parts.insert(0, halo.first(own, segments, pattern.global_tokens, "context"))
+        # Those among the last tokens before the shard would count twice.
+        far = before[3] >= pattern.global_tokens
+        parts[1] = (*before[:2], jnp.where(far, before[2], 0), before[3])
+    keys, values, ids, positions = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+    held = Segments(ids, positions, jnp.zeros_like(ids, bool))
+    return attention_ops.attention(q, keys, values, pattern, segments, held, **options)
+
+
+def _far(q, k, v, pattern: Pattern, segments: Segments, *, sinks=None, implementation: str | None = None, **options):
+    """One shard's attention of unbounded reach."""
+    if implementation not in (None, "blockwise"):
+        raise NotImplementedError(
+            f"implementation '{implementation}' gives no partial results, which attention to all tokens needs when "
+            "several devices share the sequence; leave it None, or choose 'blockwise'."
+        )
+    result = ring.attention(q, k, v, pattern, segments, "context", **options)
+    result = result if sinks is None else attention_ops.add_sinks(result, sinks)
+    return result.output.astype(v.dtype)
+
+
+def _splits(length: int) -> bool:
+    """Whether the ambient mesh splits a span of `length` tokens."""
+    devices = mesh.context_size()
+    if devices == 1 or length < devices:
+        return False
+    if length % devices:
+        raise ValueError(
+            f"a span of {length} tokens cannot be split evenly over context={devices} devices; pad it to a multiple "
+            f"of {devices}, such as {-(-length // devices) * devices}, or change the mesh."
+        )
+    return True
+
+
+def _island(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`f` on the shards of each device along `context`."""
+    # Without the check of varying axes: ops know no mesh, and start their scans from plain zeros.
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names={"context"}, check_vma=False)
+
+
+def _scan(op, inputs, parameters, state, segments: Segments, static):
+    """`op.chunked` on the span, or on each shard from the state that the shards before it leave."""
+    if not _splits(inputs[0].shape[1]):
+        return op.chunked(*inputs, *parameters, state=state, segment_ids=segments, **static)
+    if state is None:
+        empty = jax.eval_shape(lambda *args: op.recurrent(*args, segment_ids=segments)[1], *inputs, *parameters)
+        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
+
+    def shard(inputs, parameters, state, segments):
+        arguments = (*inputs, *parameters)
+        transition = op.transition(*arguments, segment_ids=segments, **static)
+        before = op.apply(prefix.exclusive(op.compose, transition, "context"), state)
+        device, last = jax.lax.axis_index("context"), jax.lax.axis_size("context") - 1
+        entering = jax.tree.map(lambda given, come: jnp.where(device == 0, given, come), state, before)
+        y, after = op.chunked(*arguments, state=entering, segment_ids=segments, **static)
+        return y, jax.lax.psum(jax.tree.map(lambda x: jnp.where(device == last, x, 0), after), "context")
+
+    run = _island(shard, (_SHARD, _WHOLE, _WHOLE, _SHARD), (_SHARD, _WHOLE))
+    return run(inputs, parameters, state, segments)

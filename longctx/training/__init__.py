@@ -1,0 +1,1 @@
+"""Training: the loss, the optimiser, the loop, its checkpoints and its working directory."""

@@ -1,0 +1,201 @@
+"""Checkpoints: WORKDIR/checkpoints/<step>, written while training goes on, checked when they are read.
+
+Orbax writes a checkpoint aside and renames it when it is whole, so a run that is killed while saving leaves the
+checkpoint before as the newest. What a disk, a copy or a hand may do to it later is found by `SHA256SUMS`, the
+digests of its files (`sha256sum --check SHA256SUMS` reads it too): Orbax alone would load some damage as numbers.
+
+A checkpoint has three parts: `params`; `optimizer`, the rest of the training state; and `data`, where the input
+stands. Evaluation reads the first alone.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grain
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from longctx.errors import UsageError
+from longctx.training.step import TrainState
+
+SUMS = "SHA256SUMS"
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class Checkpoints:
+    """The checkpoints of a run that trains.
+
+    Args:
+      workdir: of the run.
+      keep: how many of the newest are kept.
+    """
+
+    def __init__(self, workdir: Path, keep: int):
+        self.directory = _directory(workdir)
+        self._keep = keep
+        self._background = concurrent.futures.ThreadPoolExecutor(1)
+        self._saving: concurrent.futures.Future | None = None
+
+    def save(self, step: int, state: TrainState, data: grain.DatasetIterator) -> None:
+        """Saves in the background, once the state is copied off the devices; one save at a time."""
+        self.wait()
+        self._prepare()
+        path = self.directory / str(step)
+        parts = {"params": state.params, "optimizer": _rest(state), "data": data}
+        response = ocp.save_checkpointables_async(path, parts, overwrite=True)
+        self._saving = self._background.submit(self._finish, path, response)
+
+    def wait(self) -> None:
+        """Returns when what `save` began is on disk; raises what hindered it."""
+        if self._saving is not None:
+            self._saving.result()
+            self._saving = None
+
+    def steps(self) -> list[int]:
+        """Of the checkpoints on disk, oldest first."""
+        return _steps(self.directory)
+
+    def restore(
+        self, abstract: TrainState, data_at: Callable[[int], grain.DatasetIterator | None]
+    ) -> tuple[int, TrainState, grain.DatasetIterator | None] | None:
+        """The newest usable checkpoint, or None where there is no checkpoint.
+
+        Damaged ones newer than it are named in a warning and moved to `checkpoints/damaged-<step>`.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the state.
+          data_at: from a step to a new iterator for the step after it, whose place is then restored; or to None
+            where the step after it begins on a new iterator anyway.
+
+        Returns:
+          Steps done, the state, and the iterator.
+
+        Raises:
+          UsageError: there are checkpoints and all are damaged, or one is of another model.
+        """
+
+        def load(step: int, path: Path):
+            data = data_at(step)
+            parts = {"params": abstract.params, "optimizer": _rest(abstract)}
+            found = ocp.load_checkpointables(path, parts if data is None else parts | {"data": data})
+            return TrainState(params=found["params"], **found["optimizer"]), data
+
+        found = _newest(self.directory, load)
+        if found is None:
+            return None
+        step, (state, data), damaged = found
+        if jax.process_index() == 0:
+            for path in damaged:
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+        return step, state, data
+
+    def _prepare(self) -> None:
+        """Makes the directory, free of what a killed run left half-written."""
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path)
+
+    def _finish(self, path: Path, response: ocp.AsyncResponse) -> None:
+        """In the background: waits for the checkpoint, digests it, and removes the oldest."""
+        response.result()
+        if jax.process_index() == 0:
+            lines = (f"{_digest(file)}  {file.relative_to(path).as_posix()}\n" for file in _files(path))
+            temporary = path / f"{SUMS}.part"
+            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.rename(path / SUMS)
+            for step in self.steps()[: -self._keep]:
+                shutil.rmtree(self.directory / str(step))
+
+
+def load_params(workdir: Path, abstract: Any) -> tuple[Any, int]:
+    """The parameters of the newest usable checkpoint, and its step; damaged ones are named in a warning.
+
+    Args:
+      workdir: of the run.
+      abstract: shapes, dtypes and shardings of the parameters.
+
+    Raises:
+      UsageError: there is no usable checkpoint, or it is of another model.
+    """
+    directory = _directory(workdir)
+    found = _newest(directory, lambda _, path: ocp.load_checkpointables(path, {"params": abstract})["params"])
+    if found is None:
+        raise UsageError(f"{directory} holds no checkpoint; train first, or name another --workdir.")
+    step, params, _ = found
+    return params, step
+
+
+def _directory(workdir: Path) -> Path:
+    return Path(workdir).absolute() / "checkpoints"
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    """The training state without the parameters."""
+    return {"step": state.step, "optimizer": state.optimizer}
+
+
+def _steps(directory: Path) -> list[int]:
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+
+
+def _newest(directory: Path, load: Callable[[int, Path], _T]) -> tuple[int, _T, list[Path]] | None:
+    """The newest checkpoint that `load` can load: its step, what was loaded, and the damaged ones newer than it."""
+    damaged = {}
+    for step in reversed(_steps(directory)):
+        path = directory / str(step)
+        problem = _damage(path)
+        if problem is None:
+            try:
+                loaded = load(step, path)
+            except Exception as error:  # Orbax raises many kinds
+                problem = f"it cannot be loaded ({str(error).splitlines()[0][:200]})"
+                if (path / SUMS).exists():
+                    raise UsageError(
+                        f"the checkpoint {path} is whole but {problem}; it was made by another model or another "
+                        "version. Use the WORKDIR's own config.json and tokenizer.json, or start in a new --workdir."
+                    ) from error
+            else:
+                for bad, what in damaged.items():
+                    _log.warning("the checkpoint %s is damaged: %s. Step %d is used instead.", bad, what, step)
+                return step, loaded, list(damaged)
+        damaged[path] = problem
+    if damaged:
+        what = "; ".join(f"{path}: {problem}" for path, problem in damaged.items())
+        raise UsageError(f"no checkpoint is usable ({what}). Restore one from a copy, or start in a new --workdir.")
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint. One without sums, killed before they were written, passes."""
+    sums = path / SUMS
+    if not sums.exists():
+        return None
+    for line in sums.read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if _digest(file) != digest:
+            return f"{name} is not as it was written"
+    return None
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,223 @@
+"""The training loop: stages in turn, the next step dispatched before the last one's metrics are read."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from longctx import config, data
+from longctx.errors import UsageError
+from longctx.parallel import mesh as meshes
+from longctx.training import workdir as workdirs
+from longctx.training.checkpoints import Checkpoints
+from longctx.training.metrics import Metrics, Row, summarise
+from longctx.training.step import Program
+
+
+def make_mesh(experiment: config.Experiment) -> jax.sharding.Mesh:
+    """The experiment's mesh over all devices.
+
+    Raises:
+      UsageError: it does not fit the devices, or the batches or rows of a stage do not fit it.
+    """
+    mesh = meshes.make(experiment.mesh)
+    data_size, context_size = mesh.shape["data"], mesh.shape["context"]
+    for index, stage in enumerate(experiment.training.stages):
+        micro = stage.batch // experiment.training.accumulate
+        if micro % data_size:
+            raise UsageError(
+                f"training.stages[{index}] has {micro} rows in a micro-batch, which the {data_size} devices along "
+                "mesh.data cannot share equally; change training.stages, training.accumulate or mesh.data."
+            )
+        if stage.length % context_size:
+            raise UsageError(
+                f"training.stages[{index}] has rows of {stage.length} tokens, which the {context_size} devices along "
+                "mesh.context cannot share equally; change training.stages or mesh.context."
+            )
+    return mesh
+
+
+def train(experiment: config.Experiment, workdir: Path, corpus: data.Corpus) -> Row:
+    """Trains, from the newest checkpoint in `workdir` on if there is one; a finished run is left as it is.
+
+    A signal to end (SIGTERM, or one Ctrl-C) lets the step in progress finish, saves, and returns.
+
+    Args:
+      experiment: what to train, and how.
+      workdir: where everything is written; see `longctx.training.workdir`.
+      corpus: from `longctx.data.prepare`.
+
+    Returns:
+      `metrics.summarise`'s numbers, and `parameters`, `devices` and `finished`.
+
+    Raises:
+      UsageError: the experiment cannot run here; nothing has been written then.
+      FloatingPointError: the loss or the gradient is not finite; no checkpoint was saved after it.
+    """
+    workdir, training = Path(workdir), experiment.training
+    mesh = make_mesh(experiment)
+    with jax.set_mesh(mesh):
+        program = Program.make(experiment, corpus.tokenizer.vocab_size, mesh)
+        iterators = [_batches(experiment, corpus, program, index) for index in range(len(training.stages))]
+        changes = workdirs.start(workdir, experiment, corpus)
+        checkpoints = Checkpoints(workdir, experiment.checkpoints.keep)
+
+        def data_at(step: int):
+            stage, offset = _locate(training, step)
+            return iterators[stage] if offset else None
+
+        restored = checkpoints.restore(program.abstract, data_at)
+        step, state = (0, program.init()) if restored is None else restored[:2]
+        with Metrics(workdir, training, step, jax.process_index() == 0) as metrics, _stop_signals() as stop:
+            if step:
+                metrics.say("; ".join([f"going on from step {step}", *changes]))
+            run = _Run(experiment, workdir, program, checkpoints, metrics)
+            step = run.steps(step, state, iterators, stop)
+        summary = summarise(workdir, training)
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract.params))
+    return summary | {"finished": step == training.steps, "parameters": parameters, "devices": mesh.size}
+
+
+class _Pending(NamedTuple):
+    """A step that was dispatched, and whose metrics were not read yet."""
+
+    step: int
+    stage: int
+    batch: str  # which rows it was made of
+    metrics: dict[str, jax.Array]
+
+
+class _Run:
+    """What the steps of one call of `train` share."""
+
+    def __init__(self, experiment, workdir, program, checkpoints, metrics):
+        self._training, self._every = experiment.training, experiment.checkpoints.every
+        self._workdir, self._program = workdir, program
+        self._checkpoints, self._metrics = checkpoints, metrics
+        self._clock = 0.0
+
+    def steps(self, step, state, iterators, stop) -> int:
+        """Trains from `step` to the end, or until `stop` is set; returns the steps done."""
+        end, pending, compiled = self._training.steps, None, {}
+        try:
+            while step < end:
+                index, _ = _locate(self._training, step)
+                stage, iterator = self._training.stages[index], iterators[index]
+                if index not in compiled:
+                    pending = self._read(pending)
+                    compiled = {index: self._compile(stage)}
+                rows = next(iterator)
+                batch = data.describe(iterator, stage, index)
+                state, metrics = compiled[index](state, _spread(rows, stage, self._program))
+                step += 1
+                self._read(pending)
+                pending = _Pending(step, index, batch, metrics)
+                stopping = bool(stop)
+                if step % self._every == 0 or step == end or stopping:
+                    pending = self._read(pending)  # a state is saved only once it is known to be finite
+                    self._checkpoints.save(step, state, iterator)
+                    self._clock = time.perf_counter()
+                if stopping:
+                    self._metrics.say(f"asked to stop: step {step} is saved, the same command goes on from there")
+                    break
+        finally:
+            self._checkpoints.wait()
+        return step
+
+    def _compile(self, stage: config.Stage) -> jax.stages.Compiled:
+        self._metrics.say(f"compiling the step for {stage.batch} rows of {stage.length} tokens ...")
+        before = time.perf_counter()
+        compiled = self._program.compile(stage)
+        self._clock = time.perf_counter()
+        self._metrics.say(f"compiled in {self._clock - before:.1f} s")
+        return compiled
+
+    def _read(self, pending: _Pending | None) -> None:
+        """Waits for a step and records it."""
+        if pending is None:
+            return
+        found = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+        now = time.perf_counter()
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(found[name]):
+                raise FloatingPointError(self._not_finite(name, found[name], pending))
+        stage = self._training.stages[pending.stage]
+        accuracy = found["hits"] / found["answers"] if found["answers"] else None
+        row = {"step": pending.step, "stage": pending.stage, **found, "retrieval_accuracy": accuracy}
+        row |= {"tokens": stage.batch * stage.length, "seconds": now - self._clock}
+        self._metrics.record(row)
+        self._clock = now
+
+    def _not_finite(self, name: str, value: float, pending: _Pending) -> str:
+        self._checkpoints.wait()
+        steps = self._checkpoints.steps()
+        good = (
+            f"the last good checkpoint is {self._checkpoints.directory / str(steps[-1])}" if steps else "none was saved"
+        )
+        return (
+            f"the {name.replace('_', ' ')} is {value} at step {pending.step}, on {pending.batch}; training stops here, "
+            f"{good}. Lower training.learning_rate or training.clip_norm, or look at these rows."
+        )
+
+
+def _locate(training: config.Training, step: int) -> tuple[int, int]:
+    """The stage that comes after `step` steps, and how many of its own steps are done; past the end, (last, 0)."""
+    for index, stage in enumerate(training.stages):
+        if step < stage.steps:
+            return index, step
+        step -= stage.steps
+    return len(training.stages) - 1, 0
+
+
+def _batches(experiment: config.Experiment, corpus: data.Corpus, program: Program, index: int):
+    """The iterator of a stage, of this process's share of the rows."""
+    stage = experiment.training.stages[index]
+    sharding = program.batch_sharding((stage.batch, stage.length))
+    places = sharding.addressable_devices_indices_map((stage.batch, stage.length)).values()
+    spans = {place[0].indices(stage.batch)[:2] for place in places}
+    first, rows = min(spans)[0], max(spans)[1] - min(spans)[0]
+    return data.batches(corpus, experiment.data, stage, experiment.seed, index, first // rows, stage.batch // rows)
+
+
+def _spread(rows: dict[str, np.ndarray], stage: config.Stage, program: Program) -> dict[str, jax.Array]:
+    """This process's rows as its part of global arrays."""
+    shape = (stage.batch, stage.length)
+    sharding = program.batch_sharding(shape)
+    return {name: jax.make_array_from_process_local_data(sharding, value, shape) for name, value in rows.items()}
+
+
+class _Stop:
+    """True once a signal has asked to end."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __bool__(self):
+        return self.asked
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Catches the first SIGTERM or SIGINT; a second one ends the process as usual."""
+    stop = _Stop()
+    before = {}
+
+    def ask(number, _frame):
+        stop.asked = True
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,138 @@
+"""What training measures: one line a step in WORKDIR/metrics.jsonl, TensorBoard scalars, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tensorboard.summary import Writer
+from tqdm import tqdm
+
+from longctx import config
+
+FILE = "metrics.jsonl"
+
+Row = dict[str, Any]
+
+
+class Metrics:
+    """Where the rows of a run go, one per step; a context manager.
+
+    A row has `step` (from 1), `stage`, `loss`, `retrieval_accuracy`, which is `hits` of `answers` (None without any),
+    `gradient_norm`, `learning_rate`, and `tokens` and `seconds` of the step alone. Reading gives the same bits.
+
+    Args:
+      workdir: of the run; lines past `step`, from before an interruption, are removed from its file.
+      training: for the number of steps, and how often scalars are logged.
+      step: steps already done.
+      chief: whether this process writes; the others only take part.
+    """
+
+    def __init__(self, workdir: Path, training: config.Training, step: int, chief: bool):
+        self._training = training
+        self._window: list[Row] = []
+        self._chief = chief
+        if chief:
+            kept = [row for row in read(workdir) if row["step"] <= step]
+            _write(workdir / FILE, kept)
+            self._file = (workdir / FILE).open("a", encoding="utf-8")
+            self._writer = Writer(str(workdir / "logs"))
+        self._bar = tqdm(
+            total=training.steps,
+            initial=step,
+            unit="step",
+            desc="training",
+            dynamic_ncols=True,
+            disable=not chief,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+
+    def record(self, row: Row) -> None:
+        """Writes the row of the next step."""
+        if not self._chief:
+            return
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        self._window.append(row)
+        means = mean(self._window)
+        if row["step"] % self._training.log_every == 0 or row["step"] == self._training.steps:
+            for name, value in means.items():
+                if value is not None:
+                    self._writer.add_scalar(f"train/{name}", value, row["step"])
+            self._writer.flush()
+            self._window = []
+        found = means["retrieval_accuracy"]
+        retrieval = "none asked" if found is None else f"{found:.0%}"
+        speed = f"{means['tokens_per_second']:,.0f} tokens/s"
+        self._bar.set_postfix_str(f"loss {means['loss']:.3f}, retrieval {retrieval}, {speed}", refresh=False)
+        self._bar.update()
+
+    def say(self, message: str) -> None:
+        """A line above the bar."""
+        if self._chief:
+            self._bar.write(message, file=sys.stderr)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+        if self._chief:
+            self._file.close()
+            self._writer.close()
+
+
+def read(workdir: Path) -> list[Row]:
+    """The rows of WORKDIR/metrics.jsonl; a last line that was cut short by a kill is left out."""
+    file = Path(workdir) / FILE
+    if not file.exists():
+        return []
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def mean(rows: Iterable[Row]) -> Row:
+    """Means over steps: the loss per step, retrieval accuracy over all answers (None where there were none)."""
+    rows = list(rows)
+    answers = sum(row["answers"] for row in rows)
+    return {
+        "loss": sum(row["loss"] for row in rows) / len(rows),
+        "retrieval_accuracy": sum(row["hits"] for row in rows) / answers if answers else None,
+        "gradient_norm": sum(row["gradient_norm"] for row in rows) / len(rows),
+        "learning_rate": rows[-1]["learning_rate"],
+        "tokens_per_second": sum(row["tokens"] for row in rows) / max(sum(row["seconds"] for row in rows), 1e-9),
+    }
+
+
+def summarise(workdir: Path, training: config.Training) -> Row:
+    """What is worth telling of a run: totals, the mean of the last `log_every` steps, whether it is finished."""
+    rows = read(workdir)
+    if not rows:
+        return {"finished": False, "steps": 0, "tokens": 0, "seconds": 0.0}
+    last = mean(rows[-training.log_every :])
+    seconds, tokens = sum(row["seconds"] for row in rows), sum(row["tokens"] for row in rows)
+    return {
+        "finished": rows[-1]["step"] == training.steps,
+        "steps": rows[-1]["step"],
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / max(seconds, 1e-9),
+        "loss": last["loss"],
+        "retrieval_accuracy": last["retrieval_accuracy"],
+    }
+
+
+def _write(file: Path, rows: list[Row]) -> None:
+    """Replaces the file in one move."""
+    temporary = file.with_suffix(".part")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, file)

@@ -1,0 +1,199 @@
+"""The loss, and one step of training, as pure functions of arrays over a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, UInt32
+
+from longctx import config
+from longctx.models import LanguageModel
+from longctx.ops.cross_entropy import HELD, cross_entropy
+from longctx.parallel import rules
+from longctx.training import optimizer
+from longctx.typing import Segments
+
+Batch = Mapping[str, Array]  # of `[B, T]` arrays; see longctx.data
+
+
+class TrainState(NamedTuple):
+    """What a step changes.
+
+    Attributes:
+      step: updates made so far.
+      params: the model's parameters, as `nnx.as_pure` gives them; float32.
+      optimizer: the state of the optax chain.
+    """
+
+    step: UInt32[Array, ""]
+    params: Any
+    optimizer: Any
+
+
+class Sums(NamedTuple):
+    """Sums over the tokens of a batch, from which its metrics follow."""
+
+    loss: Array  # float32: of weights * losses
+    weight: Array  # float32: of weights
+    hits: Array  # int32: retrieval answers that have the largest logit
+    answers: Array  # int32: retrieval answers
+
+
+def loss_sums(model: LanguageModel, batch: Batch, answer_weight: float) -> Sums:
+    """The sums of one (micro-)batch.
+
+    A token weighs what the batch's `weights` say, and a retrieval answer `answer_weight` times that.
+    """
+    segments = Segments.from_ids(batch["segment_ids"], batch["positions"])
+    hidden, _ = model(batch["tokens"], segments)
+    weights = token_weights(batch, answer_weight)
+    unembedding = model.unembedding
+    chunk = _chunk(*batch["tokens"].shape, unembedding.shape[0])
+    found = cross_entropy(hidden, unembedding, batch["targets"], weights, chunk=chunk)
+    answers = batch["answers"]
+    return Sums(found.total, weights.sum(), jnp.sum(found.correct & answers), jnp.sum(answers))
+
+
+def token_weights(batch: Batch, answer_weight: float) -> Array:
+    """`[B, T]` float32: what each token's loss weighs."""
+    return batch["weights"] * jnp.where(batch["answers"], answer_weight, 1.0)
+
+
+def new_model(experiment: config.Experiment, vocab_size: int) -> LanguageModel:
+    """The experiment's model with its initial parameters, which its seed gives."""
+    return LanguageModel(experiment.model, vocab_size, nnx.Rngs(params=experiment.seed))
+
+
+def abstract_model(experiment: config.Experiment, vocab_size: int) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's structure, and its parameters as shapes; `nnx.merge` makes the model of both."""
+    return nnx.split(nnx.eval_shape(lambda: new_model(experiment, vocab_size)), nnx.Param)
+
+
+def placed(params: nnx.State, mesh: jax.sharding.Mesh) -> Any:
+    """Pure shapes of parameters, each with its sharding over `mesh`."""
+    return jax.tree.map(_shape, nnx.as_pure(params), nnx.as_pure(rules.shardings(mesh, params)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A model, its optimiser and a mesh, as functions to call: `init` once, then `step` over and over.
+
+    Attributes:
+      experiment: what it is made from.
+      vocab_size: entries of the tokenizer.
+      mesh: what the arrays are split over; its ambient scope (`jax.set_mesh`) is the caller's to enter.
+      graphdef: of the model; `nnx.merge(graphdef, params)` is the model.
+      abstract: the state's shapes, dtypes and shardings.
+    """
+
+    experiment: config.Experiment
+    vocab_size: int
+    mesh: jax.sharding.Mesh
+    graphdef: nnx.GraphDef
+    abstract: TrainState
+    _optimizer: optax.GradientTransformation
+
+    @classmethod
+    def make(cls, experiment: config.Experiment, vocab_size: int, mesh: jax.sharding.Mesh) -> Program:
+        """The program of an experiment over `mesh`; no array is made."""
+        graphdef, variables = abstract_model(experiment, vocab_size)
+        transform = optimizer.make(experiment.training, variables)
+        params = placed(variables, mesh)
+        moments = jax.eval_shape(transform.init, params)
+        # A moment is split as its parameter is; counters are whole on every device.
+        whole = NamedSharding(mesh, PartitionSpec())
+        moments = optax.tree_map_params(
+            transform,
+            lambda moment, param: _shape(moment, param.sharding),
+            moments,
+            params,
+            transform_non_params=lambda leaf: _shape(leaf, whole),
+        )
+        step = jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole)
+        return cls(experiment, vocab_size, mesh, graphdef, TrainState(step, params, moments), transform)
+
+    @property
+    def _shardings(self) -> TrainState:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+
+    def init(self) -> TrainState:
+        """The state before the first step, made in place: no device ever holds more than its share."""
+
+        def init():
+            params = nnx.as_pure(nnx.split(new_model(self.experiment, self.vocab_size), nnx.Param)[1])
+            return TrainState(jnp.zeros((), jnp.uint32), params, self._optimizer.init(params))
+
+        return jax.jit(init, out_shardings=self._shardings)()
+
+    def batch_sharding(self, shape: tuple[int, int]) -> NamedSharding:
+        """How a batch's arrays `[B, T]` are split."""
+        return NamedSharding(self.mesh, rules.spec(("batch", "time"), shape, self.mesh.shape))
+
+    def compile(self, stage: config.Stage) -> jax.stages.Compiled:
+        """The step at one size of batch: `(state, batch) -> (state, metrics)`.
+
+        It consumes the state that it is given. The metrics are float32 scalars: `loss`, the mean over all weight in
+        the batch; `gradient_norm`, before clipping; `learning_rate`; and `hits` of `answers`, counts.
+        """
+        shape = (stage.batch, stage.length)
+        sharding = self.batch_sharding(shape)
+        dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
+        dtypes |= {"answers": np.bool_, "segment_ids": np.int32, "positions": np.int32}
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+        step = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, None))
+        return step.lower(self.abstract, batch).compile()
+
+    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        weight = token_weights(batch, self.experiment.training.answer_weight).sum()
+        grads, sums = self._gradient(state.params, batch, weight)
+        updates, moments = self._optimizer.update(grads, state.optimizer, state.params)
+        metrics = {
+            "loss": sums.loss / weight,
+            "gradient_norm": optax.global_norm(grads),
+            "learning_rate": optimizer.learning_rate(self.experiment.training, state.step),
+            "hits": sums.hits,
+            "answers": sums.answers,
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, moments), jax.tree.map(jnp.float32, metrics)
+
+    def _gradient(self, params: Any, batch: Batch, weight: Array) -> tuple[Any, Sums]:
+        """Of the mean loss of the whole batch, summed over its micro-batches one after another."""
+        count = self.experiment.training.accumulate
+
+        def micro_batches(x):
+            # Every count-th row, not a run of rows: each device keeps the rows it holds.
+            x = jnp.moveaxis(x.reshape(x.shape[0] // count, count, x.shape[1]), 1, 0)
+            return rules.constrain(x, (None, "batch", "time"))
+
+        def add(before, batch):
+            def mean(params):
+                sums = loss_sums(nnx.merge(self.graphdef, params), batch, self.experiment.training.answer_weight)
+                return sums.loss / weight, sums
+
+            after = jax.grad(mean, has_aux=True)(params)
+            return jax.tree.map(jnp.add, before, after), None
+
+        zero = Sums(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.int32(0))
+        start = jax.tree.map(jnp.zeros_like, params), zero
+        return jax.lax.scan(add, start, jax.tree.map(micro_batches, dict(batch)))[0]
+
+
+def _shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _chunk(batch: int, length: int, vocab_size: int) -> int:
+    """Tokens of a row whose logits are held at once: `HELD` logits on each device of the ambient mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    context = mesh.shape.get("context", 1)
+    chunk = HELD * max(1, mesh.size) // (batch * vocab_size)
+    return min(length, max(1, chunk // context) * context)

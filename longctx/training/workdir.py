@@ -1,0 +1,226 @@
+"""The working directory of a run, and what a trained one gives back.
+
+config.json      the experiment, written when training first starts
+tokenizer.json   the tokenizer
+data.json        what the tokenizer and the corpus were, to notice when they change
+checkpoints/     see longctx.training.checkpoints
+metrics.jsonl    see longctx.training.metrics
+logs/            TensorBoard's
+report/          see longctx.evals
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from longctx import config
+from longctx.data import Corpus, Tokenizer
+from longctx.errors import UsageError
+from longctx.layers import MIXERS, MLPS
+from longctx.models import LanguageModel
+from longctx.parallel import mesh as meshes
+from longctx.training import checkpoints
+from longctx.training.step import abstract_model, placed
+
+# What may change between the starts of one run: where it runs, how often it saves, what the report measures.
+FREE = ("mesh", "checkpoints", "evaluation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that was trained, or is being trained.
+
+    Attributes:
+      path: its WORKDIR.
+      experiment: what it is made from.
+      tokenizer: of its data.
+    """
+
+    path: Path
+    experiment: config.Experiment
+    tokenizer: Tokenizer
+
+
+def to_dict(experiment: config.Experiment) -> dict[str, Any]:
+    """The experiment as nested dicts, lists and scalars: JSON, and what `config.parse` reads."""
+
+    def plain(value):
+        if isinstance(value, config.Block):
+            return {
+                part: {"kind": getattr(value, part)} | plain(getattr(value, f"{part}_options"))
+                for part in ("mixer", "mlp")
+            }
+        if dataclasses.is_dataclass(value):
+            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        return value
+
+    return plain(experiment)
+
+
+def check(workdir: Path, experiment: config.Experiment) -> list[str]:
+    """Whether `experiment` may start, or go on, in `workdir`; nothing is written.
+
+    Returns:
+      What differs and may, `FREE`, in sentences.
+
+    Raises:
+      UsageError: another experiment was started there, with the fields that differ.
+    """
+    workdir = Path(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise UsageError(f"--workdir={workdir} is a file; name a folder, which training makes if need be.")
+    if not (workdir / "config.json").exists():
+        if (workdir / "checkpoints").exists():
+            raise UsageError(
+                f"--workdir={workdir} holds checkpoints but no config.json, so what they are of is not known; "
+                "put the file back, or name another folder."
+            )
+        return []
+    before, now = _flat(to_dict(_read_config(workdir))), _flat(to_dict(experiment))
+    changed = {
+        name: f"{name}: {_show(before, name)} in the workdir, {_show(now, name)} given"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    }
+    refused = [text for name, text in changed.items() if name.split(".")[0] not in FREE]
+    if refused:
+        raise UsageError(
+            f"--workdir={workdir} was started with another experiment ({'; '.join(refused)}); "
+            f"give the same experiment, or another --workdir. Only {', '.join(FREE)} may change."
+        )
+    return list(changed.values())
+
+
+def start(workdir: Path, experiment: config.Experiment, corpus: Corpus) -> list[str]:
+    """Writes what a first start writes. On a later one, makes sure that the corpus is the same.
+
+    Returns:
+      As `check`.
+
+    Raises:
+      UsageError: the corpus is not what this run was started with, or see `check`.
+    """
+    workdir = Path(workdir)
+    changes = check(workdir, experiment)
+    given = {
+        "tokenizer": None,
+        "vocab_size": corpus.tokenizer.vocab_size,
+        "training_tokens": corpus.train.size,
+        "heldout_tokens": corpus.heldout.size,
+    }
+    if (workdir / "config.json").exists():
+        found = _read_data(workdir) | {"tokenizer": None}
+        if found != given:
+            differ = (
+                f"{name}: {found.get(name)} then, {given[name]} now" for name in given if found.get(name) != given[name]
+            )
+            raise UsageError(
+                f"the corpus is not the one that {workdir} was started with ({'; '.join(differ)}), so training cannot "
+                "go on where it stopped; bring the documents back, or name another --workdir."
+            )
+    elif jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        corpus.tokenizer.save(workdir / "tokenizer.json")
+        _write(workdir / "data.json", given | {"tokenizer": _digest(workdir / "tokenizer.json")})
+    if jax.process_index() == 0:
+        _write(workdir / "config.json", to_dict(experiment))  # last: with it the workdir counts as started
+    return changes
+
+
+def open_run(workdir: str | Path) -> Run:
+    """The run in a working directory.
+
+    Raises:
+      UsageError: there is none, or its files are missing, damaged, or not of one run.
+    """
+    workdir = Path(workdir)
+    if not (workdir / "config.json").exists():
+        what = "holds no config.json" if workdir.is_dir() else "does not exist"
+        raise UsageError(f"--workdir={workdir} {what}; give the folder of a run that longctx.train started.")
+    experiment = _read_config(workdir)
+    tokenizer = workdir / "tokenizer.json"
+    if not tokenizer.exists():
+        raise UsageError(f"{tokenizer} is missing, without which the model's tokens have no meaning; put it back.")
+    if _digest(tokenizer) != _read_data(workdir).get("tokenizer"):
+        raise UsageError(
+            f"{tokenizer} is not the one that the model was trained with (data.json has its digest); "
+            "put the original back."
+        )
+    return Run(workdir, experiment, Tokenizer.load(tokenizer))
+
+
+def load_model(run: Run, mesh: jax.sharding.Mesh | None = None) -> tuple[LanguageModel, int]:
+    """The model of the newest usable checkpoint, and its step.
+
+    Args:
+      run: from `open_run`.
+      mesh: what the parameters are split over, from `parallel.mesh.make`; by default the first device alone.
+
+    Raises:
+      UsageError: there is no usable checkpoint.
+    """
+    mesh = meshes.make(config.Mesh(1, 1, 1)) if mesh is None else mesh
+    graphdef, params = abstract_model(run.experiment, run.tokenizer.vocab_size)
+    loaded, step = checkpoints.load_params(run.path, placed(params, mesh))
+    return nnx.merge(graphdef, loaded), step
+
+
+def _read_config(workdir: Path) -> config.Experiment:
+    try:
+        return config.parse(_read_json(workdir / "config.json"), MIXERS, MLPS)
+    except UsageError as error:
+        raise UsageError(f"{workdir / 'config.json'} cannot be used: {error}") from error
+
+
+def _read_data(workdir: Path) -> dict[str, Any]:
+    if not (workdir / "data.json").exists():
+        raise UsageError(f"{workdir / 'data.json'} is missing, which training wrote at its start; put it back.")
+    return _read_json(workdir / "data.json")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read ({error}); restore it from a copy.") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{file} holds a {type(value).__name__}, not an object; restore it from a copy.")
+    return value
+
+
+def _write(file: Path, tree: dict[str, Any]) -> None:
+    """Replaces the file in one move."""
+    temporary = file.with_suffix(".part")
+    temporary.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted names."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    leaves = {}
+    for key, value in tree.items():
+        leaves |= _flat(value, f"{path}.{key}" if path else key)
+    return leaves
+
+
+def _show(flat: dict[str, Any], name: str) -> str:
+    return repr(flat[name]) if name in flat else "not there"
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

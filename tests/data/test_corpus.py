@@ -1,0 +1,125 @@
+"""Documents are read whole and in order, split for good, and refused in a sentence."""
+
+import gzip
+import json
+
+import pytest
+
+from longctx.data import corpus
+from longctx.errors import UsageError
+
+
+def _documents(count):
+    return [corpus.Document(f"{i}.txt", f"document {i} " * (i + 1)) for i in range(count)]
+
+
+def test_folder_is_read_recursively_in_order(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two.md").write_text("two")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")  # a byte order mark is no text
+    (tmp_path / "c.rst.gz").write_bytes(gzip.compress(b"three"))
+    (tmp_path / "d.jsonl").write_text('{"text": "four", "id": 1}\n\n"five\\u2028"\n')
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "no.txt").write_text("no")
+    assert corpus.read(str(tmp_path)) == [
+        ("a.txt", "one"),
+        ("b/two.md", "two"),
+        ("c.rst.gz", "three"),
+        ("d.jsonl:1", "four"),
+        ("d.jsonl:3", "five\u2028"),
+    ]
+
+
+def test_standard_library_is_the_default():
+    documents = corpus.read("")
+    names = [document.name for document in documents]
+    assert {"argparse.py", "json/decoder.py"} <= set(names)
+    assert names == sorted(names)
+    assert not any(part in name.split("/") for name in names for part in ("test", "tests", "site-packages"))
+    assert 8_000_000 < sum(len(document.text) for document in documents) < 20_000_000
+
+
+def test_split_is_of_the_asked_size_and_loses_nothing():
+    documents = _documents(2000)
+    train, heldout = corpus.split(documents, 0.1)
+    assert sorted(train + heldout) == sorted(documents)
+    assert 150 < len(heldout) < 250
+
+
+def test_split_keeps_each_document_on_its_side_whatever_else_is_there():
+    """Fails when the side depends on the order, the name or the number of documents."""
+    documents = _documents(300)
+    heldout = {document.text for document in corpus.split(documents, 0.1)[1]}
+    some = [corpus.Document(f"elsewhere/{name}", text) for name, text in reversed(documents[::2])]
+    assert {document.text for document in corpus.split(some, 0.1)[1]} == heldout & {text for _, text in some}
+
+
+def test_split_is_the_same_in_every_process():
+    """The hash is a stated one, so that a run that is resumed elsewhere holds out the same documents."""
+    assert [document.name for document in corpus.split(_documents(100), 0.05)[1]] == [
+        "0.txt",
+        "20.txt",
+        "62.txt",
+        "86.txt",
+    ]
+
+
+@pytest.mark.parametrize("fraction", [1e-6, 0.5, 1 - 1e-6])
+@pytest.mark.parametrize("count", [2, 3])
+def test_neither_side_of_a_split_is_empty(count, fraction):
+    documents = _documents(count)
+    train, heldout = corpus.split(documents, fraction)
+    assert train
+    assert heldout
+    assert sorted(train + heldout) == sorted(documents)
+
+
+def test_a_lone_document_is_cut():
+    (train,), (heldout,) = corpus.split([corpus.Document("book.txt", "0123456789" * 10)], 0.2)
+    assert train == ("book.txt (start)", "0123456789" * 8)
+    assert heldout == ("book.txt (end)", "0123456789" * 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("missing", None, ["does not exist", "leave it empty"]),
+        ("paper.pdf", b"text", ["not a kind of file", ".jsonl"]),
+        ("a.txt", b" \n\t", ["all empty"]),
+        ("a.txt", b"abc\xff", ["not UTF-8", "0xff at 3"]),
+        ("a.txt", b"ab\0c", ["NUL at character 2"]),
+        ("a.txt.gz", b"plain", ["cannot be read"]),
+        ("a.txt.gz", gzip.compress(b"long enough to be cut")[:-9], ["cannot be read"]),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["line 2", "not JSON"]),
+        ("a.jsonl", b'"a"\n\n{"content": "a"}', ["line 3", "an object with ['content']", '"text"']),
+        ("a.jsonl", b"[1, 2]", ["line 1", "is [1, 2]"]),
+        ("a.jsonl", json.dumps("\ud800").encode(), ["line 1", "surrogate"]),
+    ],
+)
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_cannot_be_read_is_named(tmp_path, name, content, words, folder):
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    if folder and (content is None or name == "paper.pdf"):
+        words = ["holds no documents", ".jsonl"]
+    with pytest.raises(UsageError) as error:
+        corpus.read(str(tmp_path if folder else file))
+    for word in [*words, str(tmp_path)]:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("documents", "words"),
+    [
+        ([corpus.Document("a.txt", "x")], ["'a.txt'", "1 characters", "more text"]),
+        ([corpus.Document("a.txt", "same"), corpus.Document("b.txt", "same")], ["2 copies", "'a.txt'"]),
+    ],
+)
+def test_what_cannot_be_split_is_refused(documents, words):
+    with pytest.raises(UsageError) as error:
+        corpus.split(documents, 0.05)
+    for word in words:
+        assert word in str(error.value)

@@ -1,0 +1,182 @@
+"""The input pipeline gives the same rows to whoever asks, resumes exactly, and shares them out without loss."""
+
+import json
+
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from longctx import config, data
+from longctx.data import corpus as documents
+from longctx.errors import UsageError
+
+STAGE = config.Stage(steps=10, batch=4, length=64)
+PLAIN = config.Data(needles=config.Needles(rows=0.0))
+PLANTED = config.Data(needles=config.Needles(rows=0.5, facts=3))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("documents")
+    for i in range(40):
+        name = chr(97 + i // 8) * 3 + chr(97 + i % 8) * 3
+        (root / f"{i:02}.txt").write_text(f"document {i} has the name {name} in each line\n" * (2 + i % 7))
+    return root
+
+
+@pytest.fixture(scope="module")
+def corpus(folder):
+    return data.prepare(config.Data(path=str(folder), tokenizer="bytes", heldout=0.2), seed=0)
+
+
+def _take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def _assert_same(first, second):
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def _rows(batches):
+    """Each row of the batches as something that can be compared."""
+    return sorted(row.tobytes() for batch in batches for row in batch["tokens"])
+
+
+def test_prepare_keeps_training_and_held_out_documents_apart(folder, corpus):
+    train, heldout = documents.split(documents.read(str(folder)), 0.2)
+    assert sorted(corpus.train.names) == [document.name for document in train]
+    assert corpus.heldout.names == tuple(document.name for document in heldout)
+    assert corpus.train.names != tuple(document.name for document in train)  # shuffled
+    texts = {document.name: document.text for document in train}
+    for i, name in enumerate(corpus.train.names):
+        assert corpus.tokenizer.decode(corpus.train.document(i)) == texts[name]
+
+
+def test_tokenizer_is_learnt_from_training_documents_and_kept(folder, tmp_path):
+    """Fails when held-out documents are in what the tokenizer is learnt from: their names would be in it."""
+    first = data.prepare(config.Data(path=str(folder), heldout=0.2), 0, tmp_path / "run")
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["tokenizer.json"]
+    written = (tmp_path / "run" / "tokenizer.json").read_bytes()
+    train, _ = documents.split(documents.read(str(folder)), 0.2)
+    data.Tokenizer.train([document.text for document in train], 2048).save(tmp_path / "alone.json")
+    assert written == (tmp_path / "alone.json").read_bytes()
+
+    again = data.prepare(config.Data(path=str(folder), vocab_size=300, heldout=0.2), 0, tmp_path / "run")
+    np.testing.assert_array_equal(again.train.tokens, first.train.tokens)
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == written
+    by_path = data.prepare(
+        config.Data(path=str(folder), tokenizer=str(tmp_path / "run" / "tokenizer.json"), heldout=0.2), seed=0
+    )
+    np.testing.assert_array_equal(by_path.train.tokens, first.train.tokens)
+
+
+@pytest.mark.parametrize(
+    "given", [config.Data(path="/nowhere"), config.Data(path=__file__, tokenizer="/nowhere/tokenizer.json")]
+)
+def test_nothing_is_written_after_an_error(tmp_path, given):
+    with pytest.raises(UsageError, match="nowhere"):
+        data.prepare(given, 0, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_epoch_is_every_row_once_and_the_next_has_another_order(corpus):
+    rows = corpus.train.size // STAGE.length
+    stage = config.Stage(steps=1, batch=rows, length=STAGE.length)
+    first, second = _take(data.batches(corpus, PLAIN, stage, 0, 0), 2)
+    assert _rows([first]) == _rows([second])
+    stream = corpus.train.tokens[: rows * STAGE.length].reshape(rows, -1)
+    assert _rows([first]) == sorted(row.tobytes() for row in stream)
+    assert (first["tokens"] != second["tokens"]).any()
+
+
+def test_rows_depend_on_seed_and_stage_alone(corpus):
+    def start(seed, stage_index):
+        return _take(data.batches(corpus, PLANTED, STAGE, seed, stage_index), 5)
+
+    _assert_same(start(0, 0), start(0, 0))
+    for other in (start(1, 0), start(0, 1)):
+        assert _rows(start(0, 0)) != _rows(other)
+
+
+def test_batches_have_the_asked_shape_and_share_of_planted_rows(corpus):
+    batches = _take(data.batches(corpus, PLANTED, STAGE, 0, 0), 200)
+    dtypes = {name: array.dtype.name for name, array in batches[0].items()}
+    assert dtypes == {
+        "tokens": "int32",
+        "targets": "int32",
+        "weights": "float32",
+        "answers": "bool",
+        "segment_ids": "int32",
+        "positions": "int32",
+    }
+    assert all(array.shape == (4, 64) for array in batches[0].values())
+    planted = np.concatenate([batch["answers"].any(axis=1) for batch in batches])
+    assert 0.43 < planted.mean() < 0.57  # of 800 rows: four standard deviations
+
+
+def test_the_same_row_is_planted_anew_each_epoch(corpus):
+    rows = corpus.train.size // STAGE.length
+    stage = config.Stage(steps=1, batch=rows, length=STAGE.length)
+    always = config.Data(needles=config.Needles(rows=1.0, facts=2))
+    first, second = _take(data.batches(corpus, always, stage, 0, 0), 2)
+    assert not set(_rows([first])) & set(_rows([second]))
+
+
+@pytest.mark.parametrize("taken", [0, 3, 90])
+def test_resumed_iterator_goes_on_where_it_was(corpus, taken):
+    """Fails when the state names what was read ahead instead of what was given."""
+    iterator = data.batches(corpus, PLANTED, STAGE, 0, 0)
+    _take(iterator, taken)
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = _take(iterator, 3)
+    resumed = data.batches(corpus, PLANTED, STAGE, 0, 0)
+    resumed.set_state(state)
+    _assert_same(_take(resumed, 3), expected)
+    iterator.set_state(state)
+    _assert_same(_take(iterator, 3), expected)
+
+
+def test_orbax_saves_and_restores_the_iterator(corpus, tmp_path):
+    iterator = data.batches(corpus, PLANTED, STAGE, 0, 0)
+    _take(iterator, 3)
+    ocp.save_checkpointables(tmp_path / "step", {"data": iterator})
+    expected = _take(iterator, 3)
+    resumed = data.batches(corpus, PLANTED, STAGE, 0, 0)
+    ocp.load_checkpointables(tmp_path / "step", {"data": resumed})
+    _assert_same(_take(resumed, 3), expected)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_shares_are_the_batch(corpus, processes):
+    """What each process gets is together what one process gets, planted facts included, at every step."""
+    whole = data.batches(corpus, PLANTED, STAGE, 0, 0)
+    shares = [data.batches(corpus, PLANTED, STAGE, 0, 0, p, processes) for p in range(processes)]
+    for _ in range(30):
+        expected, given = next(whole), [next(share) for share in shares]
+        assert all(len(batch["tokens"]) == STAGE.batch // processes for batch in given)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(np.stack([batch[name] for batch in given], axis=1).reshape(4, 64), array)
+
+
+def test_a_batch_can_be_named(corpus):
+    iterator = data.batches(corpus, PLANTED, STAGE, 0, 1)
+    _take(iterator, 3)
+    assert data.describe(iterator, STAGE, 1) == "batch 2 of stage 1 (its rows 8 to 11)"
+
+
+def test_one_row_is_enough(corpus):
+    stage = config.Stage(steps=1, batch=4, length=corpus.train.size)
+    assert len(set(_rows(_take(data.batches(corpus, PLAIN, stage, 0, 0), 2)))) == 1
+
+
+def test_what_cannot_be_batched_is_refused(corpus):
+    size = corpus.train.size
+    with pytest.raises(UsageError, match=rf"stages\[2\] has rows of {size + 1} tokens.* rows of at most {size} tokens"):
+        data.batches(corpus, PLAIN, config.Stage(1, 4, size + 1), 0, 2)
+    with pytest.raises(UsageError, match=r"stages\[0\] has a batch of 4 rows, which 3 processes"):
+        data.batches(corpus, PLAIN, STAGE, 0, 0, 0, 3)
+    with pytest.raises(UsageError, match="facts is 99, and the vocabulary has words for 31 keys"):
+        data.batches(corpus, config.Data(needles=config.Needles(rows=0.1, facts=99)), STAGE, 0, 0)

@@ -1,0 +1,113 @@
+"""The chunked cross-entropy against the formula, its memory, and its behaviour on a sharded row."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from longctx.ops.cross_entropy import cross_entropy
+
+
+def inputs(batch=2, length=24, width=8, vocabulary=19, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    return (
+        jax.random.normal(keys[0], (batch, length, width), dtype),
+        jax.random.normal(keys[1], (vocabulary, width), jnp.float32),
+        jax.random.randint(keys[2], (batch, length), 0, vocabulary),
+        jax.random.uniform(keys[3], (batch, length)).at[:, 3].set(0),
+    )
+
+
+def definition(hidden, unembedding, targets, weights):
+    """-log softmax, token by token, in float64."""
+    logits = np.asarray(hidden, np.float64) @ np.asarray(unembedding, np.float64).T
+    largest = logits.max(-1, keepdims=True)
+    log_p = logits - largest - np.log(np.exp(logits - largest).sum(-1, keepdims=True))
+    losses = -np.take_along_axis(log_p, np.asarray(targets)[..., None], -1)[..., 0]
+    return (losses * np.asarray(weights)).sum(), losses, logits.argmax(-1) == np.asarray(targets)
+
+
+@pytest.mark.parametrize("chunk", [1, 6, 7, 24, 100, None])
+def test_equals_the_definition(chunk):
+    """Tolerance 1e-5 of the largest loss. Fails if the order of the chunks is not undone, or padding is counted."""
+    given = inputs()
+    found = cross_entropy(*given, chunk=chunk)
+    total, losses, correct = definition(*given)
+    np.testing.assert_allclose(found.losses, losses, atol=1e-5 * losses.max())
+    np.testing.assert_allclose(found.total, total, rtol=1e-5)
+    np.testing.assert_array_equal(found.correct, correct)
+
+
+@pytest.mark.parametrize("chunk", [5, 8])
+def test_gradients_are_softmax_minus_target(chunk):
+    """The gradient of a token's loss in its logits is softmax - onehot. Tolerance 1e-5 absolute, gradients near 1."""
+    hidden, unembedding, targets, weights = inputs()
+    found = jax.grad(lambda h, e: cross_entropy(h, e, targets, weights, chunk=chunk).total, (0, 1))(hidden, unembedding)
+    h, e = np.asarray(hidden, np.float64), np.asarray(unembedding, np.float64)
+    exponentials = np.exp(h @ e.T)
+    slopes = exponentials / exponentials.sum(-1, keepdims=True) - np.eye(len(e))[np.asarray(targets)]
+    slopes *= np.asarray(weights)[..., None]
+    np.testing.assert_allclose(found[0], slopes @ e, atol=1e-5)
+    np.testing.assert_allclose(found[1], np.einsum("btv,btd->vd", slopes, h), atol=1e-5)
+
+
+def test_large_logits_stay_finite():
+    """Logits of ±1e4 would overflow exp; the loss is finite and so are its gradients."""
+    hidden, unembedding, targets, weights = inputs()
+    loss, slopes = jax.value_and_grad(lambda h: cross_entropy(h, unembedding, targets, weights).total)(1e4 * hidden)
+    assert np.isfinite(loss)
+    assert np.isfinite(slopes).all()
+
+
+def test_bfloat16_hidden_gives_float32_losses():
+    found = cross_entropy(*inputs(dtype=jnp.bfloat16), chunk=8)
+    assert found.losses.dtype == found.total.dtype == jnp.float32
+    # The hidden vectors are exact in bfloat16; only the unembedding is rounded, by 2^-9 of logits of size ~10.
+    np.testing.assert_allclose(found.losses, definition(*inputs(dtype=jnp.bfloat16))[1], atol=0.1)
+
+
+def test_logits_of_the_row_are_never_held():
+    """Temporary memory of value and gradient stays below half of the row's logits, and is flat in their number.
+
+    Fails if `jax.checkpoint` is removed: the scan then keeps every chunk's logits for the backward pass.
+    """
+
+    def temporary(length, vocabulary=4096):
+        h, e, y, w = (
+            jax.ShapeDtypeStruct(shape, dtype)
+            for shape, dtype in (
+                ((1, length, 8), jnp.float32),
+                ((vocabulary, 8), jnp.float32),
+                ((1, length), jnp.int32),
+                ((1, length), jnp.float32),
+            )
+        )
+        slope = jax.jit(jax.grad(lambda *a: cross_entropy(*a, chunk=16).total, (0, 1)))
+        return slope.lower(h, e, y, w).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporary(256), temporary(1024)
+    assert long < 1024 * 4096 * 4 / 2
+    assert long - short < (1024 - 256) * 4096 * 4 / 20
+
+
+def test_a_sharded_row_is_not_gathered():
+    """Batch and row sharded over 2 x 4 devices: the same numbers, and no collective as large as the row.
+
+    Fails for chunks of neighbouring tokens, where XLA gathers the row.
+    """
+    mesh = jax.make_mesh((2, 4), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
+    hidden, unembedding, targets, weights = inputs(batch=2, length=64, width=16)
+    rows, whole = NamedSharding(mesh, P("data", "context")), NamedSharding(mesh, P())
+    value_and_slopes = jax.value_and_grad(lambda *a: cross_entropy(*a, chunk=8).total, (0, 1))
+    places = (rows, whole, rows, rows)
+    compiled = jax.jit(value_and_slopes, in_shardings=places, out_shardings=(whole, (rows, whole)))
+    compiled = compiled.lower(hidden, unembedding, targets, weights).compile()
+    text = compiled.as_text()
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
+    assert "collective-permute" not in text
+    found = compiled(*map(jax.device_put, (hidden, unembedding, targets, weights), places))
+    alone = value_and_slopes(hidden, unembedding, targets, weights)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, alone)

@@ -1,0 +1,54 @@
+"""The mesh: what fits the devices, and what is said of what does not."""
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from longctx import config
+from longctx.errors import UsageError
+from longctx.parallel import mesh
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        (config.Mesh(), (8, 1, 1)),
+        (config.Mesh(data=2, context=-1, model=2), (2, 2, 2)),
+        (config.Mesh(data=1, context=8), (1, 8, 1)),
+        (config.Mesh(data=1, context=3), (1, 3, 1)),  # the first three of eight
+    ],
+)
+def test_make(sizes, shape):
+    made = mesh.make(sizes)
+    assert made.axis_names == ("data", "context", "model")
+    assert made.devices.shape == shape
+    assert set(made.axis_types) == {AxisType.Auto}  # jax.make_mesh itself would say Explicit
+    assert {device.id for device in made.devices.flat} == set(range(made.devices.size))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        (config.Mesh(data=-1, context=3), "there are 8 and the other axes take 3"),
+        (config.Mesh(data=-1, context=16), "there are 8 and the other axes take 16"),
+        (config.Mesh(data=4, context=2, model=2), "needs 16 devices and there are 8"),
+    ],
+)
+def test_misfit_names_sizes_and_devices(sizes, told):
+    with pytest.raises(UsageError, match=told) as error:
+        mesh.make(sizes)
+    assert f"data={sizes.data}, context={sizes.context}, model={sizes.model}" in str(error.value)
+
+
+def test_devices_given():
+    made = mesh.make(config.Mesh(), jax.devices()[4:6])
+    assert made.devices.shape == (2, 1, 1)
+    assert [device.id for device in made.devices.flat] == [4, 5]
+
+
+def test_context_size():
+    assert mesh.context_size() == 1
+    with jax.set_mesh(mesh.make(config.Mesh(data=2, context=4))):
+        assert mesh.context_size() == 4
+        assert jax.jit(lambda x: x * mesh.context_size())(1) == 4
+    assert mesh.context_size() == 1

@@ -1,0 +1,63 @@
+"""Imports run one way: typing ← ops ← parallel ← memory, layers ← models ← training, evals, inference ← commands."""
+
+import ast
+import pathlib
+
+import pytest
+
+import longctx
+
+ROOT = pathlib.Path(longctx.__file__).parent
+# A module may import from lower ranks and from its own package, never from a sibling of the same rank.
+RANK = {
+    "errors": 0,
+    "typing": 0,
+    "config": 1,
+    "ops": 2,
+    "data": 2,
+    "parallel": 3,
+    "memory": 4,
+    "layers": 5,
+    "models": 6,
+    "training": 7,
+    "evals": 7,
+    "inference": 7,
+    "commands": 8,
+    "train": 9,
+    "evaluate": 9,
+    "generate": 9,
+}
+
+
+def part_of(module):
+    """`longctx.ops.attention` is of the part `ops`; the package itself, which imports nothing, of none."""
+    return module.split(".")[1] if "." in module else None
+
+
+def imported(path):
+    """The modules of longctx that a file imports, wherever in the file it does."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("longctx"))
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "longctx":
+            if node.module == "longctx":
+                yield from (f"longctx.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    """Seen to fail: `from longctx.layers import MIXERS` in ops/linear_scan.py."""
+    here = part_of(".".join(("longctx", *path.relative_to(ROOT).with_suffix("").parts)))
+    for module in imported(path):
+        there = part_of(module)
+        if there is None or here == "__init__":
+            continue
+        assert there == here or RANK[there] < RANK[here], f"{here} imports {module}, which stands beside or above it"
+
+
+def test_experiments_import_only_config():
+    """An experiment file is data: it imports nothing of the package. Seen to fail: `import longctx` in quickstart.py."""
+    for path in (ROOT.parent / "experiments").glob("*.py"):
+        assert not list(imported(path)), f"{path.name} imports longctx"

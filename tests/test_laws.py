@@ -1,0 +1,372 @@
+"""The laws that every registered layer keeps (see the README): one module, parametrised over the registries.
+
+A layer that is added to `MIXERS` or `MLPS` is under all of them with its default options; `VARIANTS` adds options
+that take another path through the code. Outputs, gradients and what the state does to tokens that follow are
+compared in float32, with errors relative to the largest entry: 1e-4 for outputs, 5e-4 for gradients.
+
+Each law's docstring ends with how the code was broken to see it fail.
+"""
+
+import dataclasses
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from longctx import config
+from longctx.layers import MIXERS, MLPS
+from longctx.ops import attention, causal_conv, gated_delta, gated_linear, linear_scan
+from longctx.parallel import mesh as meshes
+from longctx.typing import Segments
+
+D = 32
+OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 5e-4
+FAMILIES = (causal_conv, linear_scan, gated_linear, gated_delta)
+
+VARIANTS = {
+    "attention/window": ("attention", {"window": 11}),
+    "attention/window+global": ("attention", {"window": 11, "global_tokens": 3}),
+    "attention/everything": (
+        "attention",
+        {"kv_heads": 2, "rope_base": 0.0, "conv_width": 4, "sinks": True, "soft_cap": 5.0, "length_base": 16.0},
+    ),
+}
+LAYERS = {name: (name, {}) for name in (*MIXERS, *MLPS)} | VARIANTS
+# Layers whose state holds every token, so that what crosses devices grows with the sequence.
+UNBOUNDED = {"attention", "attention/everything"}
+# Layers whose state has room for every token of the document.
+GROWING_STATE = UNBOUNDED | {"attention/window+global"}
+
+layers = pytest.mark.parametrize("name", LAYERS)
+
+
+def make(name):
+    """The layer of a name, with every parameter moved off its initial value (zeros and ones hide faults)."""
+    kind, options = LAYERS[name]
+    cls = MIXERS.get(kind) or MLPS[kind]
+    layer = cls(D, cls.Config(**options), nnx.Rngs(params=0))
+    graph, params = nnx.split(layer)
+    leaves, tree = jax.tree.flatten(nnx.as_pure(params))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return graph, jax.tree.unflatten(tree, noisy)
+
+
+def inputs(length, batch=2, seed=2):
+    return jax.random.normal(jax.random.key(seed), (batch, length, D))
+
+
+def packed(lengths_by_row, total):
+    """Segments of rows given as lists of lengths; a negative length is padding."""
+    ids, positions = np.zeros((2, len(lengths_by_row), total), np.int32)
+    for row, lengths in enumerate(lengths_by_row):
+        at = 0
+        for number, length in enumerate(lengths, 1):
+            if length > 0:
+                ids[row, at : at + length], positions[row, at : at + length] = number, np.arange(length)
+            at += abs(length)
+        assert at == total
+    return Segments.from_ids(ids, positions)
+
+
+# On 8 shards of 8 tokens: documents that straddle an edge, touch one on either side, fill a shard exactly, span
+# three shards and more with shards wholly inside them, are one token long; padding before, between and after.
+ROWS = ([5, 11, 8, 30, 6, -4], [-3, 11, 8, 1, 1, -2, 30, 5, -3])
+T = 64
+
+
+def part(segments, start, stop):
+    return jax.tree.map(lambda a: a[:, start:stop], segments)
+
+
+def grow(segments, start, length):
+    """Segments of `length` tokens that continue each row's last document, of which `start` tokens came before."""
+    positions = jnp.broadcast_to(start[:, None] + jnp.arange(length), (start.shape[0], length))
+    return Segments(jnp.ones_like(positions), positions, jnp.zeros(positions.shape, bool))
+
+
+def close(actual, expected, tolerance, what):
+    """Every leaf of `actual` is within `tolerance` of `expected`, relative to that leaf's largest entry."""
+    chex.assert_trees_all_equal_structs(actual, expected)
+    for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert np.isfinite(a).all(), f"{what}{jax.tree_util.keystr(path)} is not finite"
+        error, scale = np.abs(a - b).max(initial=0.0), np.abs(b).max(initial=1e-3)
+        assert error <= tolerance * scale, f"{what}{jax.tree_util.keystr(path)}: error {error:.2e} at scale {scale:.2e}"
+
+
+def with_gradients(run):
+    """`run(params, x) -> y`, jitted, as a function that also returns the gradients of a fixed mixture of y."""
+
+    def loss(params, x):
+        y = run(params, x)
+        return jnp.vdot(y, jnp.sin(jnp.arange(y.size, dtype=jnp.float32) * 0.7).reshape(y.shape)), y
+
+    def both(params, x):
+        (_, y), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+        return y, gradients
+
+    return jax.jit(both)
+
+
+def compare(actual, expected):
+    close(actual[0], expected[0], OUTPUT_TOLERANCE, "output")
+    close(actual[1], expected[1], GRADIENT_TOLERANCE, "gradient")
+
+
+def test_every_registered_layer_is_here():
+    assert {kind for kind, _ in LAYERS.values()} == {*MIXERS, *MLPS}
+
+
+@layers
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 500])
+def test_form(name, length, monkeypatch):
+    """Fast form = definition: token-by-token recurrences and dense softmax. Outputs, state, gradients.
+
+    Seen to fail: gated_delta.chunked with the identity left out of the inverse; the blockwise executor with its
+    rescaling of the running sum removed.
+    """
+    graph, params = make(name)
+    segments, after = Segments.single(2, length), grow(None, jnp.full(2, length), 3)
+
+    def run(params, x):
+        layer = nnx.merge(graph, params)
+        y, state = layer(x[:, :length], segments, layer.init_state(2, length + 3, x.dtype))
+        return jnp.concatenate([y, layer(x[:, length:], after, state)[0]], axis=1)
+
+    fast = with_gradients(run)(params, inputs(length + 3))
+    for family in FAMILIES:
+        monkeypatch.setattr(family, "chunked", lambda *a, family=family, chunk=None, **k: family.recurrent(*a, **k))
+    dense = functools.partial(attention.attention, implementation="dense")
+    monkeypatch.setattr(attention, "attention", dense)
+    compare(fast, with_gradients(lambda *a: run(*a))(params, inputs(length + 3)))
+
+
+@layers
+def test_split(name):
+    """`f(x, s) = f(x[:k], s) ++ f(x[k:], s_k)`, again and again, on packed rows, gradients through the state included.
+
+    Seen to fail: the causal convolution's tail taken one token early; a document start ignored when the cache is
+    appended to.
+    """
+    graph, params = make(name)
+    segments = packed(ROWS, T)
+
+    def run(cuts, params, x):
+        layer = nnx.merge(graph, params)
+        state, outputs = layer.init_state(2, T, x.dtype), []
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            y, state = layer(x[:, start:stop], part(segments, start, stop), state)
+            outputs.append(y)
+        return jnp.concatenate(outputs, axis=1)
+
+    x = inputs(T)
+    whole = with_gradients(functools.partial(run, (0, T)))(params, x)
+    compare(with_gradients(functools.partial(run, (0, 1, 14, 54, T)))(params, x), whole)
+
+
+SHARDINGS = {
+    "context=2": config.Mesh(1, 2, 1),
+    "context=4": config.Mesh(1, 4, 1),
+    "context=8": config.Mesh(1, 8, 1),
+    "data=2,context=2,model=2": config.Mesh(2, 2, 2),
+}
+
+
+@layers
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_shard(name, sharding):
+    """The sequence split over devices = one device, on packed rows, gradients of every parameter included.
+
+    Seen to fail: the prefix scan composing (then, first); the halo's document ids left out, so that a shard's first
+    document read the one before it; the ring skipping its last hop.
+    """
+    graph, params = make(name)
+    segments = packed(ROWS, T)
+
+    def run(params, x, segments):
+        layer = nnx.merge(graph, params)
+        y, state = layer(x, segments)
+        return y if name in GROWING_STATE else (y, state)
+
+    x = inputs(T)
+    expected = _state_and_gradients(run, params, x, segments)
+    with jax.set_mesh(meshes.make(SHARDINGS[sharding])):
+        spec = jax.P("data", "context")
+        mesh = jax.sharding.get_mesh()
+        place = functools.partial(jax.device_put, device=jax.sharding.NamedSharding(mesh, spec))
+        actual = _state_and_gradients(run, params, place(x), jax.tree.map(place, segments))
+    compare(actual, expected)
+
+
+def _state_and_gradients(run, params, x, segments):
+    """Like `with_gradients`, for outputs that are a tree (y and the state)."""
+
+    def loss(params, x):
+        out = run(params, x, segments)
+        leaves = [leaf for leaf in jax.tree.leaves(out) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        mixture = [jnp.sin(jnp.arange(leaf.size) * 0.7).reshape(leaf.shape) for leaf in leaves]
+        return sum(jnp.vdot(leaf, weight) for leaf, weight in zip(leaves, mixture, strict=True)), out
+
+    def both(params, x):
+        (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+        return out, gradients
+
+    return jax.device_get(jax.jit(both)(params, x))
+
+
+@layers
+def test_pack(name):
+    """A packed row = its documents run alone; padding gives what it may, documents do not see it.
+
+    Seen to fail: document starts dropped from `Segments` (every family leaked), positions counted from the row's
+    start instead of the document's (rotary attention differed).
+    """
+    graph, params = make(name)
+    layer = nnx.merge(graph, params)
+    x = inputs(T)
+    run = jax.jit(lambda x, segments: layer(x, segments)[0])
+    y = run(x, packed(ROWS, T))
+    for row, lengths in enumerate(ROWS):
+        at = 0
+        for length in lengths:
+            if length > 0:
+                alone = run(x[row : row + 1, at : at + length], Segments.single(1, length))
+                close(y[row : row + 1, at : at + length], alone, OUTPUT_TOLERANCE, f"row {row}, document at {at}: ")
+            at += abs(length)
+
+
+@layers
+def test_step(name):
+    """Token by token from a prefilled state = the full pass, across a document's start.
+
+    Seen to fail: positions of decoded tokens counted from 0 again; the cache's ring one slot short of its window.
+    """
+    graph, params = make(name)
+    layer = nnx.merge(graph, params)
+    x = inputs(T)
+    segments = packed(ROWS, T)
+    full = jax.jit(lambda x: layer(x, segments)[0])(x)
+    prefill = 37
+    step = jax.jit(lambda x, segments, state: layer(x, segments, state))
+    y, state = step(x[:, :prefill], part(segments, 0, prefill), layer.init_state(2, T, x.dtype))
+    outputs = [y]
+    for t in range(prefill, T):
+        y, state = step(x[:, t : t + 1], part(segments, t, t + 1), state)
+        outputs.append(y)
+    valid = segments.valid[..., None]
+    close(jnp.concatenate(outputs, axis=1) * valid, full * valid, OUTPUT_TOLERANCE, "output")
+
+
+@layers
+def test_padding_leaves_the_state(name):
+    """A span padded on the right leaves the state that the span alone leaves: the next tokens come out the same.
+
+    Seen to fail: the decay of padding left at its gate's value; padding written to the cache.
+    """
+    graph, params = make(name)
+    layer = nnx.merge(graph, params)
+    x, length, padding = inputs(40), 21, 11
+    after = grow(None, jnp.full(2, length), 8)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(padded, x):
+        width = length + padded
+        segments = Segments.from_ids(*(jnp.where(jnp.arange(width) < length, a, 0) for a in _ones(width)))
+        _, state = layer(x[:, :width], segments, layer.init_state(2, 40, x.dtype))
+        return layer(x[:, 32:], after, state)[0]
+
+    close(run(padding, x), run(0, x), OUTPUT_TOLERANCE, "output")
+
+
+def _ones(width):
+    positions = jnp.broadcast_to(jnp.arange(width), (2, width))
+    return jnp.ones_like(positions), positions
+
+
+@layers
+def test_causality(name):
+    """The gradient of output t with respect to inputs after t, and to other documents, is exactly zero.
+
+    Seen to fail: Causal's comparison turned round at equality + 1; a symmetric convolution.
+    """
+    graph, params = make(name)
+    layer = nnx.merge(graph, params)
+    segments = packed(ROWS, T)
+    ids = np.asarray(segments.ids)
+
+    @jax.jit
+    def influence(x, t):
+        return jax.grad(lambda x: jnp.sum(jnp.square(layer(x, segments)[0][:, t])))(x)
+
+    for t in (0, 4, 5, 23, 24, 40, 53, 59):
+        gradient = np.abs(np.asarray(influence(inputs(T), t))).sum(-1)
+        document = (np.arange(T) <= t) & (ids == ids[:, t : t + 1]) & (ids[:, t : t + 1] > 0)
+        allowed = document | (np.arange(T) == t)  # what padding gives is nobody's business, if it reads itself alone
+        assert (gradient[~allowed] == 0).all(), f"output {t} depends on what it must not see"
+        assert (gradient[:, t] > 0)[ids[:, t] > 0].all(), f"output {t} does not depend on its own input"
+
+
+COLLECTIVE = re.compile(r"= (?P<types>.*?) (?P<kind>all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)")
+ARRAY = re.compile(r"(?P<type>f32|bf16|s32|pred|u32|f16|s8|u8)\[(?P<shape>[\d,]*)\]")
+BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
+
+
+def collectives(text):
+    """`(kind, bytes)` of every collective in a compiled program."""
+    found = []
+    for match in COLLECTIVE.finditer(text):
+        arrays = ARRAY.findall(match["types"])
+        found.append((match["kind"], sum(BYTES[t] * int(np.prod([int(n) for n in s.split(",") if n])) for t, s in arrays)))
+    return found
+
+
+def compiled(name, length, context):
+    graph, params = make(name)
+    with jax.set_mesh(meshes.make(config.Mesh(1, context, 1))):
+        place = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P(None, "context"))
+
+        def loss(params, x, segments):
+            y, _ = nnx.merge(graph, params)(x, segments)
+            return jnp.sum(jnp.square(y))
+
+        x = jax.ShapeDtypeStruct((1, length, D), jnp.float32, sharding=place)
+        segments = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), Segments.single(1, length)
+        )
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, x, segments).compile()
+
+
+@layers
+def test_cost(name):
+    """Read off the compiled programs of forward and backward, at T and 4T.
+
+    Temporary memory grows linearly. On 4 devices no layer gathers the sequence, and one whose state is bounded
+    sends the same bytes whatever T. The state has the size that a bounded layer states: none of T in it.
+
+    Seen to fail: attention by dense masks (memory grew 16 times); the island removed, so that the compiler
+    gathered the sequence around the recurrence.
+    """
+    short, long = 512, 2048
+    memory = [compiled(name, length, 1).memory_analysis().temp_size_in_bytes for length in (short, long)]
+    assert memory[1] <= 4.6 * memory[0], f"temporary bytes at T={short}, {long}: {memory}"
+
+    sent = [collectives(compiled(name, length, 4).as_text()) for length in (short, long)]
+    gathered = [size for kind, size in sent[1] if kind in ("all-gather", "all-to-all") and size >= 4 * long]
+    assert not gathered, f"gathers of {gathered} bytes at T={long}"
+    if name not in UNBOUNDED:
+        assert sorted(sent[0]) == sorted(sent[1]), "bytes sent grow with the sequence"
+
+    kind, options = LAYERS[name]
+    cls = MIXERS.get(kind) or MLPS[kind]
+    layer = cls(D, dataclasses.replace(cls.Config(), **options), nnx.Rngs(params=0))
+    sizes = [
+        sum(leaf.nbytes for leaf in jax.tree.leaves(layer.init_state(1, capacity, jnp.float32)))
+        for capacity in (short, long)
+    ]
+    assert (sizes[0] == sizes[1]) == (name not in GROWING_STATE), f"state bytes for {short} and {long} tokens: {sizes}"
