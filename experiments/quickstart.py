@@ -22,17 +22,17 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.path = ""  # a file or folder of your own documents; empty: the interpreter's standard library
     config.data.tokenizer = "bpe"  # "bpe" is trained on the corpus; or "bytes", or the path of a tokenizer.json
     config.data.vocab_size = 2048  # entries of the byte-pair vocabulary
-    config.data.heldout = 0.05  # fraction of the documents kept for evaluation
+    config.data.heldout = 0.1  # fraction of the documents kept for evaluation
     config.data.needles = ConfigDict()
-    config.data.needles.rows = 0.5  # fraction of the rows that carry facts to be asked for later
+    config.data.needles.rows = 0.25  # fraction of the rows that carry facts to be asked for later
     config.data.needles.facts = 8  # facts per such row
 
     def mlp():
-        return {"kind": "swiglu", "hidden": 320}
+        return {"kind": "relu2", "hidden": 256}
 
     config.model = ConfigDict()
     config.model.width = 128  # D
-    config.model.pattern = ("delta", "local", "delta", "full")  # blocks, in order
+    config.model.pattern = ("local", "full", "delta", "full")  # blocks, in order
     config.model.repeats = 1  # times the pattern is repeated
     config.model.dtype = "auto"  # of activations: bfloat16 on GPU and TPU, float32 on CPU
     config.model.remat = "none"  # what the backward pass recomputes: "none", "dots" or "full"
@@ -51,16 +51,16 @@ def get_config(arg: str = "") -> ConfigDict:
     }
 
     config.training = ConfigDict()
-    config.training.stages = ((300, 32, 128), (300, 16, 256), (600, 8, 512))  # (steps, rows, tokens a row)
-    config.training.learning_rate = 3e-3  # at its peak
+    config.training.stages = ((150, 16, 256), (650, 4, 1024))  # (steps, rows, tokens a row)
+    config.training.learning_rate = 6e-3  # at its peak
     config.training.final_learning_rate = 0.1  # at the end, as a fraction of the peak
-    config.training.warmup_steps = 100
+    config.training.warmup_steps = 50  # linear, from 0
     config.training.weight_decay = 0.1  # on matrices
     config.training.beta1 = 0.9
     config.training.beta2 = 0.95
     config.training.clip_norm = 1.0  # of the global gradient
     config.training.accumulate = 1  # micro-batches a step
-    config.training.answer_weight = 1.0  # of an answer in the loss; any other token weighs 1
+    config.training.answer_weight = 2.0  # of an answer in the loss; any other token weighs 1
     config.training.log_every = 20  # steps between scalars in TensorBoard
 
     config.checkpoints = ConfigDict()

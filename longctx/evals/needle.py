@@ -19,7 +19,9 @@ def depths(count: int) -> list[float]:
     return np.linspace(0, 1, count).tolist() if count > 1 else [0.5]
 
 
-def grid(scorer: Scorer, corpus, lengths: list[int], samples: int, facts: int, where: list[float], tail: int, seed: int):
+def grid(
+    scorer: Scorer, corpus, lengths: list[int], samples: int, facts: int, where: list[float], tail: int, seed: int
+):
     """Accuracies `[len(lengths), len(where)]`.
 
     Args:

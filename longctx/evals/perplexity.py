@@ -9,6 +9,7 @@ paper, arXiv 2604.06169, section 4). An average over a row's positions, in contr
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -34,7 +35,7 @@ def contexts(longest: int) -> list[int]:
     return [*powers, longest]
 
 
-def longest_context(lengths: Int[np.ndarray, "documents"], wanted: int, block: int, enough: int = 4) -> int:
+def longest_context(lengths: Int[np.ndarray, " documents"], wanted: int, block: int, enough: int = 4) -> int:
     """The longest context, at most `wanted`, that held-out documents have room for before a final block.
 
     `wanted` if one document is long enough; otherwise the largest power of two for which `enough` documents are
@@ -49,7 +50,7 @@ def longest_context(lengths: Int[np.ndarray, "documents"], wanted: int, block: i
     return 2 ** (room.bit_length() - 1) if room >= SHORTEST else 0
 
 
-def windows(lengths: Int[np.ndarray, "documents"], context: int, block: int, count: int) -> list[Window]:
+def windows(lengths: Int[np.ndarray, " documents"], context: int, block: int, count: int) -> list[Window]:
     """At most `count` windows of `context + block` tokens whose final blocks do not overlap.
 
     They are shared out evenly among the documents that are long enough, and spread through each.
@@ -122,7 +123,7 @@ def by_position(losses: Float[np.ndarray, "rows T"]) -> list[dict]:
     # The last bucket takes in what would be a short one after it.
     edges = [1, *(2**k for k in range(4, length.bit_length()) if 1.5 * 2**k <= length + 1), length + 1]
     buckets = []
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in itertools.pairwise(edges):
         part = losses[:, start - 1 : stop - 1]
         error = part.mean(axis=1).std(ddof=1) / np.sqrt(len(part)) if len(part) > 1 else 0.0
         buckets.append(

@@ -80,8 +80,8 @@ def pictures(summary: dict[str, Any], history: list[dict[str, Any]]) -> Iterator
         (
             "needle",
             "Retrieval",
-            "Accuracy of naming the value of a fact that was stated once, by the length of the text and the fact's depth "
-            "in it (0 is its start); right means most likely of the whole vocabulary.",
+            "Accuracy of naming the value of a fact that was stated once, by the length of the text and the fact's "
+            "depth in it (0 is its start); right means most likely of the whole vocabulary.",
             summary["needle"]["accuracy"],
             _needle,
         ),
@@ -96,16 +96,16 @@ def pictures(summary: dict[str, Any], history: list[dict[str, Any]]) -> Iterator
         (
             "loss_by_position",
             "Loss by position",
-            "Mean loss of held-out tokens by their position in the longest rows, in buckets that double in length; bars "
-            "are standard errors over rows.",
+            "Mean loss of held-out tokens by their position in the longest rows, in buckets that double in length; "
+            "bars are standard errors over rows.",
             summary["loss_by_position"],
             _positions,
         ),
         (
             "speed",
             "Speed and memory",
-            "Tokens a second of the forward pass, and its memory on one device by the compiler's account, at about equal "
-            "numbers of tokens a call until one row is longer: flat lines mean costs linear in the length.",
+            "Tokens a second of the forward pass, and its memory on one device by the compiler's account, at about "
+            "equal numbers of tokens a call until one row is longer: flat lines mean costs linear in the length.",
             summary["speed"],
             _speed,
         ),

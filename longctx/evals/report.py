@@ -40,10 +40,10 @@ def write(workdir: Path, summary: dict[str, Any]) -> Path:
 
 
 def history(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in order of their steps; none if there is no such file."""
+    """The lines of metrics.jsonl, those of whole steps; none if there is no such file."""
     file = workdir / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return sorted((json.loads(line) for line in lines if line.strip()), key=lambda line: line["step"])
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -88,7 +88,7 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         label = f"perplexity saved by {gain['to']:,} tokens of context over {gain['from']:,}"
         found.append((label, f"{gain['fraction']:.1%} ± {gain['standard_error']:.1%}"))
     device = summary["device"]
-    found.append(("device", f"{device['count']} × {device['kind']}"))
+    found.append(("device", f"{device['count']} x {device['kind']}"))
     found.append(("time of this evaluation", f"{summary['evaluation']['seconds']:,.0f} s"))
     return found
 
@@ -135,7 +135,8 @@ def page(summary: dict[str, Any], drawn: list[Picture]) -> str:
 <section><h2>By length</h2>
 <div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>
 {"".join(map(_figure, drawn))}
-<section><h2>Configuration</h2><details><summary>The experiment as it was run</summary><pre>{config}</pre></details></section>
+<section><h2>Configuration</h2>
+<details><summary>The experiment as it was run</summary><pre>{config}</pre></details></section>
 <section class=pair><div><h2>Versions</h2><table class=plain>{versions}</table></div>
 <div><h2>Device</h2><table class=plain>{device}</table></div></section>
 </main>

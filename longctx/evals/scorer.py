@@ -54,7 +54,7 @@ class Scorer:
         self._progress = progress
         self._programs: dict[tuple[int, int], jax.stages.Compiled] = {}
 
-    def __call__(self, rows: Sequence[Int[np.ndarray, "n"]], length: int, tail: int) -> Scores:
+    def __call__(self, rows: Sequence[Int[np.ndarray, " n"]], length: int, tail: int) -> Scores:
         """Scores the last `tail` tokens of every row.
 
         Args:
@@ -77,7 +77,7 @@ class Scorer:
         devices = mesh.size("data")
         return devices * max(1, self._tokens_per_batch // (length * devices))
 
-    def arrays(self, rows: Sequence[Int[np.ndarray, "n"]], length: int, tail: int):
+    def arrays(self, rows: Sequence[Int[np.ndarray, " n"]], length: int, tail: int):
         """A batch of rows as `(tokens[B, length], positions[B, length], targets[B, tail])`; -1 positions pad."""
         shape = self.batch(length), self._padded(length)
         tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from longctx.inference.prefill import Prefill, advance, capacity_for, span_for
-from longctx.inference.sampling import Sampling, sample
+from longctx.inference.sampling import DEFAULT, Sampling, sample
 
 
 class Decode:
@@ -39,7 +39,7 @@ class Decode:
 
     def __call__(
         self, logits: Float[Array, "B V"], state: Any, length: int, max_tokens: int, seed: int = 0
-    ) -> Iterator[Int[np.ndarray, "B"]]:
+    ) -> Iterator[Int[np.ndarray, " B"]]:
         """The tokens that follow, one for each row at a time.
 
         Args:
@@ -61,7 +61,7 @@ def generate(
     model: nnx.Module,
     tokens: Int[np.ndarray, "B T"],
     max_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT,
     seed: int = 0,
 ) -> Int[np.ndarray, "B max_tokens"]:
     """The `max_tokens` tokens that follow prompts of one length.

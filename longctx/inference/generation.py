@@ -14,7 +14,7 @@ from longctx import data
 from longctx.errors import UsageError
 from longctx.inference.decode import Decode
 from longctx.inference.prefill import Prefill, capacity_for, span_for
-from longctx.inference.sampling import Sampling
+from longctx.inference.sampling import DEFAULT, Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Request:
 
     prompt: str
     max_tokens: int = 200
-    sampling: Sampling = Sampling()
+    sampling: Sampling = DEFAULT
     seed: int = 0
 
     def __post_init__(self):

@@ -33,9 +33,14 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
-            raise UsageError(f"temperature is {self.temperature}; give 0 for the most likely token, or a number above 0")
+            raise UsageError(
+                f"temperature is {self.temperature}; give 0 for the most likely token, or a number above 0"
+            )
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}; it is a probability mass, give a number above 0 and at most 1")
+
+
+DEFAULT = Sampling()  # the model's own distribution
 
 
 def nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
@@ -52,7 +57,7 @@ def nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
     return jnp.where(inside, logits, -jnp.inf)
 
 
-def sample(key: Key[Array, ""], logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, "B"]:
+def sample(key: Key[Array, ""], logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, " B"]:
     """The next token of every row.
 
     Args:

@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -69,8 +70,9 @@ class Attention(nnx.Module):
         self.value = Linear(width, keys, ("embed", "heads"), rngs)
         back = undo_values(self.value, options.heads, options.head_width)
         self.out = Linear(queries, width, ("heads", "embed"), rngs, initial=back)
-        self.conv = ShortConv(options.conv_width, queries + 2 * keys, rngs) if options.conv_width else None
-        self.query_norm = RMSNorm(options.head_width, ("head",)) if options.qk_norm else None
+        lags = [*_lags(options, options.heads), *(1 + _lags(options, options.kv_heads)), *np.zeros(keys, int)]
+        self.conv = ShortConv(options.conv_width, lags, rngs) if options.conv_width else None
+        self.query_norm = RMSNorm(options.head_width, ("head",), initial=1.5) if options.qk_norm else None
         self.key_norm = RMSNorm(options.head_width, ("head",)) if options.qk_norm else None
         self.sinks = nnx.Param(jnp.zeros(options.heads, jnp.float32), axes=("heads",)) if options.sinks else None
 
@@ -137,3 +139,13 @@ class Attention(nnx.Module):
         """The state before any token, with room for `capacity` tokens (a window needs no more than itself)."""
         tail = None if self.conv is None else self.conv.init_state(batch)
         return AttentionState(self._empty(batch, capacity, dtype), tail)
+
+
+def _lags(options: Attention.Config, heads: int) -> np.ndarray:
+    """Tokens back that each channel of queries begins by showing, head after head; keys show one token more.
+
+    Even heads compare single tokens. In odd heads the channels are shared among the last W-1 tokens, so that the more of
+    these agree, the larger the logit: what follows a repeated phrase is found, not what follows a repeated word.
+    """
+    phrase = np.arange(options.head_width) * max(options.conv_width - 1, 1) // options.head_width
+    return np.concatenate([phrase * (head % 2) for head in range(heads)])

@@ -3,13 +3,15 @@
 Parameters are float32 and carry the logical names of their axes (`axes=`), which `parallel.rules` maps to the
 mesh. Activations keep the dtype they come in.
 
-Initial values are mimetic (Trockman and Kolter, 2023; Trockman et al., 2024, for recall): keys are projected as
-queries are, so that a layer begins by comparing contents; outputs by the transpose of the values' projection, so
-that it begins by copying what it reads; and a convolution lets half of the previous token through, so that a value
-lies under the key before it. Recall then takes hundreds of steps to learn instead of thousands.
+Initial values are mimetic (Trockman and Kolter, 2023; Trockman et al., 2024, for recall). Keys are projected as
+queries are, and convolved to be those of the token before: so a token is stored under what came before it, and a query
+finds what followed its like. Outputs begin as the transpose of the values' projection: what is read is copied. Recall
+then takes a hundred steps to learn instead of thousands.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +69,8 @@ def undo_values(value: Linear, heads: int, width: int) -> Float[Array, "H*V D"]:
 class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x²) + ε) · scale` over the last axis, in float32 (Zhang and Sennrich, 2019)."""
 
-    def __init__(self, width: int, axes: tuple[str, ...] = ("embed",)):
-        self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes=axes)
+    def __init__(self, width: int, axes: tuple[str, ...] = ("embed",), initial: float = 1.0):
+        self.scale = nnx.Param(jnp.full(width, initial, jnp.float32), axes=axes)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         y = x.astype(jnp.float32)
@@ -79,12 +81,17 @@ class RMSNorm(nnx.Module):
 class ShortConv(nnx.Module):
     """A causal convolution of width W per channel, whose taps do not cross a document's start.
 
-    The taps start at 1 on the token itself and 1/2 on the one before it, with noise of deviation 0.1 on all.
+    Args:
+      width: W, taps.
+      lags: for each channel, how many tokens before the present one it begins by showing; at most W-1.
+      rngs: source of noise, of deviation 0.1 on all taps.
     """
 
-    def __init__(self, width: int, channels: int, rngs: nnx.Rngs):
-        kernel = 0.1 * jax.random.normal(rngs.params(), (width, channels), jnp.float32)
-        self.kernel = nnx.Param(kernel.at[-1].add(1.0).at[-2:-1].add(0.5), axes=("taps", "heads"))
+    def __init__(self, width: int, lags: Sequence[int], rngs: nnx.Rngs):
+        lags = jnp.minimum(jnp.asarray(lags), width - 1)
+        shown = jnp.arange(width)[:, None] == width - 1 - lags
+        noise = 0.1 * jax.random.normal(rngs.params(), shown.shape, jnp.float32)
+        self.kernel = nnx.Param(shown + noise, axes=("taps", "heads"))
 
     def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: Float[Array, "B W-1 D"] | None):
         """Returns `(y[B, T, D], the last W-1 inputs)`."""

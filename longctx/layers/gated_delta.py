@@ -50,7 +50,7 @@ class GatedDelta(nnx.Module):
         like_query = like_queries(self.query, options.heads, options.key_width)
         self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
         self.value = Linear(width, values, ("embed", "heads"), rngs)
-        self.conv = ShortConv(options.conv_width, 2 * keys + values, rngs)
+        self.conv = ShortConv(options.conv_width, [0] * keys + [1] * keys + [0] * values, rngs)
         self.beta = Linear(width, options.heads, ("embed", "heads"), rngs)
         self.step = Linear(width, options.heads, ("embed", "heads"), rngs)
         # The heads' memories begin with spans of 10 to 1,000 tokens.

@@ -49,7 +49,7 @@ class RGLRU(nnx.Module):
         hidden, heads = options.hidden, options.heads
         self.branch = Linear(width, hidden, ("embed", "heads"), rngs)
         self.gate = Linear(width, hidden, ("embed", "heads"), rngs)
-        self.conv = ShortConv(options.conv_width, hidden, rngs)
+        self.conv = ShortConv(options.conv_width, [0] * hidden, rngs)
         block = (heads, hidden // heads, hidden // heads)
         normal = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=(0,))
         names = ("heads", "block", "block_out")

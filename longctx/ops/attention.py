@@ -91,7 +91,7 @@ def attention(
     """
     queries, keys = _tokens(q, k, v, segment_ids, kv_segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    case = dict(segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, sinks=sinks, soft_cap=soft_cap)
+    case = {"segment_ids": segment_ids, "kv_segment_ids": kv_segment_ids, "sinks": sinks, "soft_cap": soft_cap}
     chosen = _choose(q, k, v, pattern, case) if implementation is None else implementation
     if chosen == "dense":
         own = queries if keys is None else keys
@@ -104,7 +104,9 @@ def attention(
         result = result if sinks is None else add_sinks(result, sinks)
         return result.output.astype(v.dtype)
     if chosen not in _KERNELS:
-        raise ValueError(f"implementation is '{chosen}'; choose one of dense, blockwise, {', '.join(_KERNELS)}, or None.")
+        raise ValueError(
+            f"implementation is '{chosen}'; choose one of dense, blockwise, {', '.join(_KERNELS)}, or None."
+        )
     if refusal := _KERNELS[chosen].refusal(q, k, v, pattern, **case):
         raise NotImplementedError(f"implementation '{chosen}' {refusal}")
     return _KERNELS[chosen].attention(q, k, v, pattern, segment_ids=segment_ids, scale=scale, soft_cap=soft_cap)
@@ -153,19 +155,19 @@ def add_sinks(partial: Partial, sinks: Float[Array, " H"]) -> Partial:
 
 def dense(q, k, v, mask, *, scale, sinks=None, soft_cap=None):
     """The definition. `mask[B or 1, T, S]` is True where the query may see the key; holds `[B, H, T, S]` logits."""
-    repeats = q.shape[2] // k.shape[2]
-    k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
-    logits = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) * scale
+    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])  # heads by group
+    logits = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32) * scale
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
-    mask = mask[:, None]
+    mask = mask[:, None, None]
     # A row without a visible key would be 0 / 0: its softmax runs over zeros and is then masked away.
     logits = jnp.where(mask, logits, jnp.where(mask.any(-1, keepdims=True), -jnp.inf, 0.0))
     if sinks is not None:
-        column = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None, None], (*logits.shape[:-1], 1))
-        logits = jnp.concatenate([logits, column], axis=-1)
+        column = sinks.astype(jnp.float32).reshape(q.shape[2], -1, 1, 1)
+        logits = jnp.concatenate([logits, jnp.broadcast_to(column, (*logits.shape[:-1], 1))], axis=-1)
     weights = jnp.where(mask, jax.nn.softmax(logits, axis=-1)[..., : k.shape[1]], 0.0)
-    return jnp.einsum("bhts,bshv->bthv", weights, v.astype(jnp.float32)).astype(v.dtype)
+    y = jnp.einsum("bgrts,bsgv->btgrv", weights, v.astype(jnp.float32))
+    return y.reshape(*q.shape[:2], -1, v.shape[3]).astype(v.dtype)
 
 
 _KERNELS = {"cudnn": cudnn, "splash": splash}
@@ -218,9 +220,9 @@ def _choose(q, k, v, pattern: Pattern, case) -> str:
     if kernel and not refusal:
         chosen, reason = kernel, f"the kernel of this platform ({jax.default_backend()})"
     elif q.shape[1] * k.shape[1] <= _DENSE_LOGITS or q.shape[1] == 1:
-        chosen, reason = "dense", "few logits a head"
+        chosen, reason = "dense", "few logits"
     else:
-        chosen, reason = "blockwise", f"'{kernel}' {refusal}" if kernel else "many logits a head"
+        chosen, reason = "blockwise", f"'{kernel}' {refusal}" if kernel else "many logits"
     _log(chosen, reason)
     return chosen
 

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.numpy import float32 as f32
 from jaxtyping import Array, Float, Int
 
 from longctx.ops.patterns import Pattern, Range
@@ -80,9 +81,9 @@ def blockwise(
     """
     batch, length, heads, _ = q.shape
     groups = k.shape[2]
-    q_tokens = _token_blocks(queries, plan.q_block)
-    k_tokens = _token_blocks(queries if keys is None else keys, plan.k_block)
-    schedule = _schedule(plan, q_tokens, k_tokens, length if keys is None else None)
+    q_tokens = token_blocks(queries, plan.q_block)
+    k_tokens = token_blocks(queries if keys is None else keys, plan.k_block)
+    schedule = make_schedule(plan, q_tokens, k_tokens, length if keys is None else None)
     q = (q * plan.scale).astype(q.dtype)
     q_blocks = _split(q.reshape(batch, length, groups, heads // groups, -1), plan.q_block)
     k_blocks = _split(k[:, :, :, None], plan.k_block)
@@ -108,7 +109,7 @@ def _join(x: Float[Array, "blocks B G RC W"], repeats: int, block: int) -> Float
     return x.reshape(batch, blocks * block, groups, repeats, width)
 
 
-def _token_blocks(tokens: Tokens, block: int) -> Tokens:
+def token_blocks(tokens: Tokens, block: int) -> Tokens:
     """Ids and positions as `[blocks, rows, tokens]`, filled up with padding; still numpy if they were."""
 
     def split(x):
@@ -119,7 +120,7 @@ def _token_blocks(tokens: Tokens, block: int) -> Tokens:
     return Tokens(*map(split, tokens))
 
 
-def _schedule(plan: Plan, q: Tokens, k: Tokens, length: int | None) -> Schedule:
+def make_schedule(plan: Plan, q: Tokens, k: Tokens, length: int | None) -> Schedule:
     """The touched pairs of blocks. `length` is T where the keys are the queries' own tokens."""
     known = isinstance(q.ids, np.ndarray) and isinstance(k.ids, np.ndarray)
     xp = np if known else jnp
@@ -143,21 +144,19 @@ def _schedule(plan: Plan, q: Tokens, k: Tokens, length: int | None) -> Schedule:
     whole &= (q.ids > 0).all(-1)[i] & (k.ids > 0).all(-1)[j] & plan.pattern.covers(q_positions, k_positions)
     touched, whole = touched.any(-1), whole.all(-1)
     order = xp.argsort(3 * i + xp.where(whole, 0, xp.where(touched, 1, 2)), stable=True)
-    ends = np.cumsum(candidates.sum(1))
-    start = ends - candidates.sum(1)
+    ends = np.cumsum(candidates.sum(1), dtype=np.int32)
+    start = np.concatenate([np.zeros(1, np.int32), ends[:-1]])
 
     def count(pairs):  # of each query block
         sums = xp.concatenate([np.zeros(1, np.int32), xp.cumsum(pairs, dtype=np.int32)])
         return sums[ends] - sums[start]
 
-    return Schedule(
-        xp.asarray(j, np.int32)[order], start.astype(np.int32), start + count(whole), start + count(touched)
-    )
+    return Schedule(xp.asarray(j, np.int32)[order], start, start + count(whole), start + count(touched))
 
 
 def _logits(plan: Plan, q, k):
     """Capped logits of a pair of blocks, float32 `[B, G, RC, keys]`."""
-    logits = jnp.einsum("bgik,bgjk->bgij", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bgik,bgjk->bgij", q, k, preferred_element_type=f32)
     if plan.soft_cap is not None:
         logits = plan.soft_cap * jnp.tanh(logits / plan.soft_cap)
     return logits
@@ -201,11 +200,11 @@ def _forward(plan: Plan, q, k, v, tables):
             weights = jnp.exp(logits - shift[..., None])
             decay = jnp.exp(peak - shift)
             total = total * decay + weights.sum(-1)
-            update = jnp.einsum("bgij,bgjv->bgiv", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
+            update = jnp.einsum("bgij,bgjv->bgiv", weights.astype(v.dtype), v[j], preferred_element_type=f32)
             return higher, total, out * decay[..., None] + update
 
         shape = q.shape[1:-1]
-        start = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1]))
+        start = jnp.full(shape, -jnp.inf, f32), jnp.zeros(shape, f32), jnp.zeros((*shape, v.shape[-1]), f32)
         peak, total, out = _sweep(schedule, i, step, start)
         seen = total > 0
         total = jnp.where(seen, total, 1.0)
@@ -230,22 +229,22 @@ def _backward(plan: Plan, residuals, cotangents):
             if masked:
                 logits = _masked(plan, logits, tokens, i, j)
             weights = jnp.exp(logits - shift[i][..., None])
-            d_weights = jnp.einsum("bgiv,bgjv->bgij", d_out[i], v[j], preferred_element_type=jnp.float32)
+            d_weights = jnp.einsum("bgiv,bgjv->bgij", d_out[i], v[j], preferred_element_type=f32)
             d_logits = weights * (d_weights - share[i][..., None])
             if plan.soft_cap is not None:
                 d_logits *= 1 - (capped / plan.soft_cap) ** 2
             weights, d_logits = weights.astype(v.dtype), d_logits.astype(q.dtype)
             return (
-                dq + jnp.einsum("bgij,bgjk->bgik", d_logits, k[j], preferred_element_type=jnp.float32),
-                dk.at[j].add(jnp.einsum("bgik,bgij->bgkj", q[i], d_logits, preferred_element_type=jnp.float32)),
-                dv.at[j].add(jnp.einsum("bgiv,bgij->bgvj", d_out[i], weights, preferred_element_type=jnp.float32)),
+                dq + jnp.einsum("bgij,bgjk->bgik", d_logits, k[j], preferred_element_type=f32),
+                dk.at[j].add(jnp.einsum("bgik,bgij->bgkj", q[i], d_logits, preferred_element_type=f32)),
+                dv.at[j].add(jnp.einsum("bgiv,bgij->bgvj", d_out[i], weights, preferred_element_type=f32)),
             )
 
-        dq, dk, dv = _sweep(schedule, i, step, (jnp.zeros(q.shape[1:]), *carry))
+        dq, dk, dv = _sweep(schedule, i, step, (jnp.zeros(q.shape[1:], f32), *carry))
         return (dk, dv), dq.astype(q.dtype)
 
     # The gradients of keys and values are summed transposed: transposing `weights` in each step is what is slow.
-    start = jnp.zeros(k.mT.shape), jnp.zeros(v.mT.shape)
+    start = jnp.zeros(k.mT.shape, f32), jnp.zeros(v.mT.shape, f32)
     (dk, dv), dq = jax.lax.scan(rows, start, jnp.arange(len(q)))
     return dq, dk.mT.astype(k.dtype), dv.mT.astype(v.dtype), None
 

@@ -6,9 +6,14 @@ For a token with hidden vector h (width D), target y and unembedding E[V, D]:
     loss    l = log sum_v exp(z_v) - z_y           (nats)
     total     = sum over tokens of weight * l
 
-The row is cut into chunks and a `lax.scan` goes over them; the backward pass computes a chunk's logits again
-instead of keeping them. Memory is B * chunk * V floats for the logits, whatever T is; the cost of computing them
-twice is 2 * T * D * V operations, one matrix product in four.
+The row is cut into chunks and a `lax.scan` goes over them. Since `total` is one number, its gradient is known up to
+that number's cotangent as soon as the loss is: with p = softmax(z) and g = weight (p - onehot(y)),
+
+    d total / d h = E^T g,    d total / d E = sum over tokens of g h^T
+
+so the forward pass of a gradient takes both at once, from the logits at hand, and the backward pass only scales them:
+three matrix products of T * D * V in all, none computed twice. Memory is B * chunk * V floats for the logits,
+whatever T is.
 
 A chunk is *not* a contiguous piece of the row. The row is cut into `chunk` equal contiguous pieces, and step j of
 the scan takes token j of each piece. Where the row is sharded contiguously over devices, and their number divides
@@ -18,13 +23,14 @@ leave all devices but one idle.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-HELD = 2**24  # logits held at once where the caller names no chunk: 64 MiB of float32
+HELD = 2**20  # logits held at once where the caller names no chunk: 4 MiB of float32, which caches hold
 
 
 class CrossEntropy(NamedTuple):
@@ -33,7 +39,7 @@ class CrossEntropy(NamedTuple):
     Attributes:
       total: the sum of `weights * losses`, float32.
       losses: `[B, T]` float32, -log p(target) in nats, not weighted.
-      correct: `[B, T]` bool, true where the target has the largest logit.
+      correct: `[B, T]` bool, true where no logit is larger than the target's.
     """
 
     total: Float[Array, ""]
@@ -60,32 +66,78 @@ def cross_entropy(
         over. None holds at most `HELD` logits at once.
 
     Returns:
-      `CrossEntropy`, differentiable with respect to `hidden` and `unembedding`.
+      `CrossEntropy`. `total` is differentiable once, with respect to `hidden` and `unembedding`; `losses` and
+      `correct` are for reading and carry no gradient.
     """
     batch, length, _ = hidden.shape
     if chunk is None:
         chunk = max(1, HELD // (batch * unembedding.shape[0]))
     chunk = min(chunk, length)
-    steps = -(-length // chunk)
-    matrix = unembedding.astype(hidden.dtype)
+    found = _scan(chunk, hidden, unembedding.astype(hidden.dtype), targets, weights.astype(jnp.float32))
+    return CrossEntropy(found.total, *jax.lax.stop_gradient((found.losses, found.correct)))
 
-    def strided(x):  # [B, T, ...] -> [steps, B, chunk, ...], chunk being the sharded part of T
-        x = jnp.pad(x, ((0, 0), (0, steps * chunk - length)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, chunk, steps, *x.shape[2:]), 2, 0)
 
-    def whole(x):  # [steps, B, chunk] -> [B, T]
-        return jnp.moveaxis(x, 0, 2).reshape(batch, steps * chunk)[:, :length]
-
-    @jax.checkpoint
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(chunk, hidden, matrix, targets, weights) -> CrossEntropy:
     def step(total, inputs):
-        hidden, targets, weights = inputs
-        logits = jnp.einsum("bcd,vd->bcv", hidden, matrix, precision="highest", preferred_element_type=jnp.float32)
-        # A comparison with iota, not a gather: it stays local where the vocabulary is sharded.
-        here = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
-        losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(here, logits, 0), axis=-1)
-        correct = jnp.argmax(logits, axis=-1) == targets
-        return total + jnp.sum(weights * losses), (losses, correct)
+        losses, correct, _ = _chunk(matrix, *inputs[:2])
+        return total + jnp.sum(inputs[2] * losses), (losses, correct)
 
-    inputs = strided(hidden), strided(targets), strided(weights.astype(jnp.float32))
-    total, (losses, correct) = jax.lax.scan(step, jnp.zeros((), jnp.float32), inputs)
-    return CrossEntropy(total, whole(losses), whole(correct))
+    inputs = (_strided(x, chunk) for x in (hidden, targets, weights))
+    total, (losses, correct) = jax.lax.scan(step, jnp.zeros((), jnp.float32), tuple(inputs))
+    return CrossEntropy(total, _whole(losses, targets), _whole(correct, targets))
+
+
+def _forward(chunk, hidden, matrix, targets, weights):
+    def step(carry, inputs):
+        total, d_matrix = carry
+        hidden, targets, weights = inputs
+        losses, correct, (probabilities, here) = _chunk(matrix, hidden, targets)
+        slopes = weights[..., None] * (probabilities - here)
+        d_hidden = _product("bcv,vd->bcd", slopes.astype(matrix.dtype), matrix)
+        d_matrix += _product("bcv,bcd->vd", slopes.astype(hidden.dtype), hidden)
+        return (total + jnp.sum(weights * losses), d_matrix), (losses, correct, d_hidden.astype(hidden.dtype))
+
+    inputs = (_strided(x, chunk) for x in (hidden, targets, weights))
+    start = jnp.zeros((), jnp.float32), jnp.zeros(matrix.shape, jnp.float32)
+    (total, d_matrix), (losses, correct, d_hidden) = jax.lax.scan(step, start, tuple(inputs))
+    found = CrossEntropy(total, _whole(losses, targets), _whole(correct, targets))
+    return found, (_whole(d_hidden, targets), d_matrix.astype(matrix.dtype))
+
+
+def _backward(chunk, slopes, cotangents):
+    del chunk
+    d_hidden, d_matrix = (slope * cotangents.total.astype(slope.dtype) for slope in slopes)
+    return d_hidden, d_matrix, None, None
+
+
+_scan.defvjp(_forward, _backward)
+
+
+def _chunk(matrix, hidden, targets):
+    """Losses and hits of `[B, chunk]` tokens; and their probabilities and one-hot targets `[B, chunk, V]`."""
+    logits = _product("bcd,vd->bcv", hidden, matrix)
+    # A comparison with iota, not a gather: it stays local where the vocabulary is sharded.
+    here = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    found = jnp.sum(jnp.where(here, logits, 0), axis=-1)
+    exponentials = jnp.exp(logits - peak)
+    mass = jnp.sum(exponentials, axis=-1, keepdims=True)
+    losses = jnp.log(mass[..., 0]) + peak[..., 0] - found
+    return losses, found >= peak[..., 0], (exponentials / mass, here)
+
+
+_product = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+
+
+def _strided(x, chunk: int):
+    """`[B, T, ...]` as `[steps, B, chunk, ...]`, chunk being the sharded part of T."""
+    batch, length = x.shape[:2]
+    x = jnp.pad(x, ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(batch, chunk, -1, *x.shape[2:]), 2, 0)
+
+
+def _whole(x, targets):
+    """`[steps, B, chunk, ...]` as `[B, T, ...]`."""
+    batch, length = targets.shape
+    return jnp.moveaxis(x, 0, 2).reshape(batch, -1, *x.shape[3:])[:, :length]

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from longctx.ops.gated_linear import BEFORE, decay, einsum, join, scores, split, start_clock
+from longctx.ops.gated_linear import BEFORE, by_spans, decay, einsum, join, scores, split, start_clock
 from longctx.typing import Segments
 
 
@@ -91,13 +91,8 @@ def chunked(
     chunk: int = 64,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The same as `recurrent`, chunk by chunk in matrix products; `chunk` is C, a power of two."""
-    keys, clock, chunks = _chunks(k, v, beta, log_decay, segment_ids, chunk)
     s = _zeros(k, v) if state is None else state.astype(jnp.float32)
-    s, (before, rows) = jax.lax.scan(_step, s, chunks)
-    queries = split(q, chunk)
-    y = einsum("nbhck,nbhkv->nbhcv", queries * decay(clock, BEFORE), before)
-    y += einsum("nbhcd,nbhdv->nbhcv", scores(queries, keys, clock), rows)
-    return join(y, v, segment_ids), s
+    return by_spans(_span, s, (q, k, v, beta, log_decay), segment_ids, chunk)
 
 
 def transition(
@@ -111,13 +106,12 @@ def transition(
 ) -> Transition:
     """What the span does to any state. `q` is not read: it is there so that all functions take the same inputs.
 
-    M is carried as K further columns of the state, which start as the identity and are written with zeros.
+    M is carried as K more columns of the state, which start as the identity and are written with zeros.
     """
-    batch, _, heads, width = k.shape
-    values = jnp.concatenate([jnp.zeros_like(k), v], axis=-1)
-    _, _, chunks = _chunks(k, values, beta, log_decay, segment_ids, chunk)
-    identity = jnp.broadcast_to(jnp.eye(width, width + v.shape[-1]), (batch, heads, width, width + v.shape[-1]))
-    s, _ = jax.lax.scan(lambda s, chunk: (_step(s, chunk)[0], None), identity, chunks)
+    width = k.shape[-1]
+    values = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (width, 0)))
+    columns = _zeros(k, values) + jnp.eye(*_zeros(k, values).shape[-2:])
+    _, s = by_spans(_span, columns, (None, k, values, beta, log_decay), segment_ids, chunk)
     return Transition(s[..., :width], s[..., width:])
 
 
@@ -131,24 +125,28 @@ def apply(transition: Transition, state: Float[Array, "B H K V"]) -> Float[Array
     return einsum("bhij,bhjv->bhiv", transition.matrix, state) + transition.state
 
 
-def _chunks(k, v, beta, log_decay, segment_ids, chunk):
-    """Keys, their clock, and what a chunk does to the state: (W, U, keys decayed to its end, its whole decay)."""
-    if segment_ids is not None:
-        k = jnp.where(Segments.of(segment_ids, *k.shape[:2]).valid[..., None, None], k, 0)
-    keys, values, strength = split(k, chunk), split(v, chunk), split(beta[..., None], chunk)
-    clock = start_clock(log_decay, segment_ids, chunk)
-    inverse = _inverse(jnp.tril(strength * scores(keys, keys, clock), -1))
-    fresh = einsum("nbhcd,nbhdv->nbhcv", inverse, strength * values)
-    erased = einsum("nbhcd,nbhdk->nbhck", inverse, strength * decay(clock, BEFORE) * keys)
-    total = jnp.swapaxes(decay(clock.last, BEFORE), -1, -2)
-    return keys, clock, (erased, fresh, keys * decay(clock.last, clock), total)
+def _span(s, q, k, v, beta, log_decay, segments, chunk):
+    """A few chunks: the state after them, and y."""
+    k = k if segments is None else jnp.where(segments.valid[..., None, None], k, 0)
+    keys, values, clock = split(k, chunk), split(v, chunk), start_clock(log_decay, segments, chunk)
+    strength = split(beta[..., None], chunk)
+    inverse = _inverse(jnp.tril(strength * scores(keys, keys, clock), -1)) * jnp.swapaxes(strength, -1, -2)
+    fresh = einsum("nbhcd,nbhdv->nbhcv", inverse, values)
+    erased = einsum("nbhcd,nbhdk->nbhck", inverse, decay(clock, BEFORE) * keys)
+    out, total = keys * decay(clock.last, clock), jnp.swapaxes(decay(clock.last, BEFORE), -1, -2)
 
+    def step(s, chunk):
+        fresh, erased, out, total = chunk
+        rows = fresh - einsum("bhck,bhkv->bhcv", erased, s)
+        return total * s + einsum("bhck,bhcv->bhkv", out, rows), (s, rows)
 
-def _step(s, chunk):
-    """One chunk: the state after it, and (the state before it, the rows that it adds)."""
-    erased, fresh, keys, total = chunk
-    rows = fresh - einsum("bhck,bhkv->bhcv", erased, s)
-    return total * s + einsum("bhck,bhcv->bhkv", keys, rows), (s, rows)
+    s, (before, rows) = jax.lax.scan(step, s, (fresh, erased, out, total))
+    if q is None:
+        return s, None
+    queries = split(q, chunk)
+    y = einsum("nbhck,nbhkv->nbhcv", queries * decay(clock, BEFORE), before)
+    y += einsum("nbhcd,nbhdv->nbhcv", scores(queries, keys, clock), rows)
+    return s, join(y, v, segments)
 
 
 @jax.custom_jvp

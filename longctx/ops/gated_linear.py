@@ -29,13 +29,14 @@ from longctx.typing import Segments
 
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
+MATRICES = 128  # chunks times heads at once: about what a CPU's cache holds
 FLOOR = -128.0  # of log decays: exp is 0 in float32 from -104 on, so that nothing changes below it
 
 
 class Transition(NamedTuple):
     """What a span does to any state: S -> Diag(decay) S + state."""
 
-    decay: Float[Array, "B H #K"]
+    decay: Float[Array, "B H K"]
     state: Float[Array, "B H K V"]
 
 
@@ -88,20 +89,8 @@ def chunked(
     chunk: int = 64,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The same as `recurrent`, chunk by chunk in matrix products; `chunk` is C, a power of two."""
-    keys, values, clock = _chunks(k, v, log_decay, segment_ids, chunk)
-    queries = split(q, chunk)
-    writes = einsum("nbhck,nbhcv->nbhkv", keys * decay(clock.last, clock), values)
-    total = decay(clock.last, BEFORE)
-
-    def step(s, chunk):
-        total, writes = chunk
-        return jnp.swapaxes(total, -1, -2) * s + writes, s
-
     s = _zeros(k, v) if state is None else state.astype(jnp.float32)
-    s, before = jax.lax.scan(step, s, (total, writes))
-    y = einsum("nbhck,nbhkv->nbhcv", queries * decay(clock, BEFORE), before)
-    y += einsum("nbhcd,nbhdv->nbhcv", scores(queries, keys, clock), values)
-    return join(y, v, segment_ids), s
+    return by_spans(_span, s, (q, k, v, log_decay), segment_ids, chunk)
 
 
 def transition(
@@ -112,13 +101,14 @@ def transition(
     segment_ids: Int[Array, "B T"] | Segments | None = None,
     chunk: int = 64,
 ) -> Transition:
-    """What the span does to any state. `q` is not read: it is there so that all functions take the same inputs."""
-    keys, values, clock = _chunks(k, v, log_decay, segment_ids, chunk)
-    writes = einsum("nbhck,nbhcv->nbhkv", keys * decay(clock.last, clock), values)
-    totals = decay(clock.last, BEFORE)[..., 0, :]
-    nothing = Transition(jnp.ones_like(totals[0]), _zeros(k, v))
-    chunks = Transition(totals, writes)
-    return jax.lax.scan(lambda before, chunk: (compose(before, Transition(*chunk)), None), nothing, chunks)[0]
+    """What the span does to any state. `q` is not read: it is there so that all functions take the same inputs.
+
+    The decay is carried as one more column of the state, which starts as ones and is written with zeros.
+    """
+    values = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (1, 0)))
+    column = _zeros(k, values).at[..., 0].set(1)
+    _, s = by_spans(_span, column, (None, k, values, log_decay), segment_ids, chunk)
+    return Transition(s[..., 0], s[..., 1:])
 
 
 def compose(first: Transition, then: Transition) -> Transition:
@@ -131,18 +121,44 @@ def apply(transition: Transition, state: Float[Array, "B H K V"]) -> Float[Array
     return transition.decay[..., None] * state + transition.state
 
 
+def by_spans(span, state, inputs, segment_ids, chunk: int):
+    """`span(state, *inputs, segments, chunk)` over the row, a few chunks of all its heads at a time.
+
+    Within a span all that does not depend on the state is computed for its chunks together. The backward pass keeps
+    the state before each span and computes the rest again: its memory is that of one span, and on a CPU the span's
+    arrays stay in the cache, which is worth more than the second computation costs.
+    """
+    batch, length, heads = inputs[1].shape[:3]
+    segments = None if segment_ids is None else Segments.of(segment_ids, batch, length)
+    chunks = -(-length // chunk)
+    spans = -(-chunks // max(1, MATRICES // (batch * heads)))
+    size = -(-chunks // spans) * chunk
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, spans * size - length)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, spans, size, *x.shape[2:]), 1, 0)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(state, leaves):
+        return span(state, *leaves, chunk)
+
+    state, y = jax.lax.scan(step, state, jax.tree.map(cut, (*inputs, segments)))
+    if y is not None:
+        y = jnp.moveaxis(y, 0, 1).reshape(batch, spans * size, *y.shape[3:])[:, :length]
+    return y, state
+
+
 def split(x: Float[Array, "B T H K"], chunk: int) -> Float[Array, "n B H C K"]:
-    """Chunks in float32, the last filled up with zeros."""
-    batch, length, heads, width = x.shape
-    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -length % chunk), (0, 0), (0, 0)))
-    return jnp.transpose(x.reshape(batch, -1, chunk, heads, width), (1, 0, 3, 2, 4))
+    """Chunks, in float32."""
+    batch, _, heads, width = x.shape
+    return jnp.transpose(x.astype(jnp.float32).reshape(batch, -1, chunk, heads, width), (1, 0, 3, 2, 4))
 
 
-def join(y: Float[Array, "n B H C V"], v: Float[Array, "B T H V"], segment_ids) -> Float[Array, "B T H V"]:
-    """The inverse of `split` for outputs, in the dtype of v; 0 at padding."""
-    y = jnp.transpose(y, (1, 0, 3, 2, 4)).reshape(v.shape[0], -1, *v.shape[2:])[:, : v.shape[1]]
-    if segment_ids is not None:
-        y = jnp.where(Segments.of(segment_ids, *v.shape[:2]).valid[..., None, None], y, 0)
+def join(y: Float[Array, "n B H C V"], v: Float[Array, "B T H V"], segments: Segments | None):
+    """The inverse of `split` for outputs, in the shape and dtype of v; 0 at padding."""
+    y = jnp.transpose(y, (1, 0, 3, 2, 4)).reshape(v.shape)
+    if segments is not None:
+        y = jnp.where(segments.valid[..., None, None], y, 0)
     return y.astype(v.dtype)
 
 
@@ -174,23 +190,19 @@ class Clock(NamedTuple):
 BEFORE = Clock(0.0, 0.0, 0)  # the clock right before the chunk
 
 
-def start_clock(log_decay, segment_ids, chunk: int) -> Clock:
+def start_clock(log_decay, segments: Segments | None, chunk: int) -> Clock:
     """The clock of `[B, T, H]` or `[B, T, H, K]` log decays."""
     log_decay = jnp.maximum(log_decay.astype(jnp.float32), FLOOR)
     log_decay = log_decay[..., None] if log_decay.ndim == 3 else log_decay
     batch, length = log_decay.shape[:2]
-    earlier = jnp.tril(jnp.ones((chunk, chunk), bool))
-    if segment_ids is None:
-        run = jnp.zeros((batch, -(-length // chunk), chunk), jnp.int32)
+    if segments is None:
+        run = jnp.zeros((batch, length // chunk, chunk), jnp.int32)
     else:
-        segments = Segments.of(segment_ids, batch, length)
         log_decay = jnp.where((segments.valid & ~segments.starts)[..., None, None], log_decay, 0)
-        starts = jnp.pad(segments.starts, ((0, 0), (0, -length % chunk)))
-        run = jnp.cumsum(starts.reshape(batch, -1, chunk), axis=-1, dtype=jnp.int32)
-        earlier = earlier & (run[..., :, None] == run[..., None, :])
+        run = jnp.cumsum(segments.starts.reshape(batch, -1, chunk), axis=-1, dtype=jnp.int32)
+    counted = jnp.tril(run[..., :, None] == run[..., None, :]).astype(jnp.float32)
     whole = jax.lax.stop_gradient(jnp.round(log_decay))
-    earlier = jnp.broadcast_to(earlier, (*run.shape, chunk)).astype(jnp.float32)
-    sums = [einsum("bnij,nbhjk->nbhik", earlier, split(part, chunk)) for part in (whole, log_decay - whole)]
+    sums = [einsum("bnij,nbhjk->nbhik", counted, split(part, chunk)) for part in (whole, log_decay - whole)]
     return Clock(*sums, jnp.swapaxes(run, 0, 1)[:, :, None, :, None])
 
 
@@ -225,10 +237,19 @@ def scores(x: Float[Array, "n B H C K"], k: Float[Array, "n B H C K"], clock: Cl
     return jnp.block([[near[0], jnp.zeros_like(far)], [far, near[1]]])
 
 
-def _chunks(k, v, log_decay, segment_ids, chunk):
-    if segment_ids is not None:
-        k = jnp.where(Segments.of(segment_ids, *k.shape[:2]).valid[..., None, None], k, 0)
-    return split(k, chunk), split(v, chunk), start_clock(log_decay, segment_ids, chunk)
+def _span(s, q, k, v, log_decay, segments, chunk):
+    """A few chunks: the state after them, and y."""
+    k = k if segments is None else jnp.where(segments.valid[..., None, None], k, 0)
+    keys, values, clock = split(k, chunk), split(v, chunk), start_clock(log_decay, segments, chunk)
+    writes = einsum("nbhck,nbhcv->nbhkv", keys * decay(clock.last, clock), values)
+    total = jnp.swapaxes(decay(clock.last, BEFORE), -1, -2)
+    s, before = jax.lax.scan(lambda s, chunk: (chunk[0] * s + chunk[1], s), s, (total, writes))
+    if q is None:
+        return s, None
+    queries = split(q, chunk)
+    y = einsum("nbhck,nbhkv->nbhcv", queries * decay(clock, BEFORE), before)
+    y += einsum("nbhcd,nbhdv->nbhcv", scores(queries, keys, clock), values)
+    return s, join(y, v, segments)
 
 
 def _zeros(k, v):

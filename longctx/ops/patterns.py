@@ -79,7 +79,7 @@ class Pattern:
 
         Returns:
           bool `[query blocks, key blocks]`. Every visible pair of tokens lies in a True block; without `packed`
-          every True block of a causal pattern holds a visible pair.
+          every True block holds a visible pair, unless a window cuts the pattern's global tokens off.
         """
         q_block, k_block = block if isinstance(block, tuple) else (block, block)
         q, k = _blocks(length, q_block), _blocks(length, k_block)
@@ -164,7 +164,7 @@ class Global(Pattern):
         return self.tokens
 
     def mask(self, q_positions, k_positions):
-        return (k_positions < self.tokens) & (q_positions >= 0)
+        return (k_positions < self.tokens) & (q_positions >= 0)  # the second, always true, is for the shape
 
     def touches(self, q, k):
         return (k.first < self.tokens) & (q.last >= 0)

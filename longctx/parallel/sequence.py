@@ -41,7 +41,7 @@ def recurrence(op: types.ModuleType, *inputs, state=None, segments: Segments | N
       op: the family's module, such as `longctx.ops.gated_delta`.
       inputs: its inputs, each `[B, T, ...]`.
       state: before the span; None is the empty state.
-      segments: the documents of the span, or what `Segments.of` makes them from.
+      segments: the documents of the span; None is one document, which continues that of the state.
       static: options of `op.chunked`, such as `chunk`.
 
     Returns:
@@ -50,10 +50,6 @@ def recurrence(op: types.ModuleType, *inputs, state=None, segments: Segments | N
     Raises:
       ValueError: T is not a multiple of the devices along `context`.
     """
-    batch, length = inputs[0].shape[:2]
-    segments = Segments.of(segments, batch, length)
-    if length == 1:
-        return op.recurrent(*inputs, state=state, segment_ids=segments)
     return _scan(op, inputs, (), state, segments, static)
 
 
@@ -69,7 +65,7 @@ def convolution(
       x: inputs.
       kernel: taps; the last multiplies the token itself.
       state: the last W-1 inputs before the span; None is none.
-      segments: the documents of the span.
+      segments: as in `recurrence`.
 
     Returns:
       `(y[B, T, D], state)`.
@@ -77,7 +73,7 @@ def convolution(
     Raises:
       ValueError: T is not a multiple of the devices along `context`.
     """
-    return _scan(causal_conv, (x,), (kernel,), state, Segments.of(segments, *x.shape[:2]), {})
+    return _scan(causal_conv, (x,), (kernel,), state, segments, {})
 
 
 def attention(
@@ -93,7 +89,7 @@ def attention(
     Args:
       q, k, v: queries, keys, values.
       pattern: which keys a query may see within its document.
-      segments: the documents of the span.
+      segments: the documents of the span; None is one document.
       options: of `longctx.ops.attention.attention`.
 
     Raises:
@@ -161,16 +157,21 @@ def _splits(length: int) -> bool:
 
 def _island(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """`f` on the shards of each device along `context`."""
-    # Without the check of varying axes: ops know no mesh, and start their scans from plain zeros.
-    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names={"context"}, check_vma=False)
+    # Without the check of varying axes: ops know no mesh, and start their scans from plain zeros. Inside a jit: an
+    # island over some of the mesh's axes does not run eagerly.
+    island = jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names={"context"}, check_vma=False)
+    return jax.jit(island, inline=True)
 
 
-def _scan(op, inputs, parameters, state, segments: Segments, static):
-    """`op.chunked` on the span, or on each shard from the state that the shards before it leave."""
-    if not _splits(inputs[0].shape[1]):
+def _scan(op, inputs, parameters, state, segments: Segments | None, static):
+    """The op on the span, or on each shard from the state that the shards before it leave."""
+    batch, length = inputs[0].shape[:2]
+    if length == 1:
+        return op.recurrent(*inputs, *parameters, state=state, segment_ids=segments)
+    if not _splits(length):
         return op.chunked(*inputs, *parameters, state=state, segment_ids=segments, **static)
     if state is None:
-        empty = jax.eval_shape(lambda *args: op.recurrent(*args, segment_ids=segments)[1], *inputs, *parameters)
+        empty = jax.eval_shape(lambda *args: op.recurrent(*args)[1], *inputs, *parameters)
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
 
     def shard(inputs, parameters, state, segments):
@@ -182,5 +183,5 @@ def _scan(op, inputs, parameters, state, segments: Segments, static):
         y, after = op.chunked(*arguments, state=entering, segment_ids=segments, **static)
         return y, jax.lax.psum(jax.tree.map(lambda x: jnp.where(device == last, x, 0), after), "context")
 
-    run = _island(shard, (_SHARD, _WHOLE, _WHOLE, _SHARD), (_SHARD, _WHOLE))
-    return run(inputs, parameters, state, segments)
+    island = _island(shard, (_SHARD, _WHOLE, _WHOLE, _SHARD), (_SHARD, _WHOLE))
+    return island(inputs, parameters, state, Segments.of(segments, batch, length))

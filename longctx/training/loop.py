@@ -66,20 +66,23 @@ def train(experiment: config.Experiment, workdir: Path, corpus: data.Corpus) -> 
     mesh = make_mesh(experiment)
     with jax.set_mesh(mesh):
         program = Program.make(experiment, corpus.tokenizer.vocab_size, mesh)
+        # Of all stages, so that a stage that the corpus cannot fill is refused now.
         iterators = [_batches(experiment, corpus, program, index) for index in range(len(training.stages))]
         changes = workdirs.start(workdir, experiment, corpus)
         checkpoints = Checkpoints(workdir, experiment.checkpoints.keep)
 
         def data_at(step: int):
             stage, offset = _locate(training, step)
-            return iterators[stage] if offset else None
+            return _batches(experiment, corpus, program, stage) if offset else None
 
         restored = checkpoints.restore(program.abstract, data_at)
-        step, state = (0, program.init()) if restored is None else restored[:2]
+        step, state, iterator = (0, program.init(), None) if restored is None else restored
+        if iterator is not None:
+            iterators[_locate(training, step)[0]] = iterator
         with Metrics(workdir, training, step, jax.process_index() == 0) as metrics, _stop_signals() as stop:
             if step:
                 metrics.say("; ".join([f"going on from step {step}", *changes]))
-            run = _Run(experiment, workdir, program, checkpoints, metrics)
+            run = _Run(experiment, program, checkpoints, metrics)
             step = run.steps(step, state, iterators, stop)
         summary = summarise(workdir, training)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract.params))
@@ -98,9 +101,9 @@ class _Pending(NamedTuple):
 class _Run:
     """What the steps of one call of `train` share."""
 
-    def __init__(self, experiment, workdir, program, checkpoints, metrics):
+    def __init__(self, experiment, program, checkpoints, metrics):
         self._training, self._every = experiment.training, experiment.checkpoints.every
-        self._workdir, self._program = workdir, program
+        self._program = program
         self._checkpoints, self._metrics = checkpoints, metrics
         self._clock = 0.0
 
@@ -158,12 +161,10 @@ class _Run:
 
     def _not_finite(self, name: str, value: float, pending: _Pending) -> str:
         self._checkpoints.wait()
-        steps = self._checkpoints.steps()
-        good = (
-            f"the last good checkpoint is {self._checkpoints.directory / str(steps[-1])}" if steps else "none was saved"
-        )
+        saved = [str(step) for step in self._checkpoints.steps()]
+        good = f"{self._checkpoints.directory / saved[-1]} is the last good checkpoint" if saved else "nothing is saved"
         return (
-            f"the {name.replace('_', ' ')} is {value} at step {pending.step}, on {pending.batch}; training stops here, "
+            f"the {name.replace('_', ' ')} is {value} at step {pending.step}, on {pending.batch}; training stops and "
             f"{good}. Lower training.learning_rate or training.clip_norm, or look at these rows."
         )
 

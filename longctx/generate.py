@@ -1,0 +1,57 @@
+"""Writes on from a prompt with a trained model.
+
+    python -m longctx.generate --workdir=runs/quickstart --prompt="import os" --max_tokens=100
+
+The text goes to stdout as it is written, the speeds to stderr.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import flags
+
+from longctx import commands
+from longctx.errors import UsageError
+from longctx.inference import Request, Sampling, complete
+from longctx.training import workdir as workdirs
+
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to write on from.")
+_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A file with the text to write on from, UTF-8.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "Tokens to write at most; fewer where the model ends the text.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the most likely token.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws from the most likely tokens that have this mass together.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws; equal seeds write equal texts.")
+
+
+def main() -> None:
+    sampling = Sampling(_TEMPERATURE.value, _TOP_P.value)
+    request = Request(_prompt(), _MAX_TOKENS.value, sampling, _SEED.value)
+    run = workdirs.open_run(commands.workdir())
+    model, _ = workdirs.load_model(run)
+    complete(model, run.tokenizer, request)
+
+
+def _prompt() -> str:
+    text, file = _PROMPT.value, _PROMPT_FILE.value
+    if (text is None) == (file is None):
+        given = "both --prompt and --prompt_file are" if text is not None else "neither --prompt nor --prompt_file is"
+        raise UsageError(f"{given} given; give one of them")
+    if file is None:
+        return text
+    try:
+        text = Path(file).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"the prompt file '{file}' cannot be read ({error.strerror}); give a file of text") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the prompt file '{file}' is not UTF-8 text (byte {error.start:,}); give a file of text"
+        ) from error
+    if "\0" in text:
+        raise UsageError(f"the prompt file '{file}' is not text: it has a NUL; give a file of text")
+    return text
+
+
+if __name__ == "__main__":
+    commands.define_workdir()
+    commands.run(main)

@@ -1,0 +1,100 @@
+"""`evaluate` measures everything and leaves a whole report, which needs nothing from outside."""
+
+import copy
+import dataclasses
+import json
+import re
+
+import pytest
+
+from longctx.evals import evaluate, report
+
+TRAINING = {"finished": True, "steps": 8, "tokens": 2048, "seconds": 1.5, "tokens_per_second": 1365.3, "loss": 5.1}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, bigram, experiment, corpus):
+    workdir = tmp_path_factory.mktemp("run")
+    stages = [{"steps": 4, "batch": 8, "length": 32}, {"steps": 4, "batch": 4, "length": 64}]
+    (workdir / "config.json").write_text(json.dumps({"training": {"stages": stages}, "name": "<script>"}))
+    lines = [
+        {"step": step, "stage": step // 5, "loss": 6.0 - step / 8, "retrieval_accuracy": step / 8 if step % 2 else None}
+        for step in range(1, 9)
+    ]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9, "lo')
+    return workdir, evaluate(bigram, experiment, corpus, workdir, TRAINING)
+
+
+def test_summary(run):
+    workdir, summary = run
+    assert json.loads((workdir / "report" / "summary.json").read_text()) == summary
+    assert set(summary["needle"]["accuracy"]) == {"64", "256"}
+    assert all(0 <= value <= 1 for value in summary["needle"]["accuracy"].values())
+    assert list(summary["perplexity"]["final_block"]) == ["64", "128", "256"]
+    assert all(value > 1 for value in summary["perplexity"]["final_block"].values())
+    assert summary["perplexity"]["windows"] == 5
+    assert (summary["train"]["wall_seconds"], summary["train"]["final_loss"]) == (1.5, 5.1)
+    assert summary["train"]["tokens_per_second"] == 1365.3
+    assert summary["model"] == {"parameters": 2 * 260 * 8, "trained_length": 64}
+    assert {"python", "jax", "jaxlib", "flax"} <= set(summary["versions"])
+    assert summary["loss_by_position"][0]["from"] == 1
+    assert summary["loss_by_position"][-1]["to"] == 256 + 16 - 1
+    for measured in summary["speed"].values():
+        assert measured["tokens_per_second"] > 0
+        assert measured["peak_bytes"] > 4 * summary["model"]["parameters"]
+    assert summary["notes"] == []
+
+
+def test_context_is_worth_nothing_to_a_model_that_does_not_read_it(run):
+    """A bigram's final block is as likely after any context; fails if the block moves with the context's length."""
+    values = list(run[1]["perplexity"]["final_block"].values())
+    assert values == pytest.approx([values[0]] * 3, rel=1e-5)
+    assert run[1]["perplexity"]["gain"]["fraction"] == pytest.approx(0, abs=1e-5)
+
+
+def test_page_stands_alone(run):
+    folder = run[0] / "report"
+    page = (folder / "report.html").read_text()
+    names = {file.stem for file in folder.glob("*.png")}
+    assert names == {"training", "perplexity", "loss_by_position", "needle", "speed"}
+    assert len(re.findall(r'(?:src|srcset)="data:image/png;base64,iVBOR', page)) == 2 * len(names)
+    outside = re.findall(r"""(?:https?:)?//[a-z]|<link|<script|@import|url\(""", re.sub(r"base64,[^\"]*", "", page))
+    assert outside == []
+    assert "&lt;script&gt;" in page  # what the config holds is told, not run
+
+
+def test_report_is_replaced_whole(run, tmp_path):
+    """Fails if the new report is written into the old one's folder."""
+    summary = run[1]
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "old.txt").write_text("from before")
+    (tmp_path / ".report.partial").mkdir()  # what a killed run left
+    report.write(tmp_path, summary)
+    assert [file.name for file in tmp_path.iterdir()] == ["report"]
+    assert not (tmp_path / "report" / "old.txt").exists()
+    broken = copy.deepcopy(summary)
+    broken["loss_by_position"] = [{"from": 1}]
+    with pytest.raises(KeyError):
+        report.write(tmp_path, broken)
+    assert json.loads((tmp_path / "report" / "summary.json").read_text()) == summary
+
+
+def test_table(run):
+    text = report.table(run[1])
+    value = run[1]["perplexity"]["final_block"]["256"]
+    assert f"{value:.2f}" in text
+    assert "1,365 tokens/s" in text
+
+
+def test_short_documents_and_no_facts_are_told(tmp_path, bigram, experiment, corpus):
+    """Documents too short for the longest context: the longest that they allow, and a note."""
+    needles = dataclasses.replace(experiment.data, needles=dataclasses.replace(experiment.data.needles, rows=0.0))
+    options = dataclasses.replace(experiment.evaluation, factors=(16,))
+    unplanted = dataclasses.replace(experiment, data=needles, evaluation=options)
+    summary = evaluate(bigram, unplanted, corpus, tmp_path)
+    assert list(summary["perplexity"]["final_block"]) == ["64"]
+    assert summary["needle"] == {"accuracy": {}}
+    assert "No held-out document has 1,040 tokens" in summary["notes"][0]
+    assert "no facts" in summary["notes"][1]
+    assert "no facts" in (tmp_path / "report" / "report.html").read_text()
+    assert not (tmp_path / "report" / "needle.png").exists()

@@ -1,0 +1,80 @@
+"""What is drawn, and how often."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longctx.errors import UsageError
+from longctx.inference import Sampling
+from longctx.inference.sampling import nucleus, sample
+
+PROBABILITIES = jnp.array([0.125, 0.5, 0.125, 0.25])
+LOGITS = jnp.log(PROBABILITIES)[None]
+
+
+def draws(sampling, count=4000):
+    logits = jnp.broadcast_to(LOGITS, (count, 4))
+    return np.bincount(sample(jax.random.key(0), logits, sampling), minlength=4) / count
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [
+        (0.01, {1}),  # never empty
+        (0.5, {1}),  # exactly the mass asked for is enough
+        (0.51, {1, 3}),
+        (0.75, {1, 3}),
+        (0.8, {0, 1, 3}),  # of two equally likely tokens the first is enough
+        (0.9, {0, 1, 2, 3}),
+    ],
+)
+def test_nucleus_is_the_smallest_set_of_the_mass(top_p, kept):
+    """Fails if the token that crosses the mass is left out, or all ties at the edge are kept."""
+    inside = nucleus(LOGITS, top_p)[0]
+    assert set(np.flatnonzero(np.isfinite(inside))) == kept
+    np.testing.assert_array_equal(inside[jnp.array(sorted(kept))], LOGITS[0][jnp.array(sorted(kept))])
+
+
+def test_nucleus_of_each_row_is_its_own():
+    rows = jnp.stack([LOGITS[0], LOGITS[0][::-1]])
+    np.testing.assert_array_equal(np.isfinite(nucleus(rows, 0.6)), [[0, 1, 0, 1], [1, 0, 1, 0]])
+
+
+def test_frequencies():
+    """4,000 draws: a standard error of 0.008 at most, and a tolerance of five of them."""
+    np.testing.assert_allclose(draws(Sampling()), PROBABILITIES, atol=0.04)
+    np.testing.assert_allclose(draws(Sampling(top_p=0.7)), [0, 2 / 3, 0, 1 / 3], atol=0.04)
+    squared = PROBABILITIES**2 / jnp.sum(PROBABILITIES**2)
+    np.testing.assert_allclose(draws(Sampling(temperature=0.5)), squared, atol=0.04)
+    # The nucleus is taken after the temperature: 0.73 of the mass is on the first token now.
+    np.testing.assert_allclose(draws(Sampling(temperature=0.5, top_p=0.7)), [0, 1, 0, 0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-30])
+def test_no_temperature_takes_the_most_likely(temperature):
+    """Fails if the logits overflow when divided by a tiny temperature."""
+    logits = jnp.array([[1.0, 3.0, 2.0], [1e4, 0.0, 1e4 - 1]])
+    np.testing.assert_array_equal(sample(jax.random.key(1), logits, Sampling(temperature)), [1, 0])
+
+
+def test_equal_keys_draw_equal_tokens():
+    logits = jnp.zeros((64, 100))
+    first, again, other = (sample(jax.random.key(seed), logits, Sampling()) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((-0.1, 1.0), "temperature is -0.1"),
+        ((float("nan"), 1.0), "temperature is nan"),
+        ((float("inf"), 1.0), "temperature is inf"),
+        ((1.0, 0.0), "top_p is 0.0"),
+        ((1.0, 1.01), "top_p is 1.01"),
+    ],
+)
+def test_what_cannot_be_is_refused(values, message):
+    with pytest.raises(UsageError, match=message):
+        Sampling(*values)

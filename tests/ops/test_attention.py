@@ -1,0 +1,317 @@
+"""Attention: the definition against a loop over tokens, every other form against the definition."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longctx.ops import attention as ops
+from longctx.ops import blockwise
+from longctx.ops.attention import attention, attention_partial, merge
+from longctx.ops.kernels import splash
+from longctx.ops.patterns import Causal, Global, Window
+from longctx.typing import Segments
+
+TOLERANCE = 2e-5  # float32, of values of order 1 to 10
+LOCAL = Causal() & (Window(20) | Global(3))
+
+
+def inputs(length, keys=None, heads=4, groups=2, batch=2, seed=0):
+    rng = np.random.default_rng(seed)
+    keys = keys or length
+    shapes = {
+        "q": (batch, length, heads, 8),
+        "k": (batch, keys, groups, 8),
+        "v": (batch, keys, groups, 6),
+        "sinks": (heads,),
+        "d": (batch, length, heads, 6),
+    }
+    return {name: jnp.asarray(rng.standard_normal(shape, dtype=np.float32)) for name, shape in shapes.items()}
+
+
+def packed(length):
+    """Two rows: padding at both ends and in the middle, documents of uneven lengths; one document and padding."""
+    ids = np.zeros((2, length), np.int32)
+    cuts = [length * share // 100 for share in (2, 35, 36, 40, 47, 98)]
+    for number, (first, last) in enumerate([cuts[:2], cuts[2:4], cuts[4:]], start=1):
+        ids[0, first:last] = number
+    ids[1, : length - length // 5] = 9
+    return jnp.asarray(ids)
+
+
+def with_gradients(function, arguments, cotangent):
+    """Outputs and gradients by name; gradients only of the arguments that are not None."""
+
+    @jax.jit
+    def run(arguments):
+        y, pull = jax.vjp(lambda arguments: function(**arguments), arguments)
+        return {"y": y, **pull(cotangent)[0]}
+
+    return run(arguments)
+
+
+def assert_close(found, expected, tolerance=TOLERANCE):
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=tolerance, err_msg=name)
+
+
+def compare(arguments, pattern, segments=None, kv_segments=None, block=32, sinks=False, soft_cap=None):
+    """Blockwise against dense, outputs and gradients."""
+    arguments = dict(arguments)
+    cotangent = arguments.pop("d")
+    if not sinks:
+        arguments.pop("sinks")
+
+    def run(implementation):
+        f = functools.partial(attention, implementation=implementation, block=block, soft_cap=soft_cap)
+        return with_gradients(
+            lambda **arguments: f(pattern=pattern, segment_ids=segments, kv_segment_ids=kv_segments, **arguments),
+            arguments,
+            cotangent,
+        )
+
+    found, expected = run("blockwise"), run("dense")
+    assert all(bool(jnp.isfinite(x).all()) for x in expected.values())
+    assert_close(found, expected)
+    return found
+
+
+def test_dense_is_the_formula():
+    """The definition against a loop over queries and heads in numpy. Fails if the sink is left out of the sum."""
+    length, soft_cap = 40, 2.0
+    x = inputs(length)
+    ids = np.asarray(packed(length))
+    positions = np.asarray(Segments.of(jnp.asarray(ids), 2, length).positions)
+    q, k, v, sinks = (np.asarray(x[name], np.float64) for name in ("q", "k", "v", "sinks"))
+    expected = np.zeros((2, length, 4, 6))
+    for b, t, h in np.ndindex(2, length, 4):
+        seen = [s for s in range(length) if ids[b, s] == ids[b, t] > 0 and LOCAL.mask(positions[b, t], positions[b, s])]
+        logits = soft_cap * np.tanh(k[b, seen, h // 2] @ q[b, t, h] / np.sqrt(8) / soft_cap)
+        expected[b, t, h] = np.exp(logits) @ v[b, seen, h // 2] / (np.exp(logits).sum() + np.exp(sinks[h]))
+    found = attention(
+        x["q"], x["k"], x["v"], LOCAL, jnp.asarray(ids), sinks=x["sinks"], soft_cap=soft_cap, implementation="dense"
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "length", "block", "pack", "options"),
+    [
+        (Causal(), 1, 16, False, {"sinks": True}),
+        (Causal(), 65, 64, False, {"soft_cap": 2.0}),
+        (Causal(), 63, 16, True, {}),
+        (Causal(), 200, 64, True, {"sinks": True, "soft_cap": 2.0}),
+        (Window(20), 200, 32, True, {"soft_cap": 2.0}),
+        (Causal() & Window(20), 200, 16, True, {"sinks": True}),
+        (Causal() & Window(64), 130, 32, False, {}),
+        (LOCAL, 200, 16, True, {"sinks": True}),
+        (LOCAL, 200, 32, False, {}),
+        (Global(5), 63, 64, True, {}),
+    ],
+    ids=str,
+)
+def test_blockwise_is_dense(pattern, length, block, pack, options):
+    """Outputs and all gradients. Fails without the soft cap's slope, the mask's -inf, or the `whole` test of ids."""
+    compare(inputs(length), pattern, packed(length) if pack else None, block=block, **options)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(3, 3), (4, 1)])
+def test_groups_share_keys(heads, groups):
+    compare(inputs(40, heads=heads, groups=groups), Causal(), packed(40), block=16)
+
+
+def cached(length, span, capacity, cache):
+    """The last `span` of `length` tokens as queries; keys are a cache of `capacity`, partly filled, and the span."""
+    before = length - span
+    segments = Segments.from_ids(packed(length))
+    slots = jnp.arange(before - cache, before)
+
+    def keys(x):
+        filled = jnp.take(x, slots, axis=1)
+        empty = jnp.zeros((2, capacity - cache, *x.shape[2:]), x.dtype)
+        return jnp.concatenate([filled, empty, x[:, before:]], axis=1)
+
+    ids, positions = keys(segments.ids), keys(segments.positions)
+    queries = Segments.from_ids(segments.ids[:, before:], segments.positions[:, before:])
+    return keys, queries, Segments.from_ids(ids, positions)
+
+
+@pytest.mark.parametrize(("pattern", "cache"), [(Causal(), 120), (Causal() & Window(20), 30)])
+def test_keys_of_a_cache(pattern, cache):
+    """A span against a cache and itself gives what the whole row gives for the span; T != S."""
+    x = inputs(160)
+    keys, queries, held = cached(160, 40, 128, cache)
+    whole = attention(x["q"], x["k"], x["v"], pattern, packed(160), implementation="dense")
+    part = {"q": x["q"][:, 120:], "k": keys(x["k"]), "v": keys(x["v"]), "d": x["d"][:, 120:], "sinks": x["sinks"]}
+    found = compare(part, pattern, queries, held, block=32)
+    np.testing.assert_allclose(found["y"], whole[:, 120:], rtol=0, atol=TOLERANCE)
+
+
+def test_partial_results_merge():
+    """Attention over three parts of the keys, merged, is attention over all: outputs and gradients.
+
+    Fails if the backward pass drops the logsumexp's cotangent.
+    """
+    x = inputs(90)
+    segments = Segments.from_ids(packed(90))
+
+    def merged(q, k, v, sinks):
+        parts = []
+        for part in (slice(0, 20), slice(20, 33), slice(33, 90)):
+            held = Segments.from_ids(segments.ids[:, part], segments.positions[:, part])
+            parts.append(attention_partial(q, k[:, part], v[:, part], LOCAL, segments, held, block=16))
+        result = merge(parts[0], merge(parts[1], parts[2]))
+        return ops.add_sinks(result, sinks).output
+
+    cotangent = x.pop("d")
+    dense = functools.partial(attention, pattern=LOCAL, segment_ids=segments, implementation="dense")
+    assert_close(with_gradients(merged, x, cotangent), with_gradients(dense, x, cotangent))
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_nothing_to_see_gives_zero(implementation, sinks):
+    """Not a uniform average: padding queries, and queries whose documents have no keys. Gradients are zero too."""
+    x = inputs(24, keys=40)
+    queries = Segments.from_ids(jnp.tile(jnp.repeat(jnp.array([0, 1, 2]), 8), (2, 1)))
+    keys = Segments.from_ids(jnp.tile(jnp.repeat(jnp.array([1, 0, 3]), jnp.array([10, 20, 10])), (2, 1)))
+    cotangent = x.pop("d")
+    if not sinks:
+        x.pop("sinks")
+
+    def f(**x):
+        return attention(
+            pattern=Causal() | Window(99),
+            segment_ids=queries,
+            kv_segment_ids=keys,
+            implementation=implementation,
+            block=8,
+            **x,
+        )
+
+    found = with_gradients(f, x, cotangent)
+    seen = np.zeros(24, bool)
+    seen[8:16] = True
+    for nothing in (found["y"][:, ~seen], found["q"][:, ~seen], found["k"][:, 10:], found["v"][:, 10:]):
+        assert (nothing == 0).all()
+    assert (found["y"][:, seen] != 0).all()
+    assert all(bool(jnp.isfinite(one).all()) for one in found.values())
+
+
+@pytest.mark.parametrize("pattern", [Causal(), Causal() & Window(40), LOCAL], ids=str)
+def test_work_is_only_on_touched_blocks(pattern):
+    """The schedule of a packed row holds every pair with something to see, and few others.
+
+    A pair is superfluous where it touches a document both of whose blocks hold others as well: at most one such
+    query block and key block per boundary. Fails if ids or positions are left out of the schedule.
+    """
+    length, block = 512, 16
+    segments = Segments.from_ids(packed(length)[:1])
+    tokens = blockwise.token_blocks(blockwise.Tokens(segments.ids, segments.positions), block)
+    plan = blockwise.Plan(pattern, 1.0, None, block, block)
+    schedule = jax.tree.map(np.asarray, blockwise.make_schedule(plan, tokens, tokens, length))
+
+    ids, positions = np.asarray(segments.ids[0]), np.asarray(segments.positions[0])
+    mask = pattern.mask(positions[:, None], positions[None, :]) & (ids[:, None] == ids[None, :]) & (ids > 0)
+    blocks = mask.reshape(length // block, block, length // block, block)
+    touched, whole = blocks.any((1, 3)), blocks.all((1, 3))
+    found, unmasked = np.zeros_like(touched), np.zeros_like(whole)
+    for i in range(length // block):
+        found[i, schedule.keys[schedule.start[i] : schedule.touched[i]]] = True
+        unmasked[i, schedule.keys[schedule.start[i] : schedule.whole[i]]] = True
+    assert not (touched & ~found).any()
+    assert (found & ~touched).sum() <= 0.1 * touched.sum()
+    assert not (unmasked & ~whole).any()
+    assert unmasked.sum() >= 0.9 * whole.sum()
+
+
+def test_blocks_out_of_sight_are_never_read():
+    """Keys that no query of the batch sees may hold anything, even NaN, if they fill a block."""
+    x = inputs(32, keys=96)
+    queries = Segments.single(2, 32, offset=64)
+    keys = Segments.single(2, 96)
+    poisoned = {name: x[name].at[:, :32].set(jnp.nan) for name in ("k", "v")}
+    y = attention(
+        x["q"],
+        **poisoned,
+        pattern=Causal() & Window(33),
+        segment_ids=queries,
+        kv_segment_ids=keys,
+        implementation="blockwise",
+        block=32,
+    )
+    assert bool(jnp.isfinite(y).all())
+
+
+def test_low_precision_inputs_have_float32_statistics():
+    """bfloat16 in and out; the error is that of rounding inputs and weights, not of a bfloat16 sum over 300 keys."""
+    x = {name: value.astype(jnp.bfloat16) for name, value in inputs(300).items()}
+    exact = {name: value.astype(jnp.float32) for name, value in x.items()}
+    found = attention(x["q"], x["k"], x["v"], implementation="blockwise", block=32)
+    expected = attention(exact["q"], exact["k"], exact["v"], implementation="dense")
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=0, atol=2e-2)
+
+
+def test_memory_grows_linearly():
+    """Temporary memory of forward and backward, from the compiled program; the logits alone would grow fourfold."""
+
+    def temporary(length):
+        x = jax.ShapeDtypeStruct((1, length, 4, 64), jnp.float32)
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+        def loss(q, k, v, ids):
+            return attention(q, k, v, Causal(), ids, implementation="blockwise", block=128).sum()
+
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, ids).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(4096) < 2.3 * temporary(2048)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_splash_interpreted_is_dense(pack):
+    x = inputs(150)
+    pattern = Causal() & Window(60) if pack else Causal()
+    segments = packed(150) if pack else None
+    options = {"scale": 0.3, "soft_cap": 2.0}
+    expected = attention(x["q"], x["k"], x["v"], pattern, segments, implementation="dense", **options)
+    run = functools.partial(splash.attention, pattern=pattern, segment_ids=segments, interpret=True, **options)
+    np.testing.assert_allclose(run(x["q"], x["k"], x["v"]), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("implementation", ["cudnn", "splash"])
+def test_a_named_kernel_runs_or_refuses(implementation):
+    x = inputs(16)
+    with pytest.raises(NotImplementedError, match=f"'{implementation}' needs .* platform is cpu"):
+        attention(x["q"], x["k"], x["v"], implementation=implementation)
+
+
+def test_choice_is_logged_once(caplog):
+    ops._log.cache_clear()
+    x = inputs(16)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            attention(x["q"], x["k"], x["v"])
+    assert [record.message for record in caplog.records].count("attention: implementation 'dense' (few logits)") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"implementation": "flash"}, "choose one of dense, blockwise, cudnn, splash"),
+        ({"k": jnp.zeros((2, 9, 2, 8)), "v": jnp.zeros((2, 9, 2, 8))}, "q has 8 tokens and k has 9"),
+        ({"k": jnp.zeros((2, 8, 3, 8)), "v": jnp.zeros((2, 8, 3, 8))}, "q a multiple of k's heads"),
+        ({"v": jnp.zeros((2, 7, 2, 8))}, r"expected \[B, T, H, K\]"),
+        ({"kv_segment_ids": jnp.ones((2, 8), jnp.int32)}, "without segment_ids"),
+        ({"segment_ids": jnp.ones((2, 9), jnp.int32)}, "one id per token"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_in_a_sentence(change, message):
+    arguments = {name: inputs(8)[name] for name in ("q", "k", "v")} | change
+    with pytest.raises(ValueError, match=message):
+        attention(**arguments)

@@ -1,0 +1,171 @@
+"""Every op on shards of the sequence against the op on the whole, on packed rows; and what it sends for that."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from longctx import config
+from longctx.ops import gated_delta, gated_linear, linear_scan
+from longctx.ops.patterns import Causal, Global, Window
+from longctx.parallel import mesh, rules, sequence
+from longctx.typing import Segments
+
+BATCH, LENGTH, HEADS, GROUPS, KEYS, WIDTH, TAPS = 2, 64, 4, 2, 8, 6, 10
+# Lengths of documents, negative for padding. With 8 shards of 8 tokens: documents that straddle an edge (one with
+# its first three tokens on both sides), touch one, span three shards and more, shards wholly inside one document,
+# padding from an edge on and across one. A row's first document continues the initial state.
+ROWS = ([15, 17, 8, -3, 21], [-2, 38, 5, -5, 6, 1, 7])
+MESHES = [(1, 8, 1), (2, 4, 1), (2, 2, 2)]
+
+
+def packed(length=LENGTH):
+    rows = []
+    for row in ROWS:
+        ids = [np.full(abs(n) * length // LENGTH, i if n > 0 else 0) for i, n in enumerate(row, 1)]
+        rows.append(np.concatenate(ids))
+    return Segments.from_ids(np.stack(rows))
+
+
+def recurrent(op):
+    return lambda segments, state, *inputs: sequence.recurrence(op, *inputs, state=state, segments=segments, chunk=16)
+
+
+def attending(pattern, **options):
+    return lambda segments, sinks, q, k, v: sequence.attention(q, k, v, pattern, segments, sinks=sinks, **options)
+
+
+def convolving(segments, state, x, kernel):
+    return sequence.convolution(x, kernel, state, segments)
+
+
+# The op, and the logical axes of its arguments: the state or sinks first, which have no time.
+HEAD = ("batch", "time", "heads", "head")
+MATRIX = ("batch", "heads", "head", "head")
+OPS = {
+    "linear_scan": (recurrent(linear_scan), [("batch", "mlp")] + [("batch", "time", "mlp")] * 2),
+    "gated_linear": (recurrent(gated_linear), [MATRIX, HEAD, HEAD, HEAD, HEAD[:3]]),
+    "gated_delta": (recurrent(gated_delta), [MATRIX, HEAD, HEAD, HEAD, HEAD[:3], HEAD[:3]]),
+    "convolution": (convolving, [("batch", "before", "mlp"), ("batch", "time", "mlp"), ("taps", "mlp")]),
+    "window": (attending(Causal() & Window(11)), [("heads",)] + [HEAD] * 3),
+    "global": (attending(Causal() & (Window(11) | Global(3)), implementation="blockwise"), [("heads",)] + [HEAD] * 3),
+    "full": (attending(Causal(), soft_cap=5.0), [("heads",)] + [HEAD] * 3),
+}
+BOUNDED = [name for name in OPS if name != "full"]
+
+
+def arguments(name, length=LENGTH):
+    sizes = {"batch": BATCH, "time": length, "heads": HEADS, "head": KEYS, "mlp": WIDTH, "taps": TAPS}
+    sizes["before"] = TAPS - 1
+    axes = OPS[name][1]
+    keys = jax.random.split(jax.random.key(0), len(axes))
+    arrays = [jax.random.normal(key, [sizes[axis] for axis in each]) for key, each in zip(keys, axes, strict=True)]
+    if axes[0] == ("heads",):  # grouped keys and values
+        arrays[2:] = [x[:, :, :GROUPS] for x in arrays[2:]]
+    elif name != "convolution":
+        arrays[-1] = -jnp.abs(arrays[-1])  # log decays
+    if name == "gated_delta":
+        arrays[2] /= jnp.linalg.norm(arrays[2], axis=-1, keepdims=True)
+        arrays[4] = jax.nn.sigmoid(arrays[4])
+    return arrays
+
+
+def outputs_and_gradients(name, segments):
+    def loss(arrays):
+        out = OPS[name][0](segments, *arrays)
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(out)), out
+
+    return jax.jit(jax.grad(loss, has_aux=True))
+
+
+@functools.cache
+def whole(name):
+    return outputs_and_gradients(name, packed())(arguments(name))
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("name", OPS)
+def test_shards_equal_whole(name, sizes):
+    """Outputs, final state, and gradients of all inputs, the initial state and sinks included; no array gathered.
+
+    Fails if the initial state enters every shard, or a halo's global tokens count twice, or the ring's gradients stay
+    one hop from home. Float32, 1e-5 of the largest value.
+    """
+    made = mesh.make(config.Mesh(*sizes))
+    arrays, axes = arguments(name), OPS[name][1]
+    known = [[axis if axis in rules.RULES else None for axis in each] for each in axes]
+    with jax.set_mesh(made):
+        placed = [
+            jax.device_put(x, NamedSharding(made, rules.spec(each, x.shape, made.shape)))
+            for x, each in zip(arrays, known, strict=True)
+        ]
+        compiled = outputs_and_gradients(name, packed()).lower(placed).compile()
+        got = compiled(placed)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max())), got, whole(name)
+    )
+    assert not re.findall(r"\b(all-gather|all-to-all)", compiled.as_text())
+
+
+def bytes_sent(name, length):
+    """By a device, in the forward and backward pass, of what the op itself sends."""
+    with jax.set_mesh(mesh.make(config.Mesh(1, 8, 1))):
+        text = outputs_and_gradients(name, packed(length)).lower(arguments(name, length)).as_text()
+    types = re.findall(r"collective_permute.*-> tensor<([\dx]*)x?[a-z]+(\d+)>", text)
+    return sum(math.prod(int(n) for n in shape.split("x") if n) * int(bits) // 8 for shape, bits in types)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_bytes_do_not_grow(name):
+    """A bounded op sends as much for 64 tokens as for 256. Fails if a whole shard is sent in place of a halo."""
+    assert bytes_sent(name, LENGTH) == bytes_sent(name, 4 * LENGTH) > 0
+
+
+def test_ring_keeps_no_other_keys():
+    """What the ring keeps for its backward pass does not grow with the devices. Fails under plain differentiation."""
+
+    def kept(devices):
+        with jax.set_mesh(mesh.make(config.Mesh(1, devices, 1))):
+            run = functools.partial(OPS["full"][0], packed())
+            pull = jax.eval_shape(lambda *args: jax.vjp(run, *args)[1], *arguments("full"))
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(pull) if x.ndim > 2)
+
+    assert kept(8) == kept(2) > 0
+
+
+def test_empty_state_is_zeros():
+    x, log_decay = arguments("linear_scan")[1:]
+    with jax.set_mesh(mesh.make(config.Mesh(1, 4, 1))):
+        y, state = jax.jit(functools.partial(sequence.recurrence, linear_scan, segments=None))(x, log_decay)
+    expected = linear_scan.recurrent(x, log_decay)
+    np.testing.assert_allclose(y, expected[0], atol=1e-5)
+    np.testing.assert_allclose(state, expected[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_short_spans_are_not_split(length):
+    """A decoding step, or fewer tokens than devices: the plain op."""
+    state, *inputs = (x[:, :length] if i else x for i, x in enumerate(arguments("linear_scan")))
+    with jax.set_mesh(mesh.make(config.Mesh(1, 4, 1))):
+        y, after = sequence.recurrence(linear_scan, *inputs, state=state, segments=None)
+        q, k, v = (x[:, :length] for x in arguments("window")[1:])
+        assert sequence.attention(q, k, v, Causal(), None).shape == (BATCH, length, HEADS, KEYS)
+    expected = linear_scan.recurrent(*inputs, state)
+    np.testing.assert_allclose(y, expected[0], atol=1e-6)
+    np.testing.assert_allclose(after, expected[1], atol=1e-6)
+
+
+def test_refusals():
+    q, k, v = arguments("window")[1:]
+    with jax.set_mesh(mesh.make(config.Mesh(1, 8, 1))):
+        with pytest.raises(ValueError, match=r"a span of 63 tokens .* context=8 devices; pad it .* such as 64"):
+            sequence.attention(q[:, 1:], k[:, 1:], v[:, 1:], Causal(), None)
+        with pytest.raises(ValueError, match="looks 3 tokens ahead"):
+            sequence.attention(q, k, v, Window(4), None)
+        with pytest.raises(NotImplementedError, match="implementation 'cudnn' gives no partial results"):
+            sequence.attention(q, k, v, Causal(), None, implementation="cudnn")

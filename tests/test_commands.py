@@ -1,0 +1,144 @@
+"""The command line: what cannot be used is told in a sentence, with exit code 2, and nothing is written."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import longctx
+
+ROOT = Path(longctx.__file__).parents[1]
+EXPERIMENT = """
+from ml_collections import ConfigDict
+
+def get_config(arg=""):
+    if arg not in ("", "small"):
+        raise ValueError(f"'{arg}' is not known; give 'small' or nothing")
+    attention = {"kind": "attention", "heads": 2, "kv_heads": 2, "head_width": 8}
+    blocks = {"only": {"mixer": attention, "mlp": {"kind": "swiglu", "hidden": 16}}}
+    return ConfigDict({
+        "model": {"width": 16, "pattern": ("only",), "repeats": 1, "blocks": blocks},
+        "training": {"stages": ((2, 4, 32), (2, 4, 64)), "learning_rate": 1e-3},
+        "data": {"path": "documents", "tokenizer": "bytes", "needles": {"rows": 0.5, "facts": 2}},
+    })
+"""
+# One process that has everything imported, and forks for each case: importing takes most of a second's command.
+FORKS = """
+import json, os, sys
+from longctx import commands, train
+
+commands.define_config()
+commands.define_workdir()
+ends = []
+for case in json.load(sys.stdin):
+    errors = os.open("errors", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+    child = os.fork()
+    if child == 0:
+        os.dup2(errors, 2)
+        sys.argv = ["longctx.train", *case]
+        try:
+            commands.run(train.main)
+        except SystemExit as end:
+            os._exit(end.code or 0)
+    status = os.waitpid(child, 0)[1]
+    ends.append((os.waitstatus_to_exitcode(status), open("errors").read()))
+json.dump(ends, sys.stdout)
+"""
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+FILE, WORKDIR = "--config=experiment.py", "--workdir=run"
+CASES = {
+    "unknown section": (
+        [FILE, WORKDIR, "--config.trainin.seed=1"],
+        "'trainin' is not a field; did you mean 'training'",
+    ),
+    "unknown option": (
+        [FILE, WORKDIR, "--config.model.blocks.only.mixer.windo=1"],
+        "'model.blocks.only.mixer.windo' is not a field; did you mean 'model.blocks.only.mixer.window'",
+    ),
+    "wrong type": (
+        [FILE, WORKDIR, "--config.model.repeats=abc"],
+        "--config.model.repeats=abc: expected a whole number",
+    ),
+    "wrong stages": ([FILE, WORKDIR, "--config.training.stages=((1,2),)"], r"stages\[0\] is \(1, 2\); expected steps"),
+    "wrong value": ([FILE, WORKDIR, "--config.model.dtype=f32"], "model.dtype is 'f32'; choose one of auto, float32"),
+    "a field that the file leaves out": ([FILE, WORKDIR, "--config.checkpoints.every=0"], "checkpoints.every is 0"),
+    "override first": (["--config.seed=1", FILE, WORKDIR], "--config.seed=1 in argv before a value for --config"),
+    "no such file": (["--config=none.py", WORKDIR, "--config.seed=1"], "--config=none.py: there is no such file"),
+    "not Python": (["--config=broken.py", WORKDIR], "--config=broken.py: line 2: SyntaxError"),
+    "raises": (["--config=raises.py", WORKDIR], "--config=raises.py: line 2: NameError: name 'nothing' is not defined"),
+    "no config": (["--config=empty.py", WORKDIR], "defines no function get_config"),
+    "wrong argument": (["--config=experiment.py:large", WORKDIR], "'large' is not known; give 'small' or nothing"),
+    "unknown flag": ([FILE, WORKDIR, "--workdri=x"], "Unknown command line flag 'workdri'. Did you mean: workdir"),
+    "no flag": ([FILE, WORKDIR, "extra"], "'extra' is not a flag"),
+    "no workdir": ([FILE], "--workdir is missing"),
+    "no experiment": ([WORKDIR], "--config is missing"),
+    "too few devices": ([FILE, WORKDIR, "--config.mesh.data=16"], "needs 16 devices and there are 8"),
+    "batch": ([FILE, WORKDIR, "--config.mesh.data=8"], r"stages\[0\] has 4 rows in a micro-batch, which the 8 devices"),
+    "no documents": (
+        [FILE, WORKDIR, "--config.mesh.data=1", "--config.data.path=none"],
+        "data.path is 'none', which does not exist",
+    ),
+    "short corpus": (
+        [FILE, WORKDIR, "--config.mesh.data=1", "--config.training.stages=((1,1,99999),)"],
+        "rows of 99999 tokens, and the corpus has",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "experiment.py").write_text(EXPERIMENT)
+    (folder / "broken.py").write_text("def get_config():\n    return 1 +\n")
+    (folder / "raises.py").write_text("def get_config():\n    return nothing\n")
+    (folder / "empty.py").write_text("config = 1\n")
+    (folder / "documents").mkdir()
+    for i in range(20):
+        (folder / "documents" / f"{i}.txt").write_text(f"the document number {i} says little, " * 20)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ends(folder):
+    """(exit code, stderr) of every case."""
+    given = json.dumps([arguments for arguments, _ in CASES.values()])
+    found = subprocess.run(
+        [sys.executable, "-c", FORKS],
+        input=given,
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not (folder / "run").exists(), "a refused command wrote something"
+    return dict(zip(CASES, json.loads(found.stdout), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_be_used(ends, case):
+    """Seen to fail: absl's own flags parser, which shows a traceback or exits with 1."""
+    code, told = ends[case]
+    assert code == 2, told
+    assert re.search(CASES[case][1], told), told
+    assert all(line.startswith("error: ") for line in told.splitlines()), told
+
+
+def test_train(folder, tmp_path):
+    """The whole command: trained, evaluated, nothing on stderr but the bars; then evaluated again, without training."""
+    small = {"factors": "(1,)", "depths": 1, "samples": 1, "final_block": 8, "documents": 2}
+    command = [sys.executable, "-m", "longctx.train", FILE, f"--workdir={tmp_path}", "--config.mesh.data=1"]
+    command += [f"--config.evaluation.{name}={value}" for name, value in small.items()]
+    environment = ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    for said in ("compiled in", ""):
+        ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        assert (tmp_path / "report" / "report.html").exists()
+        assert str(tmp_path / "report") in ended.stdout
+        assert said in ended.stderr
+        assert not re.search(r"WARNING|^[IWE]\d{4} |Traceback", ended.stderr, re.MULTILINE), ended.stderr
+    assert "compiling the step" not in ended.stderr

@@ -1,0 +1,181 @@
+"""A checkpoint gives back the same bits; damage is found, told, and passed over; nothing is lost by it."""
+
+import logging
+import shutil
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longctx.errors import UsageError
+from longctx.training.checkpoints import Checkpoints, load_params
+from longctx.training.step import TrainState
+
+
+def new_state(seed):
+    values = jax.random.normal(jax.random.key(seed), (64, 33))
+    return TrainState(jnp.uint32(seed), {"matrix": values, "layers": {0: values[0]}}, (values[1], jnp.int32(seed)))
+
+
+def new_data(step=0):
+    iterator = iter(grain.MapDataset.range(100).shuffle(seed=1).to_iter_dataset())
+    for _ in range(step):
+        next(iterator)
+    return iterator
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def restore(checkpoints):
+    return checkpoints.restore(abstract(new_state(0)), lambda step: new_data())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A workdir with checkpoints after 3 and 6 steps; the iterator of each stands there."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (3, 6):
+        checkpoints.save(step, new_state(step), new_data(step))
+    checkpoints.wait()
+    return tmp_path
+
+
+def test_gives_back_the_same_bits_and_the_next_row(saved):
+    step, state, iterator = restore(Checkpoints(saved, keep=2))
+    assert step == 6
+    same(state, new_state(6))
+    assert next(iterator) == next(new_data(6))
+
+
+def test_what_happens_after_save_is_not_in_it(tmp_path):
+    """The state is consumed by the next step, and the iterator moves on, while the save is in the background."""
+    checkpoints, state, iterator = Checkpoints(tmp_path, keep=2), new_state(1), new_data(1)
+    checkpoints.save(1, state, iterator)
+    consume = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 + 7, state), donate_argnums=0)
+    for _ in range(3):
+        state = consume(state)
+        next(iterator)
+    checkpoints.wait()
+    _, found, place = restore(checkpoints)
+    same(found, new_state(1))
+    assert next(place) == next(new_data(1))
+
+
+def test_the_newest_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 10, 11):
+        checkpoints.save(step, new_state(step), new_data())
+    checkpoints.wait()
+    assert checkpoints.steps() == [10, 11]
+
+
+def test_none_where_there_is_none(tmp_path):
+    assert restore(Checkpoints(tmp_path, keep=2)) is None
+
+
+def largest(folder):
+    return max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+
+
+def truncate(folder):
+    file = largest(folder)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(folder):
+    """One bit in the middle of the numbers; Orbax alone loads it."""
+    file = largest(folder / "params")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+def delete(folder):
+    largest(folder).unlink()
+
+
+def empty_place(folder):
+    next((folder / "data").glob("process*")).write_text("")
+
+
+def unfinished_copy(folder):
+    """Without its sums, and without most of its files."""
+    for file in folder.rglob("*"):
+        if file.is_file() and file.name != "_CHECKPOINT_METADATA":
+            file.unlink()
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, delete, empty_place, unfinished_copy])
+def test_a_damaged_newest_is_passed_over(saved, caplog, harm):
+    """Seen to fail, for `flip`: without the check of SHA256SUMS, other numbers are loaded without a word."""
+    harm(saved / "checkpoints" / "6")
+    checkpoints = Checkpoints(saved, keep=2)
+    with caplog.at_level(logging.WARNING, logger="longctx"):
+        step, state, iterator = restore(checkpoints)
+    assert step == 3
+    same(state, new_state(3))
+    assert next(iterator) == next(new_data(3))
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("longctx")]
+    assert len(told) == 1
+    assert str(saved / "checkpoints" / "6") in told[0]
+    assert (saved / "checkpoints" / "damaged-6").is_dir()
+    checkpoints.save(6, new_state(8), new_data(8))  # the step is reached again, and saved again
+    checkpoints.wait()
+    assert checkpoints.steps() == [3, 6]
+    same(restore(checkpoints)[1], new_state(8))
+
+
+def test_one_that_was_never_finished_is_not_seen_and_is_cleared(saved):
+    """A kill while saving leaves Orbax's temporary folder."""
+    folder = saved / "checkpoints"
+    shutil.copytree(folder / "6", folder / "9.orbax-checkpoint-tmp")
+    checkpoints = Checkpoints(saved, keep=2)
+    assert restore(checkpoints)[0] == 6
+    checkpoints.save(9, new_state(9), new_data())
+    checkpoints.wait()
+    assert sorted(path.name for path in folder.iterdir()) == ["6", "9"]
+
+
+def test_killed_before_its_sums_were_written(saved):
+    (saved / "checkpoints" / "6" / "SHA256SUMS").unlink()
+    assert restore(Checkpoints(saved, keep=2))[0] == 6
+
+
+def test_all_damaged_is_an_error_and_nothing_is_touched(saved):
+    """Training must not start afresh over a run that could be mended from a copy."""
+    for step in ("3", "6"):
+        truncate(saved / "checkpoints" / step)
+    before = sorted(saved.rglob("*"))
+    with pytest.raises(UsageError, match=r"no checkpoint is usable .*checkpoints/6.*checkpoints/3"):
+        restore(Checkpoints(saved, keep=2))
+    assert sorted(saved.rglob("*")) == before
+
+
+def test_parameters_alone(saved):
+    truncate(saved / "checkpoints" / "6")
+    params, step = load_params(saved, abstract(new_state(0)).params)
+    assert step == 3
+    same(params, new_state(3).params)
+    assert (saved / "checkpoints" / "6").is_dir(), "a reader moves nothing"
+
+
+def test_parameters_of_another_model(saved):
+    wanted = {
+        "matrix": jax.ShapeDtypeStruct((65, 33), jnp.float32),
+        "layers": {0: jax.ShapeDtypeStruct((33,), jnp.float32)},
+    }
+    with pytest.raises(UsageError, match=r"checkpoints/6 is whole but .* another model"):
+        load_params(saved, wanted)
+
+
+def test_parameters_where_there_are_none(tmp_path):
+    with pytest.raises(UsageError, match="holds no checkpoint"):
+        load_params(tmp_path, abstract(new_state(0)).params)

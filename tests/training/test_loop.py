@@ -1,0 +1,197 @@
+"""A run that is stopped, killed or harmed goes on bit for bit; one that diverges stops and says where."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import longctx
+from longctx import config
+from longctx.errors import UsageError
+from longctx.training import loop, metrics
+from longctx.training import workdir as workdirs
+from longctx.training.step import Program
+
+STEPS = 9  # 4 of stage 0, 5 of stage 1; checkpoints after every second and the last
+
+
+def losses(workdir):
+    """The bits of every step's loss and gradient norm, in order; one line a step."""
+    rows = metrics.read(workdir)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [(row["loss"].hex(), row["gradient_norm"].hex(), row["answers"]) for row in rows]
+
+
+def steps(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, parse, corpus, cache):
+    """The workdir of a run that nothing interrupted, and what `train` returned."""
+    workdir = tmp_path_factory.mktemp("straight")
+    return workdir, loop.train(parse(), workdir, corpus)
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """`at_step(n, act)`: calls `act` when the batch of step n has been taken."""
+
+    def install(step, act):
+        describe, taken = loop.data.describe, []
+
+        def counted(*args):
+            taken.append(None)
+            if len(taken) == step:
+                act()
+            return describe(*args)
+
+        monkeypatch.setattr(loop.data, "describe", counted)
+
+    return install
+
+
+def test_a_run(straight):
+    workdir, summary = straight
+    assert summary["finished"]
+    assert summary["steps"] == STEPS
+    assert summary["tokens"] == 4 * 4 * 32 + 5 * 2 * 64
+    assert steps(workdir) == [8, 9]
+    assert [row["stage"] for row in metrics.read(workdir)] == [0] * 4 + [1] * 5
+    assert sum(row["answers"] for row in metrics.read(workdir)) > 0
+    assert json.loads((workdir / "config.json").read_text())["training"]["log_every"] == 3
+
+
+def test_a_finished_run_is_left_as_it_is(straight, parse, corpus, monkeypatch):
+    workdir, summary = straight
+    monkeypatch.setattr(Program, "compile", lambda *_: pytest.fail("trained again"))
+    assert loop.train(parse(), workdir, corpus) == summary
+
+
+def test_the_trained_model_is_loaded(straight):
+    run = workdirs.open_run(straight[0])
+    model, step = workdirs.load_model(run)
+    assert step == STEPS
+    assert len(model.embedding[...].devices()) == 1
+    initial = loop.Program.make(run.experiment, run.tokenizer.vocab_size, loop.make_mesh(run.experiment)).init()
+    assert not np.array_equal(model.embedding[...], initial.params["embedding"])
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 7])
+def test_asked_to_stop(straight, tmp_path, parse, corpus, at_step, step):
+    """SIGTERM in the first stage, at its last step, and in the second: the step is finished and saved.
+
+    Seen to fail: the iterator saved after the next batch was taken; the stage's iterator not restored.
+    """
+    at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert not loop.train(parse(), tmp_path, corpus)["finished"]
+    assert steps(tmp_path)[-1] == step
+    assert losses(tmp_path) == losses(straight[0])[:step]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert loop.train(parse(), tmp_path, corpus)["finished"]
+    assert losses(tmp_path) == losses(straight[0])
+
+
+def test_killed(straight, tmp_path, parse, documents, corpus, cache):
+    """kill -9 in a process of its own, in the second stage, past a checkpoint that may or may not be written."""
+    program = """
+import json, os, signal, sys
+from longctx import config, data
+from longctx.layers import MIXERS, MLPS
+from longctx.training import loop
+
+experiment, documents, workdir = json.load(sys.stdin)
+describe, taken = data.describe, []
+
+def counted(*args):
+    taken.append(None)
+    if len(taken) == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return describe(*args)
+
+data.describe = counted
+loop.train(config.parse(experiment, MIXERS, MLPS), workdir, data.prepare(config.Data(**documents), 0))
+"""
+    given = workdirs.to_dict(parse()), {"path": documents.path, "tokenizer": documents.tokenizer}, str(tmp_path)
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(longctx.__file__).parents[1]),
+        "JAX_COMPILATION_CACHE_DIR": cache,
+    }
+    ended = subprocess.run(
+        [sys.executable, "-c", program], input=json.dumps(given), text=True, env=environment, check=False
+    )
+    assert ended.returncode == -signal.SIGKILL
+    assert steps(tmp_path)[-1] in (4, 6)
+    loop.train(parse(), tmp_path, corpus)
+    assert losses(tmp_path) == losses(straight[0])
+
+
+def test_the_newest_checkpoint_is_harmed(straight, tmp_path, parse, corpus, at_step, caplog):
+    """Stopped at step 7, whose checkpoint is then damaged: goes on from step 6, and step 7 is saved again."""
+    at_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    loop.train(parse(), tmp_path, corpus)
+    file = max((tmp_path / "checkpoints" / "7").rglob("*"), key=lambda file: file.stat().st_size * file.is_file())
+    file.write_bytes(file.read_bytes()[:-1])
+    loop.train(parse(), tmp_path, corpus)
+    assert "Step 6 is used instead" in caplog.text
+    assert losses(tmp_path) == losses(straight[0])
+
+
+def test_on_another_mesh(straight, tmp_path, parse, corpus, at_step):
+    """Saved on one device, gone on with on eight. Tolerance 1e-4 of losses near 5: the sums' order differs."""
+    at_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    loop.train(parse(), tmp_path, corpus)
+    loop.train(dataclasses.replace(parse(), mesh=config.Mesh(2, 2, 2)), tmp_path, corpus)
+    found, expected = ([row["loss"] for row in metrics.read(workdir)] for workdir in (tmp_path, straight[0]))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("step", "rows", "good"), [(1, "0 to 3", None), (6, "2 to 3", 4)])
+def test_a_loss_that_is_not_finite(tmp_path, parse, corpus, cache, monkeypatch, step, rows, good):
+    """Told with the step, the rows and the last good checkpoint; nothing is saved after it, though step 6 is due.
+
+    Seen to fail: saving before the step's own metrics are read.
+    """
+    spread, taken = loop._spread, []
+
+    def poisoned(batch, *args):
+        taken.append(None)
+        return spread(batch | {"weights": batch["weights"] * (np.nan if len(taken) == step else 1)}, *args)
+
+    monkeypatch.setattr(loop, "_spread", poisoned)
+    with pytest.raises(FloatingPointError) as error:
+        loop.train(parse(), tmp_path, corpus)
+    stage = 0 if step < 5 else 1
+    assert f"the loss is nan at step {step}, on batch {step - 1 - 4 * stage} of stage {stage} " in str(error.value)
+    assert f"(its rows {rows})" in str(error.value)
+    assert len(metrics.read(tmp_path)) == step - 1
+    if good is None:
+        assert "nothing is saved" in str(error.value)
+    else:
+        assert steps(tmp_path)[-1] == good
+        assert f"{tmp_path / 'checkpoints' / str(good)} is the last good checkpoint" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"mesh": config.Mesh(16, 1, 1)}, "needs 16 devices and there are 8"),
+        ({"mesh": config.Mesh(4, 1, 1)}, r"stages\[1\] has 2 rows in a micro-batch, which the 4 devices"),
+        (
+            {"mesh": config.Mesh(1, -1, 1), "training": {"stages": ((1, 1, 12),)}},
+            "rows of 12 tokens, which the 8 devices",
+        ),
+        ({"training": {"stages": ((1, 1, 10**6),)}}, "training tokens"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, parse, corpus, change, told):
+    experiment = dataclasses.replace(parse(**change.get("training", {})), mesh=change.get("mesh", config.Mesh(1, 1, 1)))
+    with pytest.raises(UsageError, match=told):
+        loop.train(experiment, tmp_path / "run", corpus)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,75 @@
+"""One line a step, the same bits, none twice; scalars that TensorBoard reads."""
+
+import json
+import math
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from longctx import config
+from longctx.training.metrics import Metrics, mean, read, summarise
+
+TRAINING = config.Training((config.Stage(7, 2, 8),), log_every=3)
+
+
+def row(step, answers=2.0):
+    loss = float(np.float32(math.pi) / np.float32(step))
+    return {
+        "step": step,
+        "stage": 0,
+        "loss": loss,
+        "hits": 1.0,
+        "answers": answers,
+        "gradient_norm": 0.1,
+        "learning_rate": 1e-3,
+        "tokens": 16,
+        "seconds": 0.5,
+    }
+
+
+def write(workdir, first, last):
+    with Metrics(workdir, TRAINING, first - 1, chief=True) as metrics:
+        for step in range(first, last + 1):
+            metrics.record(row(step))
+
+
+def test_rows_come_back_with_the_same_bits(tmp_path):
+    write(tmp_path, 1, 7)
+    assert read(tmp_path) == [row(step) for step in range(1, 8)]
+
+
+def test_rows_past_the_checkpoint_are_removed(tmp_path):
+    """Killed after step 6, with a line half-written, and going on from step 4. Seen to fail: appending only."""
+    write(tmp_path, 1, 6)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    write(tmp_path, 5, 7)
+    assert [found["step"] for found in read(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+    assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+
+
+def test_means_count_answers_not_steps():
+    found = mean([row(1, answers=1.0), row(2, answers=3.0)])
+    assert found["retrieval_accuracy"] == 0.5
+    assert found["tokens_per_second"] == 32
+    assert mean([row(1, answers=0.0) | {"hits": 0.0}])["retrieval_accuracy"] is None
+
+
+def test_tensorboard_reads_the_means(tmp_path):
+    """At steps 3 and 6, and at the last, 7."""
+    write(tmp_path, 1, 7)
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    tensors = events.Tensors("train/loss")
+    assert [event.step for event in tensors] == [3, 6, 7]
+    expected = [np.mean([row(step)["loss"] for step in steps]) for steps in ((1, 2, 3), (4, 5, 6), (7,))]
+    np.testing.assert_allclose([event.tensor_proto.float_val[0] for event in tensors], expected, rtol=1e-6)
+
+
+def test_summary(tmp_path):
+    write(tmp_path, 1, 4)
+    found = summarise(tmp_path, TRAINING)
+    assert (found["finished"], found["steps"], found["tokens"], found["seconds"]) == (False, 4, 64, 2.0)
+    assert found["loss"] == mean([row(2), row(3), row(4)])["loss"]
+    write(tmp_path, 5, 7)
+    assert summarise(tmp_path, TRAINING)["finished"]
+    assert not summarise(tmp_path / "nothing", TRAINING)["finished"]

@@ -1,0 +1,119 @@
+"""What a working directory accepts, and what it gives back."""
+
+import dataclasses
+import json
+
+import pytest
+
+from longctx import config
+from longctx.data import Tokenizer
+from longctx.errors import UsageError
+from longctx.layers import MIXERS, MLPS
+from longctx.training import workdir as workdirs
+
+
+@pytest.fixture
+def started(tmp_path, parse, corpus):
+    workdirs.start(tmp_path / "run", parse(), corpus)
+    return tmp_path / "run"
+
+
+def test_an_experiment_survives_json(parse):
+    """Tuples of stages, blocks with their options, booleans and floats."""
+    experiment = parse(
+        {"kind": "attention", "heads": 4, "kv_heads": 2, "sinks": True, "window": 8}, learning_rate=1 / 3
+    )
+    again = config.parse(json.loads(json.dumps(workdirs.to_dict(experiment))), MIXERS, MLPS)
+    assert workdirs.to_dict(again) == workdirs.to_dict(experiment)
+    assert again.training == experiment.training
+    assert dict(again.model.blocks) == dict(experiment.model.blocks)
+
+
+def test_open_run(started, parse, corpus):
+    run = workdirs.open_run(started)
+    assert workdirs.to_dict(run.experiment) == workdirs.to_dict(parse())
+    assert run.tokenizer.vocab_size == corpus.tokenizer.vocab_size
+
+
+def test_another_experiment_is_refused_with_what_differs(started, parse):
+    before = {path: path.read_bytes() for path in started.iterdir()}
+    given = parse({"kind": "attention", "heads": 1, "kv_heads": 1}, clip_norm=0.5)
+    with pytest.raises(UsageError) as error:
+        workdirs.check(started, dataclasses.replace(given, seed=3))
+    for text in (
+        "training.clip_norm: 1.0 in the workdir, 0.5 given",
+        "model.blocks.only.mixer.heads: 2 in the workdir, 1 given",
+        "seed: 0 in the workdir, 3 given",
+    ):
+        assert text in str(error.value)
+    assert {path: path.read_bytes() for path in started.iterdir()} == before
+
+
+def test_where_it_runs_may_change(started, parse, corpus):
+    given = dataclasses.replace(parse(), mesh=config.Mesh(2, 2, 1), evaluation=config.Evaluation(samples=3))
+    changes = workdirs.start(started, given, corpus)
+    assert "mesh.context: 1 in the workdir, 2 given" in changes
+    assert workdirs.open_run(started).experiment.evaluation.samples == 3
+
+
+def test_another_corpus_is_refused(started, parse, corpus):
+    with pytest.raises(UsageError, match=r"training_tokens: \d+ then, \d+ now"):
+        workdirs.start(started, parse(), dataclasses.replace(corpus, train=corpus.heldout))
+
+
+def harm_nothing_there(run):
+    for path in run.iterdir():
+        path.unlink()
+
+
+def harm_no_tokenizer(run):
+    (run / "tokenizer.json").unlink()
+
+
+def harm_other_tokenizer(run):
+    Tokenizer.train(["some words of text"] * 9, 300).save(run / "tokenizer.json")
+
+
+def harm_config(run):
+    (run / "config.json").write_text('{"model": ')
+
+
+def harm_field(run):
+    tree = json.loads((run / "config.json").read_text())
+    tree["training"]["clip_nrm"] = tree["training"].pop("clip_norm")
+    (run / "config.json").write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (harm_nothing_there, r"holds no config.json; give the folder of a run"),
+        (harm_no_tokenizer, r"tokenizer.json is missing"),
+        (harm_other_tokenizer, r"tokenizer.json is not the one that the model was trained with"),
+        (harm_config, r"config.json cannot be read"),
+        (harm_field, r"config.json cannot be used: .*did you mean 'clip_norm'"),
+    ],
+)
+def test_a_run_that_cannot_be_opened(started, harm, told):
+    harm(started)
+    with pytest.raises(UsageError, match=told):
+        workdirs.open_run(started)
+
+
+def test_a_folder_that_is_not_there_or_not_a_folder(tmp_path, parse):
+    with pytest.raises(UsageError, match="does not exist"):
+        workdirs.open_run(tmp_path / "none")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        workdirs.check(tmp_path / "file", parse())
+
+
+def test_checkpoints_of_an_unknown_experiment(tmp_path, parse):
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"checkpoints but no config.json"):
+        workdirs.check(tmp_path, parse())
+
+
+def test_no_checkpoint_to_load(started):
+    with pytest.raises(UsageError, match="holds no checkpoint"):
+        workdirs.load_model(workdirs.open_run(started))
