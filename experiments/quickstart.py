@@ -1,6 +1,6 @@
 """A hybrid language model on text that is already on the machine, trained and evaluated in minutes on 2 cores.
 
-    python -m longctx.train --config=experiments/quickstart.py --workdir=runs/quickstart
+python -m longctx.train --config=experiments/quickstart.py --workdir=runs/quickstart
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.vocab_size = 2048  # entries of the byte-pair vocabulary
     config.data.heldout = 0.1  # fraction of the documents kept for evaluation
     config.data.needles = ConfigDict()
-    config.data.needles.rows = 0.25  # fraction of the rows that carry facts to be asked for later
+    config.data.needles.rows = 0.5  # fraction of the rows that carry facts to be asked for later
     config.data.needles.facts = 8  # facts per such row
 
     def mlp():
@@ -46,12 +46,20 @@ def get_config(arg: str = "") -> ConfigDict:
         "mlp": mlp(),
     }
     config.model.blocks.full = {  # softmax attention over the whole document, without positions
-        "mixer": {"kind": "attention", "heads": 2, "kv_heads": 2, "head_width": 64, "rope_base": 0.0, "conv_width": 4, "length_base": 256.0},
+        "mixer": {
+            "kind": "attention",
+            "heads": 2,
+            "kv_heads": 2,
+            "head_width": 64,
+            "rope_base": 0.0,
+            "conv_width": 4,
+            "length_base": 256.0,
+        },
         "mlp": mlp(),
     }
 
     config.training = ConfigDict()
-    config.training.stages = ((150, 16, 256), (650, 4, 1024))  # (steps, rows, tokens a row)
+    config.training.stages = ((100, 16, 128), (450, 8, 512))  # (steps, rows, tokens a row)
     config.training.learning_rate = 6e-3  # at its peak
     config.training.final_learning_rate = 0.1  # at the end, as a fraction of the peak
     config.training.warmup_steps = 50  # linear, from 0

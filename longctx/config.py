@@ -83,7 +83,7 @@ class Model:
     blocks: Mapping[str, Block]  # the kinds of block that the pattern names
     width: int = 128  # D
     repeats: int = 1  # times the pattern is repeated (its parameters stacked, one scan)
-    dtype: str = "auto"  # of activations: "auto" is bfloat16 on GPU and TPU, float32 on CPU; parameters are float32
+    dtype: str = "auto"  # of activations; "auto" is bfloat16 on GPU and TPU, float32 on CPU
     remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but matrix products), "full"
 
     def problems(self):
@@ -93,7 +93,7 @@ class Model:
             yield "pattern is empty; name at least one block"
         for name in dict.fromkeys(self.pattern):
             if name not in self.blocks:
-                yield f"pattern names the block '{name}', which blocks does not define; it defines {sorted(self.blocks)}"
+                yield f"pattern names the block '{name}', not among blocks: {sorted(self.blocks)}"
         yield from _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         yield from _one_of("remat", self.remat, ("none", "dots", "full"))
 

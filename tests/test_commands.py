@@ -121,7 +121,7 @@ def ends(folder):
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_cannot_be_used(ends, case):
-    """Seen to fail: absl's own flags parser, which shows a traceback or exits with 1."""
+    """Exit code 2, and each line of stderr a sentence."""
     code, told = ends[case]
     assert code == 2, told
     assert re.search(CASES[case][1], told), told

@@ -58,6 +58,6 @@ def test_imports_run_one_way(path):
 
 
 def test_experiments_import_only_config():
-    """An experiment file is data: it imports nothing of the package. Seen to fail: `import longctx` in quickstart.py."""
+    """An experiment file is data and imports nothing of the package. Seen to fail: `import longctx` in one of them."""
     for path in (ROOT.parent / "experiments").glob("*.py"):
         assert not list(imported(path)), f"{path.name} imports longctx"

@@ -9,6 +9,8 @@ Each law's docstring ends with how the code was broken to see it fail.
 
 import dataclasses
 import functools
+import itertools
+import math
 import re
 
 import chex
@@ -160,7 +162,7 @@ def test_split(name):
     def run(cuts, params, x):
         layer = nnx.merge(graph, params)
         state, outputs = layer.init_state(2, T, x.dtype), []
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             y, state = layer(x[:, start:stop], part(segments, start, stop), state)
             outputs.append(y)
         return jnp.concatenate(outputs, axis=1)
@@ -312,18 +314,22 @@ def test_causality(name):
         assert (gradient[:, t] > 0)[ids[:, t] > 0].all(), f"output {t} does not depend on its own input"
 
 
-COLLECTIVE = re.compile(r"= (?P<types>.*?) (?P<kind>all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)")
+COLLECTIVE = re.compile(
+    r"= (?P<types>.*?) (?P<kind>all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+)
 ARRAY = re.compile(r"(?P<type>f32|bf16|s32|pred|u32|f16|s8|u8)\[(?P<shape>[\d,]*)\]")
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
 
 
 def collectives(text):
     """`(kind, bytes)` of every collective in a compiled program."""
-    found = []
-    for match in COLLECTIVE.finditer(text):
-        arrays = ARRAY.findall(match["types"])
-        found.append((match["kind"], sum(BYTES[t] * int(np.prod([int(n) for n in s.split(",") if n])) for t, s in arrays)))
-    return found
+
+    def size(array):
+        kind, shape = array
+        return BYTES[kind] * math.prod(int(n) for n in shape.split(",") if n)
+
+    found = COLLECTIVE.finditer(text)
+    return [(match["kind"], sum(map(size, ARRAY.findall(match["types"])))) for match in found]
 
 
 def compiled(name, length, context):

@@ -20,9 +20,7 @@ SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl")  # each also with .gz
 
 # Left out of the standard library: installed packages; its tests, which not every distribution ships; and generated
 # files (tables of character sets, the help's topics as strings), which are not written text.
-_NOT_LIBRARY = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__phello__"}
-)
+_NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"})
 
 
 class Document(NamedTuple):

@@ -101,7 +101,8 @@ def summarise(blocks: dict[int, Float[np.ndarray, "windows block"]], seed: int) 
     count = len(next(iter(means.values())))
     picks = draws.integers(count, size=(RESAMPLES, count))
     samples = {context: np.exp(mean[picks].mean(axis=1)) for context, mean in means.items()}
-    base, longest = (256 if 256 in means else min(means)), max(means)
+    longest = max(means)
+    base = 256 if 256 in means and longest > 256 else min(means)
     return {
         "final_block": {str(context): float(np.exp(mean.mean())) for context, mean in means.items()},
         "standard_error": {str(context): float(sample.std()) for context, sample in samples.items()},

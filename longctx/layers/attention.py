@@ -125,9 +125,7 @@ class Attention(nnx.Module):
             keys = jnp.concatenate([before.keys, k.astype(before.keys.dtype)], axis=1)
             values = jnp.concatenate([before.values, v.astype(before.values.dtype)], axis=1)
             held = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), before.segments, span)
-        return ops.attention(
-            q, keys, values, self.pattern, segment_ids=span, kv_segment_ids=held, **settings
-        )
+        return ops.attention(q, keys, values, self.pattern, segment_ids=span, kv_segment_ids=held, **settings)
 
     def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
         options = self.options
@@ -144,7 +142,7 @@ class Attention(nnx.Module):
 def _lags(options: Attention.Config, heads: int) -> np.ndarray:
     """Tokens back that each channel of queries begins by showing, head after head; keys show one token more.
 
-    Even heads compare single tokens. In odd heads the channels are shared among the last W-1 tokens, so that the more of
+    Even heads compare single tokens. In odd heads the channels are shared among the last W-1 tokens, so the more of
     these agree, the larger the logit: what follows a repeated phrase is found, not what follows a repeated word.
     """
     phrase = np.arange(options.head_width) * max(options.conv_width - 1, 1) // options.head_width

@@ -43,7 +43,7 @@ class SwiGLU(nnx.Module):
 
 
 class SquaredReLU(nnx.Module):
-    """`relu(x W_up)² W_down` (So et al., 2021, "Primer"): a third fewer parameters than SwiGLU, and cheaper on a CPU."""
+    """`relu(x W_up)² W_down` (So et al., 2021, "Primer"); cheaper than SwiGLU on a CPU."""
 
     Config = Hidden
 

@@ -32,7 +32,7 @@ class KVCache:
     keys: Float[Array, "B S G K"]
     values: Float[Array, "B S G V"]
     positions: Int[Array, "B S"]
-    count: Int[Array, "B"]
+    count: Int[Array, " B"]
 
     @classmethod
     def empty(cls, batch: int, capacity: int, heads: int, key_width: int, value_width: int, dtype) -> KVCache:

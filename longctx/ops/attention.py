@@ -38,7 +38,8 @@ from longctx.ops.patterns import Causal, Pattern
 from longctx.typing import Segments
 
 _CAUSAL = Causal()
-_DENSE_LOGITS = 128 * 128  # up to this many logits a head, holding them all is faster than a loop over blocks
+_DENSE_LOGITS = 128 * 128  # up to this many logits a head, holding them all costs no more than a loop over blocks
+_CPU_LOGITS = 1 << 20  # logits a step, all heads together, that a CPU's cache holds; accelerators want long steps
 
 
 class Partial(NamedTuple):
@@ -99,7 +100,7 @@ def attention(
         mask &= pattern.mask(queries.positions[:, :, None], own.positions[:, None, :])
         return dense(q, k, v, mask, scale=scale, sinks=sinks, soft_cap=soft_cap)
     if chosen == "blockwise":
-        plan = blockwise.Plan(pattern, scale, soft_cap, *_block_sizes(pattern, q.shape[1], k.shape[1], block))
+        plan = _plan(q, k, pattern, scale, soft_cap, block)
         result = Partial(*blockwise.blockwise(q, k, v, queries, keys, plan))
         result = result if sinks is None else add_sinks(result, sinks)
         return result.output.astype(v.dtype)
@@ -129,8 +130,7 @@ def attention_partial(
     Differentiable once in both parts of the result. Sinks are not a part of it: see `add_sinks`.
     """
     queries, keys = _tokens(q, k, v, segment_ids, kv_segment_ids)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    plan = blockwise.Plan(pattern, scale, soft_cap, *_block_sizes(pattern, q.shape[1], k.shape[1], block))
+    plan = _plan(q, k, pattern, scale, soft_cap, block)
     return Partial(*blockwise.blockwise(q, k, v, queries, keys, plan))
 
 
@@ -198,19 +198,24 @@ def _tokens(q, k, v, segment_ids, kv_segment_ids) -> tuple[blockwise.Tokens, blo
             return blockwise.Tokens(np.ones_like(positions), positions), None
     elif segment_ids is None:
         raise ValueError("kv_segment_ids were given without segment_ids; pass both, so that positions are known.")
-    queries = Segments.of(segment_ids, batch, length)
-    queries = blockwise.Tokens(queries.ids, queries.positions)
-    if kv_segment_ids is None:
-        return queries, None
-    keys = Segments.of(kv_segment_ids, batch, k.shape[1])
-    return queries, blockwise.Tokens(keys.ids, keys.positions)
+    sides = [Segments.of(segment_ids, batch, length)]
+    if kv_segment_ids is not None:
+        sides.append(Segments.of(kv_segment_ids, batch, k.shape[1]))
+    queries, *keys = [blockwise.Tokens(jnp.asarray(side.ids), jnp.asarray(side.positions)) for side in sides]
+    return queries, keys[0] if keys else None
 
 
-def _block_sizes(pattern: Pattern, length: int, keys: int, block: int | None) -> tuple[int, int]:
-    """Tokens in a block of queries and in a block of keys."""
+def _plan(q, k, pattern: Pattern, scale: float | None, soft_cap: float | None, block: int | None) -> blockwise.Plan:
+    """The plan of "blockwise", block sizes chosen where none is given."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if block is None:
-        block = 512 if pattern.reach is None else min(512, max(128, 1 << pattern.reach.bit_length() - 1))
-    return min(block, length), min(block, keys)
+        block = 512
+        rows = q.shape[0] * q.shape[2]
+        budget = _CPU_LOGITS if jax.default_backend() == "cpu" else np.inf
+        wide = np.inf if pattern.reach is None else max(128, pattern.reach)
+        while block > 64 and (block > wide or rows * block**2 > budget):
+            block //= 2
+    return blockwise.Plan(pattern, scale, soft_cap, min(block, q.shape[1]), min(block, k.shape[1]))
 
 
 def _choose(q, k, v, pattern: Pattern, case) -> str:

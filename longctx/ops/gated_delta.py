@@ -20,6 +20,7 @@ Reference: Yang et al., "Gated Delta Networks", 2025, section 3.3; Kimi Team, "K
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -28,6 +29,8 @@ from jaxtyping import Array, Float, Int
 
 from longctx.ops.gated_linear import BEFORE, by_spans, decay, einsum, join, scores, split, start_clock
 from longctx.typing import Segments
+
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Transition(NamedTuple):
@@ -153,23 +156,25 @@ def _span(s, q, k, v, beta, log_decay, segments, chunk):
 def _inverse(n):
     """(I + N)^-1 for strictly lower triangular N [..., C, C], C a power of two.
 
-    The inverses of diagonal blocks of 1, 2, 4, ... rows: two neighbours A and B with N' below A make a block twice as
-    large, whose inverse is theirs and, below, -B^-1 N' A^-1. Unlike the powers of N, which grow like binomial
-    coefficients when neighbouring keys are alike, nothing here is larger than the inverse itself.
+    The two halves of the rows are inverted, and what stands below the first's inverse A is -B N' A, with B that of the
+    second and N' the quarter of N between them. Eight rows are inverted by powers, (I - N)(I + N^2)(I + N^4). Powers
+    of all C rows would not do: where keys repeat they grow like binomial coefficients, far beyond the inverse itself.
     """
-    if n.shape[-1] == 1:
-        return jnp.ones_like(n)
-    half = n.shape[-1] // 2
+    size = n.shape[-1]
+    if size <= 8:
+        square, one = _matmul(n, n), jnp.eye(size)
+        return _matmul(_matmul(one - n, one + square), one + _matmul(square, square))
+    half = size // 2
     blocks = jnp.concatenate([n[..., :half, :half], n[..., half:, half:]])
     first, second = jnp.split(_inverse(blocks), 2)
-    below = -second @ n[..., half:, :half] @ first
+    below = -_matmul(_matmul(second, n[..., half:, :half]), first)
     return jnp.block([[first, jnp.zeros_like(below)], [below, second]])
 
 
 @_inverse.defjvp
 def _inverse_jvp(primals, tangents):
     inverse = _inverse(*primals)
-    return inverse, -inverse @ tangents[0] @ inverse
+    return inverse, -_matmul(_matmul(inverse, tangents[0]), inverse)
 
 
 def _zeros(k, v):

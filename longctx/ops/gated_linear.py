@@ -206,7 +206,7 @@ def start_clock(log_decay, segments: Segments | None, chunk: int) -> Clock:
     return Clock(*sums, jnp.swapaxes(run, 0, 1)[:, :, None, :, None])
 
 
-def decay(now: Clock, since: Clock) -> Float[Array, "..."]:
+def decay(now: Clock, since: Clock) -> Float[Array, ...]:
     """What is left at `now` of what was there at `since`; exactly 0 across a document start."""
     log = (now.whole - since.whole) + (now.rest - since.rest)
     return jnp.exp(jnp.where(now.run == since.run, log, -jnp.inf))

@@ -110,7 +110,7 @@ def attention(
         return shard(q, k, v, pattern, segments, sinks=sinks, **options)
 
     island = _island(run, (_SHARD, _SHARD, _SHARD, _SHARD, _WHOLE), _SHARD)
-    return island(q, k, v, Segments.of(segments, *q.shape[:2]), sinks)
+    return island(q, k, v, Segments.of(segments, *q.shape[:2]), _float32(sinks))
 
 
 def _near(q, k, v, pattern: Pattern, segments: Segments, **options):
@@ -163,6 +163,11 @@ def _island(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
     return jax.jit(island, inline=True)
 
 
+def _float32(tree):
+    """For what all shards share, whose gradient is a sum over them: exact, and XLA:CPU aborts on a bfloat16 sum."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
 def _scan(op, inputs, parameters, state, segments: Segments | None, static):
     """The op on the span, or on each shard from the state that the shards before it leave."""
     batch, length = inputs[0].shape[:2]
@@ -184,4 +189,4 @@ def _scan(op, inputs, parameters, state, segments: Segments | None, static):
         return y, jax.lax.psum(jax.tree.map(lambda x: jnp.where(device == last, x, 0), after), "context")
 
     island = _island(shard, (_SHARD, _WHOLE, _WHOLE, _SHARD), (_SHARD, _WHOLE))
-    return island(inputs, parameters, state, Segments.of(segments, batch, length))
+    return island(inputs, _float32(parameters), _float32(state), Segments.of(segments, batch, length))

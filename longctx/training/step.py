@@ -16,7 +16,8 @@ from jaxtyping import Array, UInt32
 
 from longctx import config
 from longctx.models import LanguageModel
-from longctx.ops.cross_entropy import HELD, cross_entropy
+from longctx.ops.cross_entropy import cross_entropy
+from longctx.parallel import mesh as meshes
 from longctx.parallel import rules
 from longctx.training import optimizer
 from longctx.typing import Segments
@@ -48,18 +49,31 @@ class Sums(NamedTuple):
 
 
 def loss_sums(model: LanguageModel, batch: Batch, answer_weight: float) -> Sums:
-    """The sums of one (micro-)batch.
+    """The sums of one (micro-)batch, split over the ambient mesh.
 
     A token weighs what the batch's `weights` say, and a retrieval answer `answer_weight` times that.
     """
     segments = Segments.from_ids(batch["segment_ids"], batch["positions"])
     hidden, _ = model(batch["tokens"], segments)
     weights = token_weights(batch, answer_weight)
-    unembedding = model.unembedding
-    chunk = _chunk(*batch["tokens"].shape, unembedding.shape[0])
-    found = cross_entropy(hidden, unembedding, batch["targets"], weights, chunk=chunk)
+
+    def own_tokens(*arrays):
+        found = cross_entropy(*arrays)
+        return found.total[None, None], found.correct
+
+    if meshes.size("data") * meshes.size("context") > 1:
+        # An island over the tokens, so that the unembedding's gradient is summed over devices once, not once a chunk.
+        rows, whole = PartitionSpec("data", "context"), PartitionSpec()
+        own_tokens = jax.shard_map(
+            own_tokens,
+            in_specs=(rows, whole, rows, rows),
+            out_specs=(rows, rows),
+            axis_names={"data", "context"},
+            check_vma=False,
+        )
+    totals, correct = own_tokens(hidden, model.unembedding, batch["targets"], weights)
     answers = batch["answers"]
-    return Sums(found.total, weights.sum(), jnp.sum(found.correct & answers), jnp.sum(answers))
+    return Sums(totals.sum(), weights.sum(), jnp.sum(correct & answers), jnp.sum(answers))
 
 
 def token_weights(batch: Batch, answer_weight: float) -> Array:
@@ -189,11 +203,3 @@ class Program:
 
 def _shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _chunk(batch: int, length: int, vocab_size: int) -> int:
-    """Tokens of a row whose logits are held at once: `HELD` logits on each device of the ambient mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    context = mesh.shape.get("context", 1)
-    chunk = HELD * max(1, mesh.size) // (batch * vocab_size)
-    return min(length, max(1, chunk // context) * context)

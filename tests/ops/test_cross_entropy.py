@@ -71,7 +71,7 @@ def test_bfloat16_hidden_gives_float32_losses():
 def test_logits_of_the_row_are_never_held():
     """Temporary memory of value and gradient stays below half of the row's logits, and is flat in their number.
 
-    Fails if `jax.checkpoint` is removed: the scan then keeps every chunk's logits for the backward pass.
+    Guards against a backward pass for which the scan keeps every chunk's logits.
     """
 
     def temporary(length, vocabulary=4096):

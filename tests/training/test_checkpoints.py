@@ -115,7 +115,7 @@ def unfinished_copy(folder):
 
 @pytest.mark.parametrize("harm", [truncate, flip, delete, empty_place, unfinished_copy])
 def test_a_damaged_newest_is_passed_over(saved, caplog, harm):
-    """Seen to fail, for `flip`: without the check of SHA256SUMS, other numbers are loaded without a word."""
+    """`flip` needs the check of SHA256SUMS: Orbax alone loads such a file as other numbers, without a word."""
     harm(saved / "checkpoints" / "6")
     checkpoints = Checkpoints(saved, keep=2)
     with caplog.at_level(logging.WARNING, logger="longctx"):

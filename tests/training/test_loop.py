@@ -87,7 +87,7 @@ def test_the_trained_model_is_loaded(straight):
 def test_asked_to_stop(straight, tmp_path, parse, corpus, at_step, step):
     """SIGTERM in the first stage, at its last step, and in the second: the step is finished and saved.
 
-    Seen to fail: the iterator saved after the next batch was taken; the stage's iterator not restored.
+    Guards against an iterator that is saved a batch late, or not restored within its stage.
     """
     at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert not loop.train(parse(), tmp_path, corpus)["finished"]
@@ -156,7 +156,7 @@ def test_on_another_mesh(straight, tmp_path, parse, corpus, at_step):
 def test_a_loss_that_is_not_finite(tmp_path, parse, corpus, cache, monkeypatch, step, rows, good):
     """Told with the step, the rows and the last good checkpoint; nothing is saved after it, though step 6 is due.
 
-    Seen to fail: saving before the step's own metrics are read.
+    Guards against saving before the step's own metrics are read.
     """
     spread, taken = loop._spread, []
 

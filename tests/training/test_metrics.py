@@ -39,7 +39,7 @@ def test_rows_come_back_with_the_same_bits(tmp_path):
 
 
 def test_rows_past_the_checkpoint_are_removed(tmp_path):
-    """Killed after step 6, with a line half-written, and going on from step 4. Seen to fail: appending only."""
+    """Killed after step 6, with a line half-written, and going on from step 4."""
     write(tmp_path, 1, 6)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')

@@ -15,7 +15,7 @@ from longctx.training.step import abstract_model
     ("step", "rate"), [(0, 0.2), (4, 1.0), (5, 1.0), (10, 0.55), (15, 0.1), (99, 0.1)], ids=lambda value: str(value)
 )
 def test_learning_rate(step, rate):
-    """Warm-up over 5 steps to 1, half way down at 10, a tenth at 15 and after. Seen to fail: sine for cosine."""
+    """Warm-up over 5 steps to 1, half way down at 10, a tenth at 15 and after."""
     training = config.Training((config.Stage(15, 1, 1),), learning_rate=1.0, final_learning_rate=0.1, warmup_steps=5)
     np.testing.assert_allclose(optimizer.learning_rate(training, step), rate, rtol=1e-6)
 
@@ -30,7 +30,7 @@ def test_a_run_shorter_than_its_warm_up_only_rises():
 def test_only_matrices_decay(parse):
     """With a zero gradient matrices shrink; gains, decay rates and taps, stacked over layers or not, stay.
 
-    Seen to fail: `ndim >= 2` in place of the parameters' axes, by which stacked gains and all taps shrink.
+    Guards against `ndim >= 2` in place of the parameters' axes: stacked gains and all taps would shrink.
     """
     mixer = {"kind": "gated_delta", "heads": 2, "key_width": 4, "value_width": 4, "conv_width": 4}
     experiment = parse(mixer)

@@ -65,7 +65,7 @@ def plain(cache, experiment, batch):
 
 
 def test_loss_is_the_weighted_mean_of_the_definition(experiment, batch, plain):
-    """Answers weigh three times as much. Seen to fail: answer_weight left out; the mean over all tokens."""
+    """Answers weigh three times as much."""
     model = new_model(experiment, VOCABULARY)
     segments = Segments.from_ids(batch["segment_ids"], batch["positions"])
     hidden, _ = jax.jit(lambda tokens: model(tokens, segments))(jnp.asarray(batch["tokens"]))
@@ -80,13 +80,13 @@ def test_loss_is_the_weighted_mean_of_the_definition(experiment, batch, plain):
 
 
 def test_micro_batches_are_one_batch(cache, experiment, batch, plain):
-    """Four micro-batches of unequal weight. Seen to fail: each normalised by its own weight."""
+    """Four micro-batches of unequal weight. Guards against normalising each by its own weight."""
     training = dataclasses.replace(experiment.training, accumulate=4)
     close(run(dataclasses.replace(experiment, training=training), batch), plain)
 
 
 def test_a_mesh_changes_nothing(cache, experiment, batch, plain):
-    """Batch, sequence and heads split, parameters split over all. Seen to fail: micro-batches of the wrong rows."""
+    """Batch, sequence and heads split, parameters split over all."""
     training = dataclasses.replace(experiment.training, accumulate=2)
     close(run(dataclasses.replace(experiment, training=training, mesh=config.Mesh(2, 2, 2)), batch), plain)
 
@@ -106,7 +106,7 @@ def test_no_device_holds_a_whole_matrix(experiment):
 
 
 def test_the_state_is_donated(cache, experiment, batch):
-    """A step holds one copy of the state. Seen to fail: without donate_argnums."""
+    """A step holds one copy of the state."""
     mesh = meshes.make(experiment.mesh)
     with jax.set_mesh(mesh):
         program = Program.make(experiment, VOCABULARY, mesh)

@@ -1,6 +1,7 @@
 """Softmax attention on TPU by JAX's splash attention, a Pallas kernel that skips blocks outside the mask.
 
-The project's own machines have no TPU: the kernel was run in Pallas's interpret mode, and compiled for TPU.
+The project's own machines have no TPU: only the forward pass was run, in Pallas's interpret mode; it was never compiled
+for a TPU or run on one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,193 @@
+"""The laws that every recurrent family keeps: its fast form, its splits and its transition equal the definition.
+
+All in float32, to 1e-4 of the largest entry of what is compared. Each row of a batch has gates of its own kind:
+moderate, some exactly 0, most exactly 1, and some as small as exp(-80).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longctx.ops import causal_conv, gated_delta, gated_linear, linear_scan
+
+B, H, K, V, N, W = 4, 2, 8, 4, 6, 4
+
+FAMILIES = ("causal_conv", "linear_scan", "gated_linear", "gated_linear_channel", "gated_delta", "gated_delta_channel")
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def log_decays(rng, length, shape):
+    gates = -np.exp(rng.normal(size=(B, length, *shape)) - 2)
+    chance = rng.random(gates.shape)
+    gates[1] = np.where(chance[1] < 0.2, -np.inf, gates[1])
+    gates[2] = np.where(chance[2] < 0.9, 0.0, gates[2])
+    gates[3] = np.where(chance[3] < 0.2, -80.0, gates[3])
+    return gates
+
+
+def example(family, length):
+    """The family's module, its inputs for `length` tokens, and a state."""
+    rng = np.random.default_rng(length)
+
+    def unit(*shape):
+        x = rng.normal(size=shape)
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    if family == "causal_conv":
+        op, inputs, state = causal_conv, (rng.normal(size=(B, length, N)), rng.normal(size=(W, N))), (B, W - 1, N)
+    elif family == "linear_scan":
+        op, inputs, state = linear_scan, (rng.normal(size=(B, length, N)), log_decays(rng, length, (N,))), (B, N)
+    else:
+        op = gated_delta if family.startswith("gated_delta") else gated_linear
+        beta = (rng.random((B, length, H)),) if op is gated_delta else ()
+        keys = unit(B, length, H, K), unit(B, length, H, K), rng.normal(size=(B, length, H, V))
+        decay = log_decays(rng, length, (H, K) if family.endswith("channel") else (H,))
+        inputs, state = (*keys, *beta, decay), (B, H, K, V)
+    as_float32 = functools.partial(jnp.asarray, dtype=jnp.float32)
+    return op, jax.tree.map(as_float32, inputs), as_float32(rng.normal(size=state))
+
+
+def cut(op, inputs, start, stop):
+    """The inputs of some tokens; the kernel of a convolution has no tokens."""
+    tokens = inputs[:1] if op is causal_conv else inputs
+    return (*(x[:, start:stop] for x in tokens), *inputs[len(tokens) :])
+
+
+def packed(length):
+    """Documents that touch chunk edges, straddle them, and lie within a chunk; padding first, between and last."""
+    ids = np.zeros((B, length), np.int32)
+    ids[0, :40], ids[0, 40:64], ids[0, 64:] = 1, 2, 3
+    ids[1, 3:60], ids[1, 62:70], ids[1, 70:-5] = 1, 2, 3
+    ids[2] = 1
+    ids[3, : length // 2] = np.arange(length // 2) // 7 + 1
+    return jnp.asarray(ids)
+
+
+def close(got, wanted):
+    paths, _ = jax.tree.flatten_with_path(wanted)
+    for (path, want), have in zip(paths, jax.tree.leaves(got), strict=True):
+        want, have = np.asarray(want, np.float64), np.asarray(have, np.float64)
+        name = jax.tree_util.keystr(path)
+        assert np.all(np.isfinite(have)), name
+        np.testing.assert_allclose(have, want, rtol=0, atol=1e-4 * max(np.abs(want).max(initial=0), 1e-3), err_msg=name)
+
+
+def with_gradients(form, inputs, state, **options):
+    """y, the state after, and the gradients with respect to every input and the state before."""
+
+    @jax.jit
+    def run(inputs, state):
+        outputs, pull = jax.vjp(lambda inputs, state: form(*inputs, state=state, **options), inputs, state)
+        weights = [jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) for x in outputs]
+        return outputs, pull(tuple(weights))
+
+    return run(inputs, state)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 500])
+@every_family
+def test_form(family, length):
+    """Chunked equals recurrent, gradients included. Fails when the chunk's incoming state is not decayed."""
+    op, inputs, state = example(family, length)
+    close(with_gradients(op.chunked, inputs, state), with_gradients(op.recurrent, inputs, state))
+
+
+@every_family
+def test_form_on_packed_rows(family):
+    """The same with documents and padding. Fails when starts are ignored, or padding decays the state."""
+    length = 130
+    op, inputs, state = example(family, length)
+    options = {"segment_ids": packed(length)}
+    close(with_gradients(op.chunked, inputs, state, **options), with_gradients(op.recurrent, inputs, state, **options))
+
+
+@every_family
+def test_pack(family):
+    """A packed row equals its documents run alone. Fails when a document sees the one before it."""
+    op, inputs, _ = example(family, 130)
+    y, state = jax.jit(op.chunked)(*inputs, segment_ids=packed(130))
+    for row, start, stop in ((0, 40, 64), (0, 64, 130), (1, 62, 70)):
+        alone, after = op.recurrent(*cut(op, inputs, start, stop))
+        close(y[row, start:stop], alone[row])
+        if stop == 130:
+            close(state[row], after[row])
+    assert not np.any(np.asarray(y)[1, -5:])
+
+
+@every_family
+def test_split(family):
+    """A span equals its two parts in turn, cut unevenly. Fails when the state handed over is not the state."""
+    op, inputs, state = example(family, 100)
+
+    def in_parts(*inputs, state):
+        parts = []
+        for start, stop in ((0, 37), (37, 100)):
+            y, state = op.chunked(*cut(op, inputs, start, stop), state=state)
+            parts.append(y)
+        return jnp.concatenate(parts, axis=1), state
+
+    close(with_gradients(in_parts, inputs, state), with_gradients(op.chunked, inputs, state))
+
+
+@every_family
+def test_transition(family):
+    """A span's transition gives the state after it; transitions compose. Fails when compose takes them in reverse."""
+    op, inputs, state = example(family, 100)
+    _, wanted = op.recurrent(*inputs, state=state)
+    close(op.apply(jax.jit(op.transition)(*inputs), state), wanted)
+
+    a, b, c = (op.transition(*cut(op, inputs, *span)) for span in ((0, 37), (37, 39), (39, 100)))
+    left, right = op.compose(op.compose(a, b), c), op.compose(a, op.compose(b, c))
+    close(left, right)
+    close(op.apply(left, state), wanted)
+
+    zeros = jax.tree.map(jnp.zeros_like, a)
+    _, from_empty = op.recurrent(*cut(op, inputs, 37, 39))
+    close(op.apply(op.compose(zeros, b), state), from_empty)
+
+
+@every_family
+def test_transition_of_packed_rows(family):
+    """Nothing passes a document start, padding passes everything. Fails when a start only makes the decay small."""
+    op, inputs, state = example(family, 130)
+    ids = packed(130)
+    after = op.apply(jax.jit(op.transition)(*inputs, segment_ids=ids), state)
+    close(after, op.recurrent(*inputs, state=state, segment_ids=ids)[1])
+    padding = op.transition(*inputs, segment_ids=jnp.zeros_like(ids))
+    np.testing.assert_array_equal(op.apply(padding, state), state)
+
+
+@every_family
+def test_nothing_leaks(family):
+    """No gradient flows back from the past, or across a document start: exactly zero, decays and state included."""
+    op, inputs, state = example(family, 100)
+    ids = jnp.asarray(np.where(np.arange(100) < 40, 1, 2)[None].repeat(B, 0), jnp.int32)
+
+    @jax.jit
+    def pull(inputs, state, weight):
+        y, back = jax.vjp(lambda inputs, state: op.chunked(*inputs, state=state, segment_ids=ids)[0], inputs, state)
+        return back(jnp.broadcast_to(weight.reshape(1, -1, *(1,) * (y.ndim - 2)), y.shape))
+
+    first = jnp.arange(100) < 40
+    later, _ = pull(inputs, state, first.astype(jnp.float32))
+    earlier, from_state = pull(inputs, state, 1.0 - first)
+    for gradient in cut(op, later, 40, 100)[: 1 if op is causal_conv else None]:
+        assert not np.any(np.asarray(gradient))
+    for gradient in (*cut(op, earlier, 0, 40)[: 1 if op is causal_conv else None], from_state):
+        assert not np.any(np.asarray(gradient))
+
+
+@pytest.mark.parametrize("family", ["causal_conv", "linear_scan", "gated_linear", "gated_delta"])
+def test_bfloat16(family):
+    """The sums are in float32: only the output is rounded, to 2^-8. Fails when the state is kept in bfloat16."""
+    op, inputs, state = example(family, 70)
+    inputs = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs)
+    y, after = jax.jit(op.chunked)(*inputs, state=state)
+    exact, state = op.recurrent(*jax.tree.map(lambda x: x.astype(jnp.float32), inputs), state=state)
+    assert y.dtype == jnp.bfloat16
+    assert after.dtype == jnp.float32
+    close(after, state)
+    np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8, atol=1e-4 * np.abs(exact).max())
