@@ -80,7 +80,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluation.depths = 5  # depths of the needle in the context
     config.evaluation.samples = 16  # needles per depth and length
     config.evaluation.final_block = 128  # tokens of the fixed final block
-    config.evaluation.documents = 32  # held-out windows for perplexity and loss by position
+    config.evaluation.documents = 48  # held-out windows for perplexity and loss by position
 
     if arg == "smoke":
         config.model.width = 32

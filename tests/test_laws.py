@@ -172,11 +172,12 @@ def test_split(name):
     compare(with_gradients(functools.partial(run, (0, 1, 14, 54, T)))(params, x), whole)
 
 
-SHARDINGS = {
-    "context=2": config.Mesh(1, 2, 1),
-    "context=4": config.Mesh(1, 4, 1),
-    "context=8": config.Mesh(1, 8, 1),
-    "data=2,context=2,model=2": config.Mesh(2, 2, 2),
+SHARDINGS = {  # data x context x model
+    "1x1x1": config.Mesh(1, 1, 1),
+    "1x2x1": config.Mesh(1, 2, 1),
+    "1x4x1": config.Mesh(1, 4, 1),
+    "1x8x1": config.Mesh(1, 8, 1),
+    "2x2x2": config.Mesh(2, 2, 2),
 }
 
 
