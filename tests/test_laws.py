@@ -130,8 +130,8 @@ def test_every_registered_layer_is_here():
 def test_form(name, length, monkeypatch):
     """Fast form = definition: token-by-token recurrences and dense softmax. Outputs, state, gradients.
 
-    Seen to fail: gated_delta.chunked with the identity left out of the inverse; the blockwise executor with its
-    rescaling of the running sum removed.
+    Seen to fail: gated_delta's inverse without its last power; the blockwise executor without the rescaling of its
+    running sum.
     """
     graph, params = make(name)
     segments, after = Segments.single(2, length), grow(None, jnp.full(2, length), 3)
@@ -186,8 +186,7 @@ SHARDINGS = {  # data x context x model
 def test_shard(name, sharding):
     """The sequence split over devices = one device, on packed rows, gradients of every parameter included.
 
-    Seen to fail: the prefix scan composing (then, first); the halo's document ids left out, so that a shard's first
-    document read the one before it; the ring skipping its last hop.
+    Seen to fail: the prefix scan composing (then, first); keys that are both global and in the halo counted twice.
     """
     graph, params = make(name)
     segments = packed(ROWS, T)
@@ -227,8 +226,7 @@ def _state_and_gradients(run, params, x, segments):
 def test_pack(name):
     """A packed row = its documents run alone; padding gives what it may, documents do not see it.
 
-    Seen to fail: document starts dropped from `Segments` (every family leaked), positions counted from the row's
-    start instead of the document's (rotary attention differed).
+    Seen to fail: document starts dropped from `Segments`; positions counted wrongly within the document.
     """
     graph, params = make(name)
     layer = nnx.merge(graph, params)
@@ -248,7 +246,7 @@ def test_pack(name):
 def test_step(name):
     """Token by token from a prefilled state = the full pass, across a document's start.
 
-    Seen to fail: positions of decoded tokens counted from 0 again; the cache's ring one slot short of its window.
+    Seen to fail: the cache's ring one slot short of its window.
     """
     graph, params = make(name)
     layer = nnx.merge(graph, params)
@@ -296,7 +294,7 @@ def _ones(width):
 def test_causality(name):
     """The gradient of output t with respect to inputs after t, and to other documents, is exactly zero.
 
-    Seen to fail: Causal's comparison turned round at equality + 1; a symmetric convolution.
+    Seen to fail: Causal showing one token ahead.
     """
     graph, params = make(name)
     layer = nnx.merge(graph, params)
