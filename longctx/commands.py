@@ -73,6 +73,9 @@ def _guarded(main: Callable[[], int | None]) -> int | None:
         return _tell(error, 1)
     except KeyboardInterrupt:
         return _tell("interrupted", 130)
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _tell(error: object, code: int) -> int:
