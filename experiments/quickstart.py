@@ -103,7 +103,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     if arg == "smoke":
         config.model.width = 32
-        config.training.stages = ((6, 4, 64), (6, 2, 128))
+        config.training.stages = ((6, 4, 64), (6, 2, 96))
         config.evaluation.factors = (1, 2)
         config.evaluation.samples = 2
         config.evaluation.documents = 4

@@ -201,7 +201,12 @@ class Experiment:
     def problems(self):
         if self.seed < 0:
             yield f"seed is {self.seed}; give a number from 0 up"
-        context = self.mesh.context
+        context, needles = self.mesh.context, self.data.needles
+        if needles.rows and self.training.stages and self.training.stages[-1].length < 3 * needles.facts + 3:
+            yield (
+                f"data.needles.facts is {needles.facts}, for which the last stage's rows have no room; "
+                f"give fewer facts, or rows of at least {3 * needles.facts + 3} tokens"
+            )
         for stage in self.training.stages:
             if context > 1 and stage.length % context:
                 yield (

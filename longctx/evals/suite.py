@@ -45,6 +45,7 @@ def evaluate(
     options, stage = experiment.evaluation, experiment.training.stages[-1]
     lengths = sorted(factor * stage.length for factor in set(options.factors))
     block, facts = options.final_block, experiment.data.needles.facts
+    tail = min(block, lengths[0])  # tokens scored where the last one alone matters; the blocks' programs then serve
     notes = []
     if training is not None and not training.get("finished", True):
         notes.append("Training has not finished: this is the newest checkpoint.")
@@ -75,7 +76,7 @@ def evaluate(
         measured: dict[str, Any] = {"needle": {"accuracy": {}}, "perplexity": {"final_block": {}}}
         if where:
             accuracy = needle.grid(
-                scorer, corpus, lengths, options.samples, facts, where, tail=block, seed=experiment.seed
+                scorer, corpus, lengths, options.samples, facts, where, tail=tail, seed=experiment.seed
             )
             measured["needle"] = needle.summarise(accuracy, lengths, where, options.samples, facts)
         measured["loss_by_position"] = []
@@ -87,7 +88,7 @@ def evaluate(
                 "documents": len({window.document for window in windows}),
             }
             measured["loss_by_position"] = perplexity.by_position(whole)
-        measured["speed"] = speed(scorer, corpus.heldout.tokens, lengths, tail=block)
+        measured["speed"] = speed(scorer, corpus.heldout.tokens, lengths, tail=tail)
 
     summary = {
         "model": {"parameters": parameter_count(model), "trained_length": stage.length},

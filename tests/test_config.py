@@ -1,0 +1,83 @@
+"""What an experiment file may say, and what it is told when it may not."""
+
+import copy
+import runpy
+
+import pytest
+
+from longctx import config
+from longctx.errors import UsageError
+from longctx.layers import MIXERS, MLPS
+
+
+def tree():
+    block = {"mixer": {"kind": "gated_delta", "heads": 2}, "mlp": {"kind": "swiglu", "hidden": 64}}
+    return {
+        "model": {"pattern": ("delta",), "width": 32, "blocks": {"delta": block}},
+        "training": {"stages": ((10, 4, 64),)},
+    }
+
+
+def parse(changes=()):
+    given = copy.deepcopy(tree())
+    for path, value in dict(changes).items():
+        *parents, leaf = path.split(".")
+        node = given
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[leaf] = value
+    return config.parse(given, MIXERS, MLPS)
+
+
+def test_fields_and_defaults():
+    experiment = parse({"training.learning_rate": 1})
+    assert experiment.training.stages == (config.Stage(10, 4, 64),)
+    assert experiment.training.learning_rate == 1.0
+    assert isinstance(experiment.training.learning_rate, float)
+    assert experiment.model.blocks["delta"].mixer_options == MIXERS["gated_delta"].Config(heads=2)
+    assert experiment.data == config.Data()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("model.widht", 3, "model.widht is not a field; did you mean 'width'?"),
+        ("model.width", "wide", "model.width is 'wide', of type str; expected int"),
+        ("model.width", True, "of type bool; expected int"),
+        ("model.pattern", ("delta", "other"), "names the block 'other'"),
+        ("model.blocks.delta.mixer.kind", "mamba9", "model.blocks.delta.mixer.kind is 'mamba9'; choose one of"),
+        ("model.blocks.delta.mixer.headz", 2, "model.blocks.delta.mixer.headz is not a field"),
+        ("model.blocks.delta.mixer.heads", 0, "must be at least 1"),
+        ("model.dtype", "float8", "model.dtype is 'float8'; choose one of"),
+        ("training.stages", (), "training.stages is empty"),
+        ("training.stages", ((10, 4),), "training.stages[0] is (10, 4); expected steps, batch, length"),
+        ("training.accumulate", 3, "does not divide the batch of 4 rows"),
+        ("mesh", {"data": -1, "context": -1}, "more than one axis open"),
+        ("mesh.context", 3, "which mesh.context=3 does not divide"),
+        ("data.needles.facts", 30, "the last stage's rows have no room"),
+        ("seed", -1, "seed is -1"),
+    ],
+)
+def test_what_cannot_be_is_told(path, value, told):
+    with pytest.raises(UsageError) as error:
+        parse({path: value})
+    assert told in str(error.value)
+
+
+def test_everything_wrong_is_told_at_once():
+    with pytest.raises(UsageError) as error:
+        parse({"model.widht": 3, "training.learning_rate": -1.0, "mesh.context": 0})
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_a_required_field():
+    given = tree()
+    del given["training"]
+    with pytest.raises(UsageError, match="training is missing"):
+        config.parse(given, MIXERS, MLPS)
+
+
+@pytest.mark.parametrize("argument", ["", "smoke"])
+def test_the_quickstart_is_an_experiment(argument, pytestconfig):
+    file = runpy.run_path(str(pytestconfig.rootpath / "experiments" / "quickstart.py"))
+    assert config.parse(file["get_config"](argument), MIXERS, MLPS).training.steps > 0
