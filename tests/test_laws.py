@@ -352,7 +352,7 @@ def test_cost(name):
     """Read off the compiled programs of forward and backward, at T and 4T.
 
     Temporary memory grows linearly. On 4 devices no layer gathers the sequence, and one whose state is bounded
-    sends the same bytes whatever T. The state has the size that a bounded layer states: none of T in it.
+    sends the same bytes whatever T. The state of a layer not named in `GROWING_STATE` does not depend on T.
 
     Seen to fail: attention by dense masks (memory grew 16 times); the island removed, so that the compiler
     gathered the sequence around the recurrence.
