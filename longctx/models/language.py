@@ -67,7 +67,9 @@ class LanguageModel(nnx.Module):
           `hidden[B, T, D]`, normed and ready for `logits` or the chunked loss, and the state (None if none was given).
         """
         # Scaled to unit variance, since the same matrix serves as the unembedding.
-        x = self.embedding[...][tokens].astype(self.dtype) * math.sqrt(self.options.width)
+        # Rows gathered whole: a lookup in columns split over devices would make the compiler copy activations about.
+        table = constrain(self.embedding[...], ("vocab", None))
+        x = table[tokens].astype(self.dtype) * math.sqrt(self.options.width)
         x = constrain(x, ("batch", "time", None))
 
         def repeat(x, blocks_and_states):
