@@ -9,8 +9,10 @@ Each law's docstring ends with how the code was broken to see it fail.
 
 import dataclasses
 import functools
+import importlib
 import itertools
 import math
+import pkgutil
 import re
 
 import chex
@@ -20,15 +22,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx import config
+from longctx import config, ops
 from longctx.layers import MIXERS, MLPS
-from longctx.ops import attention, causal_conv, gated_delta, gated_linear, linear_scan
+from longctx.ops import attention
 from longctx.parallel import mesh as meshes
 from longctx.typing import Segments
 
 D = 32
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 5e-4
-FAMILIES = (causal_conv, linear_scan, gated_linear, gated_delta)
+# Every module of ops with a definition and a fast form.
+MODULES = (importlib.import_module(f"{ops.__name__}.{found.name}") for found in pkgutil.iter_modules(ops.__path__))
+FAMILIES = [module for module in MODULES if hasattr(module, "recurrent") and hasattr(module, "chunked")]
 
 VARIANTS = {
     "attention/window": ("attention", {"window": 11}),
@@ -211,7 +215,7 @@ def _state_and_gradients(run, params, x, segments):
 
     def loss(params, x):
         out = run(params, x, segments)
-        leaves = [leaf for leaf in jax.tree.leaves(out) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        leaves = [part for leaf in jax.tree.leaves(out) for part in _real_parts(leaf)]
         mixture = [jnp.sin(jnp.arange(leaf.size) * 0.7).reshape(leaf.shape) for leaf in leaves]
         return sum(jnp.vdot(leaf, weight) for leaf, weight in zip(leaves, mixture, strict=True)), out
 
@@ -220,6 +224,13 @@ def _state_and_gradients(run, params, x, segments):
         return out, gradients
 
     return jax.device_get(jax.jit(both)(params, x))
+
+
+def _real_parts(leaf):
+    """The numbers of an array that a loss may depend on."""
+    if jnp.iscomplexobj(leaf):
+        return [leaf.real, leaf.imag]
+    return [leaf] if jnp.issubdtype(leaf.dtype, jnp.floating) else []
 
 
 @layers

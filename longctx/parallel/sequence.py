@@ -9,6 +9,7 @@ What a device must know of those before it, and the bytes it sends for that:
 | op                           | moves                                         | bytes a device sends            |
 |------------------------------|-----------------------------------------------|---------------------------------|
 | recurrence, convolution      | transitions, by an exclusive prefix scan      | ⌈log₂ devices⌉ transitions      |
+| recurrence, not associative  | the state, device after device in turn        | devices - 1 states              |
 | attention of bounded reach   | the last keys and values, by a halo exchange  | those of `reach` tokens         |
 | ... with n global tokens     | also the first of the document, by a scan     | those of ⌈log₂ devices⌉ n       |
 | attention of unbounded reach | all keys and values, round a ring             | those of T tokens               |
@@ -16,6 +17,7 @@ What a device must know of those before it, and the bytes it sends for that:
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -34,12 +36,18 @@ from longctx.typing import Segments
 _WHOLE, _SHARD = PartitionSpec(), PartitionSpec(None, "context")
 
 
-def recurrence(op: types.ModuleType, *inputs, state=None, segments: Segments | None, **static):
+def recurrence(
+    op: types.ModuleType, *inputs, parameters: tuple = (), state=None, segments: Segments | None, **static
+):
     """A family of recurrences on a span.
+
+    Where the family has no `transition`, its states do not compose, and the devices take turns: each waits for the
+    state that the one before it leaves, so that the span takes as long as on one device.
 
     Args:
       op: the family's module, such as `longctx.ops.gated_delta`.
-      inputs: its inputs, each `[B, T, ...]`.
+      inputs: its inputs, each `[B, T, ...]`; None stays None.
+      parameters: further inputs without batch or time, which come after `inputs`.
       state: before the span; None is the empty state.
       segments: the documents of the span; None is one document, which continues that of the state.
       static: options of `op.chunked`, such as `chunk`.
@@ -50,7 +58,7 @@ def recurrence(op: types.ModuleType, *inputs, state=None, segments: Segments | N
     Raises:
       ValueError: T is not a multiple of the devices along `context`.
     """
-    return _scan(op, inputs, (), state, segments, static)
+    return _scan(op, inputs, parameters, state, segments, static)
 
 
 def convolution(
@@ -165,7 +173,11 @@ def _island(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
 
 def _float32(tree):
     """For what all shards share, whose gradient is a sum over them: exact, and XLA:CPU aborts on a bfloat16 sum."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+    def promote(x):
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+    return jax.tree.map(promote, tree)
 
 
 def _scan(op, inputs, parameters, state, segments: Segments | None, static):
@@ -176,17 +188,41 @@ def _scan(op, inputs, parameters, state, segments: Segments | None, static):
     if not _splits(length):
         return op.chunked(*inputs, *parameters, state=state, segment_ids=segments, **static)
     if state is None:
-        empty = jax.eval_shape(lambda *args: op.recurrent(*args)[1], *inputs, *parameters)
+        empty = jax.eval_shape(lambda *args: op.chunked(*args, **static)[1], *inputs, *parameters)
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
 
     def shard(inputs, parameters, state, segments):
-        arguments = (*inputs, *parameters)
-        transition = op.transition(*arguments, segment_ids=segments, **static)
-        before = op.apply(prefix.exclusive(op.compose, transition, "context"), state)
+        def run(state):
+            return op.chunked(*inputs, *parameters, state=state, segment_ids=segments, **static)
+
         device, last = jax.lax.axis_index("context"), jax.lax.axis_size("context") - 1
-        entering = jax.tree.map(lambda given, come: jnp.where(device == 0, given, come), state, before)
-        y, after = op.chunked(*arguments, state=entering, segment_ids=segments, **static)
+        if hasattr(op, "transition"):
+            transition = op.transition(*inputs, *parameters, segment_ids=segments, **static)
+            before = op.apply(prefix.exclusive(op.compose, transition, "context"), state)
+            entering = jax.tree.map(lambda given, come: jnp.where(device == 0, given, come), state, before)
+        else:
+            entering = _in_turn(lambda state: run(state)[1], state, "context")
+        y, after = run(entering)
         return y, jax.lax.psum(jax.tree.map(lambda x: jnp.where(device == last, x, 0), after), "context")
 
     island = _island(shard, (_SHARD, _WHOLE, _WHOLE, _SHARD), (_SHARD, _WHOLE))
     return island(inputs, _float32(parameters), _float32(state), Segments.of(segments, batch, length))
+
+
+def _in_turn(run: Callable, state, axis_name: str):
+    """The state that enters each device's span, each having run its span on what the one before it left.
+
+    A device runs its span in its own turn and passes the rest of them by. The backward pass runs it again, from the
+    state before it.
+    """
+    device = jax.lax.axis_index(axis_name)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def turn(carry, number):
+        coming, entering = carry
+        entering = jax.tree.map(lambda new, old: jnp.where(device == number, new, old), coming, entering)
+        left = jax.lax.cond(device == number, run, lambda state: state, coming)
+        return (prefix.shift(left, 1, axis_name), entering), None
+
+    turns = jnp.arange(jax.lax.axis_size(axis_name))
+    return jax.lax.scan(turn, (state, state), turns)[0][1]
