@@ -36,9 +36,7 @@ from longctx.typing import Segments
 _WHOLE, _SHARD = PartitionSpec(), PartitionSpec(None, "context")
 
 
-def recurrence(
-    op: types.ModuleType, *inputs, parameters: tuple = (), state=None, segments: Segments | None, **static
-):
+def recurrence(op: types.ModuleType, *inputs, parameters: tuple = (), state=None, segments: Segments | None, **static):
     """A family of recurrences on a span.
 
     Where the family has no `transition`, its states do not compose, and the devices take turns: each waits for the
