@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import pathlib
-import platform
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from timing import best, compiled, machine, normal, peak
 
 from longctx.layers import MIXERS
 from longctx.ops import attention, gated_delta
@@ -31,38 +29,9 @@ from longctx.typing import Segments
 HEADS, WIDTH = 4, 64
 
 
-def best(*calls: Callable[[], object], repeats: int = 5) -> list[float]:
-    """The least seconds of each call; they take turns, after one call each to warm up."""
-    seconds = [float("inf")] * len(calls)
-    for repeat in range(repeats + 1):
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            if repeat:
-                seconds[i] = min(seconds[i], time.perf_counter() - start)
-    return seconds
-
-
-def compiled(function: Callable, *arguments) -> Callable[[], object]:
-    """A call of the jitted function that waits for its result."""
-    jitted = jax.jit(function)
-    return lambda: jax.block_until_ready(jitted(*arguments))
-
-
 def both_ways(function: Callable, count: int) -> Callable:
     """Forward and backward: the gradient of the sum of what `function` gives with respect to its arguments."""
     return jax.grad(lambda *arguments: jnp.sum(function(*arguments)), tuple(range(count)))
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def peak() -> float:
-    """Operations a second of a large float32 matrix product."""
-    a = jnp.asarray(normal(0, 2048, 2048))
-    (seconds,) = best(compiled(jnp.matmul, a, a))
-    return 2 * 2048**3 / seconds
 
 
 def against_torch(length: int = 8192) -> list[dict]:
@@ -148,9 +117,8 @@ def report() -> str:
     lines = [
         "# The ops' speed on a CPU",
         "",
-        f"`python benchmarks/ops.py --write`, on {os.cpu_count()} cores of {processor()}, {platform.system()}, "
-        f"Python {platform.python_version()}, jax {jax.__version__}, {peers()}. B=1, H={HEADS}, K=V={WIDTH}, float32; "
-        f"a matrix product of 2048 x 2048 runs at {top / 1e9:.0f} GFLOP/s here.",
+        f"`python benchmarks/ops.py --write`, on {machine()}. B=1, H={HEADS}, K=V={WIDTH}, float32; a matrix product "
+        f"of 2048 x 2048 runs at {top / 1e9:.0f} GFLOP/s here.",
         "",
         "| op | ours, ms | peer, ms | peer | peer / ours | GFLOP of the definition | of the peak |",
         "|---|---:|---:|---|---:|---:|---:|",
@@ -170,20 +138,6 @@ def report() -> str:
     ]
     lines += [f"| {name} | {short:.2f} | {long:.2f} | {long / short:.2f} |" for name, short, long in growth()]
     return "\n".join(lines) + "\n"
-
-
-def processor() -> str:
-    """The processor's name, where the system tells."""
-    file = pathlib.Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in file.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def peers() -> str:
-    import torch
-    import transformers
-
-    return f"torch {torch.__version__} ({torch.get_num_threads()} threads), transformers {transformers.__version__}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""What the benchmarks share: timing by turns, and what the machine is."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def best(*calls: Callable[[], object], repeats: int = 5) -> list[float]:
+    """The least seconds of each call; they take turns, after one call each to warm up."""
+    seconds = [float("inf")] * len(calls)
+    for repeat in range(repeats + 1):
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            if repeat:
+                seconds[i] = min(seconds[i], time.perf_counter() - start)
+    return seconds
+
+
+def compiled(function: Callable, *arguments) -> Callable[[], object]:
+    """A call of the jitted function that waits for its result."""
+    jitted = jax.jit(function)
+    return lambda: jax.block_until_ready(jitted(*arguments))
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def peak() -> float:
+    """Operations a second of a large float32 matrix product."""
+    a = jnp.asarray(normal(0, 2048, 2048))
+    (seconds,) = best(compiled(jnp.matmul, a, a))
+    return 2 * 2048**3 / seconds
+
+
+def machine() -> str:
+    """Processor, system and versions, the peers' included."""
+    import torch
+    import transformers
+
+    return (
+        f"{os.cpu_count()} cores of {processor()}, {platform.system()}, Python {platform.python_version()}, jax "
+        f"{jax.__version__}, torch {torch.__version__} ({torch.get_num_threads()} threads), transformers "
+        f"{transformers.__version__}"
+    )
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    file = pathlib.Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in file.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
