@@ -21,6 +21,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from longctx import config
+from longctx.data import TASKS
 from longctx.errors import UsageError
 from longctx.layers import MIXERS, MLPS
 
@@ -44,7 +45,7 @@ def experiment() -> config.Experiment:
     """
     if flags.FLAGS.config is None:
         raise UsageError("--config is missing; give an experiment file, such as --config=experiments/quickstart.py.")
-    return config.parse(flags.FLAGS.config, MIXERS, MLPS)
+    return config.parse(flags.FLAGS.config, MIXERS, MLPS, TASKS)
 
 
 def workdir() -> Path:
@@ -107,7 +108,13 @@ class _ExperimentParser(config_flags.config_flags.ConfigFileFlagParser):
         name, *argument = path.split(":", 1)
         experiment = _load(name, argument)
         with experiment.unlocked():
+            if "data" not in experiment:
+                experiment.data = ConfigDict()
             _fill(experiment, config.Experiment)
+            if isinstance(experiment.data, ConfigDict):
+                kind = experiment.data.kind = experiment.data.get("kind", config.Data.kind)
+                if kind in (config.Data.kind, *TASKS):
+                    _fill(experiment.data, TASKS.get(kind, config.Data))
             for block in _dicts(experiment.get("model", {}).get("blocks", {})):
                 for part, registry in (("mixer", MIXERS), ("mlp", MLPS)):
                     options = block.get(part)

@@ -12,7 +12,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from longctx.errors import UsageError
 
@@ -50,7 +50,9 @@ class Needles:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where text comes from and how it becomes rows."""
+    """Where text comes from and how it becomes rows: the options of `data.kind = "corpus"`."""
+
+    kind: ClassVar[str] = "corpus"
 
     path: str = ""  # a file or folder of documents; empty: the interpreter's own standard library
     tokenizer: str = "bpe"  # "bpe" (trained on the corpus), "bytes", or the path of a tokenizer.json
@@ -174,12 +176,13 @@ class Evaluation:
 
     factors: tuple[int, ...] = (1, 2, 4, 8)  # lengths tested, in multiples of the trained length
     depths: int = 5  # depths of the needle, from the start of the context to its end
-    samples: int = 16  # needles per depth and length
+    samples: int = 16  # needles per depth and length; of a synthetic task, rows per length
+    tokens: int = 2**22  # of a synthetic task's rows of one length, at most: of long rows there are fewer, at least 4
     final_block: int = 128  # tokens of the fixed final block whose perplexity is measured
     documents: int = 32  # held-out documents for perplexity and loss by position
 
     def problems(self):
-        for name in ("depths", "samples", "final_block", "documents"):
+        for name in ("depths", "samples", "tokens", "final_block", "documents"):
             if getattr(self, name) < 1:
                 yield f"{name} is {getattr(self, name)}; it must be at least 1"
         if not self.factors or any(factor < 1 for factor in self.factors):
@@ -192,7 +195,7 @@ class Experiment:
 
     model: Model
     training: Training
-    data: Data = Data()
+    data: Any = Data()  # or the options of a synthetic task, whose `kind` says which
     mesh: Mesh = Mesh()
     checkpoints: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
@@ -201,12 +204,16 @@ class Experiment:
     def problems(self):
         if self.seed < 0:
             yield f"seed is {self.seed}; give a number from 0 up"
-        context, needles = self.mesh.context, self.data.needles
-        if needles.rows and self.training.stages and self.training.stages[-1].length < 3 * needles.facts + 3:
-            yield (
-                f"data.needles.facts is {needles.facts}, for which the last stage's rows have no room; "
-                f"give fewer facts, or rows of at least {3 * needles.facts + 3} tokens"
-            )
+        context = self.mesh.context
+        if isinstance(self.data, Data):
+            yield from self._crowded()
+        elif self.data is not None:  # a synthetic task
+            for stage in self.training.stages:
+                if stage.length < self.data.shortest():
+                    yield (
+                        f"training.stages has rows of {stage.length} tokens, too few for the task '{self.data.kind}'; "
+                        f"with its options they need {self.data.shortest()}"
+                    )
         for stage in self.training.stages:
             if context > 1 and stage.length % context:
                 yield (
@@ -214,14 +221,28 @@ class Experiment:
                     "change one of the two"
                 )
 
+    def _crowded(self):
+        needles, stages = self.data.needles, self.training.stages
+        if needles.rows and stages and stages[-1].length < 3 * needles.facts + 3:
+            yield (
+                f"data.needles.facts is {needles.facts}, for which the last stage's rows have no room; "
+                f"give fewer facts, or rows of at least {3 * needles.facts + 3} tokens"
+            )
 
-def parse(config: Mapping[str, Any], mixers: Mapping[str, type], mlps: Mapping[str, type]) -> Experiment:
+
+def parse(
+    config: Mapping[str, Any],
+    mixers: Mapping[str, type],
+    mlps: Mapping[str, type],
+    tasks: Mapping[str, type] = types.MappingProxyType({}),
+) -> Experiment:
     """The experiment that a ConfigDict (or nested dict) describes.
 
     Args:
       config: what an experiment file's `get_config` returned, overrides applied.
       mixers: name to mixer; each has a frozen dataclass `Config` of its options.
       mlps: name to MLP, likewise.
+      tasks: name to synthetic task, each a frozen dataclass of its options.
 
     Raises:
       UsageError: with everything that is wrong, one line each.
@@ -232,6 +253,8 @@ def parse(config: Mapping[str, Any], mixers: Mapping[str, type], mlps: Mapping[s
     if isinstance(model, dict) and isinstance(model.get("blocks"), dict):
         for name, block in model["blocks"].items():
             model["blocks"][name] = _block(block, f"model.blocks.{name}", mixers, mlps, problems)
+    if "data" in tree:
+        tree["data"] = _data(tree["data"], {Data.kind: Data, **tasks}, problems)
     experiment = _build(Experiment, tree, "", problems)
     if problems:
         raise UsageError("\n".join(problems))
@@ -267,6 +290,18 @@ def _block(tree, path: str, mixers, mlps, problems: list[str]) -> Block | None:
             continue
         found[part] = (kind, _build(registry[kind].Config, options, f"{path}.{part}", problems))
     return Block(*found["mixer"], *found["mlp"]) if len(found) == 2 else None
+
+
+def _data(tree, kinds: Mapping[str, type], problems: list[str]) -> Any:
+    """`{"kind": "induction_heads", ...}` as the options of that kind; without one, as `Data`."""
+    if not isinstance(tree, dict):
+        return _build(Data, tree, "data", problems)
+    options = dict(tree)
+    kind = options.pop("kind", Data.kind)
+    if kind not in kinds:
+        problems.append(f"data.kind is '{kind}'; choose one of {', '.join(sorted(kinds))}")
+        return None
+    return _build(kinds[kind], options, "data", problems)
 
 
 def _build(cls: type, tree: Any, path: str, problems: list[str]) -> Any:

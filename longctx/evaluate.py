@@ -1,4 +1,4 @@
-"""Evaluates a trained model on held-out text and writes WORKDIR/report anew.
+"""Evaluates a trained model on held-out text, or on new rows of its task, and writes WORKDIR/report anew.
 
     python -m longctx.evaluate --workdir=runs/quickstart
 
@@ -24,10 +24,10 @@ def main() -> None:
     experiment = run.experiment
     mesh = meshes.make(experiment.mesh if _MESH.value is None else _sizes(_MESH.value))
     model, _ = workdirs.load_model(run, mesh)
-    corpus = data.prepare(experiment.data, experiment.seed, run.path)
+    source = data.prepare(experiment.data, experiment.seed, run.path)
     training = metrics.summarise(run.path, experiment.training)
     with jax.set_mesh(mesh):
-        evals.evaluate(model, experiment, corpus, run.path, training)
+        evals.evaluate(model, experiment, source, run.path, training)
     print(f"the report is {run.path / 'report' / 'report.html'}")
 
 

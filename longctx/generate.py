@@ -28,6 +28,11 @@ def main() -> None:
     sampling = Sampling(_TEMPERATURE.value, _TOP_P.value)
     request = Request(_prompt(), _MAX_TOKENS.value, sampling, _SEED.value)
     run = workdirs.open_run(commands.workdir())
+    if run.tokenizer is None:
+        raise UsageError(
+            f"--workdir={run.path} is of the synthetic task '{run.experiment.data.kind}', whose tokens are numbers and "
+            "no text; give a run trained on a corpus."
+        )
     model, _ = workdirs.load_model(run)
     complete(model, run.tokenizer, request)
 

@@ -25,13 +25,13 @@ def main() -> int | None:
     mesh = loop.make_mesh(experiment)  # here too, so that what does not fit is refused before the corpus is read
     workdirs.check(workdir, experiment)
     started = (workdir / "config.json").exists()
-    corpus = data.prepare(experiment.data, experiment.seed, workdir if started else None)
-    summary = loop.train(experiment, workdir, corpus)
+    source = data.prepare(experiment.data, experiment.seed, workdir if started else None)
+    summary = loop.train(experiment, workdir, source)
     if not summary["finished"]:
         return
     model, _ = workdirs.load_model(workdirs.open_run(workdir), mesh)
     with jax.set_mesh(mesh):
-        evals.evaluate(model, experiment, corpus, workdir, training=summary)
+        evals.evaluate(model, experiment, source, workdir, training=summary)
     print(f"the report is {workdir / 'report' / 'report.html'}")
 
 

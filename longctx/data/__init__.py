@@ -1,17 +1,22 @@
-"""Text as rows of tokens: documents, tokenizers, packing, the retrieval task, the input pipeline."""
+"""Rows of tokens: documents, tokenizers, packing, the retrieval task, synthetic tasks, the input pipeline."""
 
 from longctx.data.needles import needle_rows
 from longctx.data.packing import TokenStore, pad, stretches
-from longctx.data.pipeline import Corpus, batches, describe, prepare
+from longctx.data.pipeline import Corpus, Source, batches, describe, prepare
+from longctx.data.synthetic import TASKS, Task, heldout_rng
 from longctx.data.tokenizers import TextStream, Tokenizer
 
 __all__ = [
+    "TASKS",
     "Corpus",
+    "Source",
+    "Task",
     "TextStream",
     "TokenStore",
     "Tokenizer",
     "batches",
     "describe",
+    "heldout_rng",
     "needle_rows",
     "pad",
     "prepare",

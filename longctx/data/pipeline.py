@@ -1,8 +1,8 @@
 """From a config to batches: documents read, tokenizer made, rows shuffled, planted, shared out and batched.
 
-The input pipeline is a `grain` dataset with random access. Row i of a stage depends on the corpus, the seed, the
-stage and i alone, not on how many processes share the work, so a run can be resumed, or moved to other machines,
-at the exact row.
+The input pipeline is a `grain` dataset with random access. Row i of a stage depends on the corpus or the task, the
+seed, the stage and i alone, not on how many processes share the work, so a run can be resumed, or moved to other
+machines, at the exact row.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from longctx import config
 from longctx.data import corpus as documents
 from longctx.data.needles import Planter
 from longctx.data.packing import Row, Rows, TokenStore
+from longctx.data.synthetic import Task, training_rng
 from longctx.data.tokenizers import Tokenizer
 from longctx.errors import UsageError
 
@@ -36,9 +37,31 @@ class Corpus:
     train: TokenStore
     heldout: TokenStore
 
+    @property
+    def vocab_size(self) -> int:
+        """Of the tokenizer."""
+        return self.tokenizer.vocab_size
 
-def prepare(data: config.Data, seed: int, workdir: Path | None = None) -> Corpus:
-    """Reads and encodes the documents that `data` names.
+
+Source = Corpus | Task  # where rows come from; both have a `vocab_size`
+
+
+class _Made:
+    """The rows of a synthetic task, each made when asked for from its own seed; more of them than anyone can read."""
+
+    def __init__(self, task: Task, length: int, seed: int, stage_index: int):
+        self._task, self._length, self._seeds = task, length, (seed, stage_index)
+
+    def __len__(self) -> int:
+        return 2**48
+
+    def __getitem__(self, i: int) -> Row:
+        rng = training_rng(*self._seeds, i)
+        return {name: array[0] for name, array in self._task.rows(rng, 1, self._length).items()}
+
+
+def prepare(data: config.Data | Task, seed: int, workdir: Path | None = None) -> Source:
+    """Reads and encodes the documents that `data` names; a synthetic task has none, and is returned as it is.
 
     Args:
       data: what to read, and how to encode it.
@@ -49,6 +72,8 @@ def prepare(data: config.Data, seed: int, workdir: Path | None = None) -> Corpus
     Raises:
       UsageError: when the documents or the tokenizer cannot be used; nothing has been written then.
     """
+    if isinstance(data, Task):
+        return data
     train, heldout = documents.split(documents.read(data.path), data.heldout)
     kept = None if workdir is None else Path(workdir) / "tokenizer.json"
     if kept is not None and kept.exists():
@@ -72,8 +97,8 @@ def prepare(data: config.Data, seed: int, workdir: Path | None = None) -> Corpus
 
 
 def batches(
-    corpus: Corpus,
-    data: config.Data,
+    source: Source,
+    data: config.Data | Task,
     stage: config.Stage,
     seed: int,
     stage_index: int,
@@ -83,12 +108,13 @@ def batches(
     """An endless iterator over the batches of one stage of training.
 
     It is a grain iterator: `get_state` and `set_state` resume it exactly, and Orbax saves it as it is. Rows are
-    shuffled anew each time the corpus has been gone through; batch s is rows `s * batch` to `(s + 1) * batch` of that
-    order, and a process has those whose number is `process` modulo `processes`.
+    shuffled anew each time the corpus has been gone through; those of a synthetic task never come again. Batch s is
+    rows `s * batch` to `(s + 1) * batch` of that order, and a process has those whose number is `process` modulo
+    `processes`.
 
     Args:
-      corpus: what to read.
-      data: of which `needles` is used: how many rows carry facts, and how many.
+      source: what to read, or the task whose rows to make.
+      data: what `source` was prepared from; of a corpus `needles` is used: how many rows carry facts, and how many.
       stage: length of a row, and rows of a batch over all processes.
       seed: of the order of the rows, and of what is planted in them, from 0 up.
       stage_index: of the stage in the experiment; each has its own order.
@@ -101,29 +127,40 @@ def batches(
       UsageError: when the corpus does not fill a row, the processes do not divide the batch, or the vocabulary has too
         few words for the facts.
     """
+    if stage.batch % processes:
+        raise UsageError(
+            f"training.stages[{stage_index}] has a batch of {stage.batch} rows, which {processes} processes cannot "
+            "share equally; give a multiple"
+        )
+    if isinstance(source, Task):
+        dataset = grain.MapDataset.source(_Made(source, stage.length, seed, stage_index))
+    else:
+        dataset = _shuffled(source, data.needles, stage, seed, stage_index)
+    share = dataset.slice(slice(process, None, processes)).batch(stage.batch // processes, drop_remainder=True)
+    # One thread and few batches ahead: a batch takes far less time than a step, and the cores are the step's.
+    return iter(share.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+def _shuffled(
+    corpus: Corpus, needles: config.Needles, stage: config.Stage, seed: int, stage_index: int
+) -> grain.MapDataset[Row]:
+    """The rows of a corpus, again and again, with facts planted in a part of them."""
     rows = Rows(corpus.train, stage.length)
     if len(rows) == 0:
         raise UsageError(
             f"training.stages[{stage_index}] has rows of {stage.length} tokens, and the corpus has {corpus.train.size} "
             f"training tokens; give more text, or rows of at most {corpus.train.size} tokens"
         )
-    if stage.batch % processes:
-        raise UsageError(
-            f"training.stages[{stage_index}] has a batch of {stage.batch} rows, which {processes} processes cannot "
-            "share equally; give a multiple"
-        )
     dataset = grain.MapDataset.source(rows).seed(int(np.random.SeedSequence((seed, stage_index)).generate_state(1)[0]))
     dataset = dataset.shuffle().repeat()
-    if data.needles.rows > 0:
-        planter = Planter(corpus.tokenizer, data.needles.facts)
+    if needles.rows == 0:
+        return dataset
+    planter = Planter(corpus.tokenizer, needles.facts)
 
-        def plant(row: Row, rng: np.random.Generator) -> Row:
-            return planter.plant(row, rng) if rng.random() < data.needles.rows else row
+    def plant(row: Row, rng: np.random.Generator) -> Row:
+        return planter.plant(row, rng) if rng.random() < needles.rows else row
 
-        dataset = dataset.random_map(plant)
-    share = dataset.slice(slice(process, None, processes)).batch(stage.batch // processes, drop_remainder=True)
-    # One thread and few batches ahead: a batch takes far less time than a step, and the cores are the step's.
-    return iter(share.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    return dataset.random_map(plant)
 
 
 def describe(iterator: grain.DatasetIterator, stage: config.Stage, stage_index: int) -> str:

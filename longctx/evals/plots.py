@@ -78,6 +78,14 @@ def pictures(summary: dict[str, Any], history: list[dict[str, Any]]) -> Iterator
     last = f"the last {block} tokens of each window" if block else ""
     for name, title, caption, there, draw in (
         (
+            "task",
+            "The task",
+            "Share of answers that are right (most likely of the whole vocabulary), in new rows, by their length; bars "
+            "are standard errors over rows, and the dotted line is what guessing gives.",
+            summary.get("task"),
+            _task,
+        ),
+        (
             "needle",
             "Retrieval",
             "Accuracy of naming the value of a fact that was stated once, by the length of the text and the fact's "
@@ -112,7 +120,7 @@ def pictures(summary: dict[str, Any], history: list[dict[str, Any]]) -> Iterator
         (
             "training",
             "Training",
-            "Loss of the training batches (thin) with its running mean (thick), and below it the share of planted "
+            "Loss of the training batches (thin) with its running mean (thick), and below it the share of "
             "questions answered right; dotted lines mark where rows become longer.",
             history,
             _training,
@@ -175,6 +183,19 @@ def _curve(axes, color: str, history, name: str) -> None:
         sums = np.cumsum(np.insert(values, 0, 0.0))
         middles = steps[(width - 1) // 2 : len(steps) - width // 2]
         axes.plot(middles, (sums[width:] - sums[:-width]) / width, color=color)
+
+
+def _task(figure, style: Style, summary, history) -> None:
+    axes = figure.subplots()
+    task = summary["task"]
+    lengths = [int(length) for length in task["accuracy"]]
+    values, errors, guessing = (list(task[name].values()) for name in ("accuracy", "standard_error", "guessing"))
+    axes.errorbar(lengths, values, errors, color=style.first, marker="o", capsize=3, elinewidth=1)
+    axes.plot(lengths, guessing, color=style.ink, linewidth=1, linestyle=":")
+    axes.set(xlabel="tokens a row", ylabel="accuracy", ylim=(-0.03, 1.03))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    _lengths(axes, lengths)
+    _trained(axes, style, summary)
 
 
 def _perplexity(figure, style: Style, summary, history) -> None:

@@ -48,21 +48,25 @@ def history(workdir: Path) -> list[dict[str, Any]]:
 
 def rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """What was measured, by number of tokens: a heading and rows of text."""
-    needle, perplexity, speed = summary["needle"], summary["perplexity"], summary["speed"]
-    lengths = sorted({int(n) for n in (*needle["accuracy"], *perplexity["final_block"], *speed)})
-    heading = ["tokens", "needle accuracy", "perplexity of final block", "tokens/s", "peak memory"]
-    cells = []
-    for length in map(str, lengths):
-        row = [f"{int(length):,}", "", "", "", ""]
-        if length in needle["accuracy"]:
-            row[1] = f"{needle['accuracy'][length]:.1%} ± {needle['standard_error'][length]:.1%}"
-        if length in perplexity["final_block"]:
-            row[2] = f"{perplexity['final_block'][length]:.2f} ± {perplexity['standard_error'][length]:.2f}"
-        if length in speed:
-            row[3] = f"{speed[length]['tokens_per_second']:,.0f}"
-            row[4] = f"{speed[length]['peak_bytes'] / 2**20:,.0f} MiB"
-        cells.append(row)
-    return heading, cells
+    task, needle, perplexity = summary.get("task", {}), summary["needle"], summary["perplexity"]
+
+    def with_error(values, errors, form):
+        return {length: f"{value:{form}} ± {errors[length]:{form}}" for length, value in values.items()}
+
+    columns = {
+        "accuracy": with_error(task.get("accuracy", {}), task.get("standard_error"), ".1%"),
+        "rows without a mistake": {
+            n: f"{share:.1%} of {task['rows'][n]}" for n, share in task.get("whole", {}).items()
+        },
+        "needle accuracy": with_error(needle["accuracy"], needle.get("standard_error"), ".1%"),
+        "perplexity of final block": with_error(perplexity["final_block"], perplexity.get("standard_error"), ".2f"),
+        "tokens/s": {n: f"{found['tokens_per_second']:,.0f}" for n, found in summary["speed"].items()},
+        "peak memory": {n: f"{found['peak_bytes'] / 2**20:,.0f} MiB" for n, found in summary["speed"].items()},
+    }
+    columns = {name: column for name, column in columns.items() if column}
+    lengths = sorted({int(length) for column in columns.values() for length in column})
+    cells = [[f"{n:,}", *(column.get(str(n), "") for column in columns.values())] for n in lengths]
+    return ["tokens", *columns], cells
 
 
 def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -80,6 +84,10 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ):
         if train.get(key) is not None:
             found.append((label, form.format(train[key])))
+    if task := summary.get("task"):
+        longest = max(task["accuracy"], key=int)
+        label = f"accuracy in {task['kind']} at {int(longest):,} tokens (guessing: {task['guessing'][longest]:.0%})"
+        found.append((label, f"{task['accuracy'][longest]:.1%}"))
     if needle["accuracy"]:
         longest = max(needle["accuracy"], key=int)
         label = f"needle accuracy at {int(longest):,} tokens (guessing: {needle['guessing']:.0%})"

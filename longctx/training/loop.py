@@ -45,7 +45,7 @@ def make_mesh(experiment: config.Experiment) -> jax.sharding.Mesh:
     return mesh
 
 
-def train(experiment: config.Experiment, workdir: Path, corpus: data.Corpus) -> Row:
+def train(experiment: config.Experiment, workdir: Path, source: data.Source) -> Row:
     """Trains, from the newest checkpoint in `workdir` on if there is one; a finished run is left as it is.
 
     A signal to end (SIGTERM, or one Ctrl-C) lets the step in progress finish, saves, and returns.
@@ -53,7 +53,7 @@ def train(experiment: config.Experiment, workdir: Path, corpus: data.Corpus) -> 
     Args:
       experiment: what to train, and how.
       workdir: where everything is written; see `longctx.training.workdir`.
-      corpus: from `longctx.data.prepare`.
+      source: from `longctx.data.prepare`.
 
     Returns:
       `metrics.summarise`'s numbers, and `parameters`, `devices` and `finished`.
@@ -65,15 +65,15 @@ def train(experiment: config.Experiment, workdir: Path, corpus: data.Corpus) -> 
     workdir, training = Path(workdir), experiment.training
     mesh = make_mesh(experiment)
     with jax.set_mesh(mesh):
-        program = Program.make(experiment, corpus.tokenizer.vocab_size, mesh)
+        program = Program.make(experiment, source.vocab_size, mesh)
         # Of all stages, so that a stage that the corpus cannot fill is refused now.
-        iterators = [_batches(experiment, corpus, program, index) for index in range(len(training.stages))]
-        changes = workdirs.start(workdir, experiment, corpus)
+        iterators = [_batches(experiment, source, program, index) for index in range(len(training.stages))]
+        changes = workdirs.start(workdir, experiment, source)
         checkpoints = Checkpoints(workdir, experiment.checkpoints.keep)
 
         def data_at(step: int):
             stage, offset = _locate(training, step)
-            return _batches(experiment, corpus, program, stage) if offset else None
+            return _batches(experiment, source, program, stage) if offset else None
 
         restored = checkpoints.restore(program.abstract, data_at)
         step, state, iterator = (0, program.init(), None) if restored is None else restored
@@ -178,14 +178,14 @@ def _locate(training: config.Training, step: int) -> tuple[int, int]:
     return len(training.stages) - 1, 0
 
 
-def _batches(experiment: config.Experiment, corpus: data.Corpus, program: Program, index: int):
+def _batches(experiment: config.Experiment, source: data.Source, program: Program, index: int):
     """The iterator of a stage, of this process's share of the rows."""
     stage = experiment.training.stages[index]
     sharding = program.batch_sharding((stage.batch, stage.length))
     places = sharding.addressable_devices_indices_map((stage.batch, stage.length)).values()
     spans = {place[0].indices(stage.batch)[:2] for place in places}
     first, rows = min(spans)[0], max(spans)[1] - min(spans)[0]
-    return data.batches(corpus, experiment.data, stage, experiment.seed, index, first // rows, stage.batch // rows)
+    return data.batches(source, experiment.data, stage, experiment.seed, index, first // rows, stage.batch // rows)
 
 
 def _spread(rows: dict[str, np.ndarray], stage: config.Stage, program: Program) -> dict[str, jax.Array]:

@@ -1,7 +1,7 @@
 """The working directory of a run, and what a trained one gives back.
 
 config.json      the experiment, written when training first starts
-tokenizer.json   the tokenizer
+tokenizer.json   the tokenizer; none for a synthetic task
 data.json        what the tokenizer and the corpus were, to notice when they change
 checkpoints/     see longctx.training.checkpoints
 metrics.jsonl    see longctx.training.metrics
@@ -23,7 +23,7 @@ import jax
 from flax import nnx
 
 from longctx import config
-from longctx.data import Corpus, Tokenizer
+from longctx.data import TASKS, Source, Task, Tokenizer
 from longctx.errors import UsageError
 from longctx.layers import MIXERS, MLPS
 from longctx.models import LanguageModel
@@ -42,12 +42,17 @@ class Run:
     Attributes:
       path: its WORKDIR.
       experiment: what it is made from.
-      tokenizer: of its data.
+      tokenizer: of its corpus; None for a synthetic task.
     """
 
     path: Path
     experiment: config.Experiment
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the model."""
+        return self.experiment.data.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
 
 
 def to_dict(experiment: config.Experiment) -> dict[str, Any]:
@@ -59,13 +64,18 @@ def to_dict(experiment: config.Experiment) -> dict[str, Any]:
                 part: {"kind": getattr(value, part)} | plain(getattr(value, f"{part}_options"))
                 for part in ("mixer", "mlp")
             }
+        if isinstance(value, config.Data | Task):
+            return {"kind": value.kind} | fields(value)
         if dataclasses.is_dataclass(value):
-            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+            return fields(value)
         if isinstance(value, Mapping):
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, tuple | list):
             return [plain(item) for item in value]
         return value
+
+    def fields(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
 
     return plain(experiment)
 
@@ -104,7 +114,7 @@ def check(workdir: Path, experiment: config.Experiment) -> list[str]:
     return list(changed.values())
 
 
-def start(workdir: Path, experiment: config.Experiment, corpus: Corpus) -> list[str]:
+def start(workdir: Path, experiment: config.Experiment, source: Source) -> list[str]:
     """Writes what a first start writes. On a later one, makes sure that the corpus is the same.
 
     Returns:
@@ -115,12 +125,9 @@ def start(workdir: Path, experiment: config.Experiment, corpus: Corpus) -> list[
     """
     workdir = Path(workdir)
     changes = check(workdir, experiment)
-    given = {
-        "tokenizer": None,
-        "vocab_size": corpus.tokenizer.vocab_size,
-        "training_tokens": corpus.train.size,
-        "heldout_tokens": corpus.heldout.size,
-    }
+    given = {"tokenizer": None, "vocab_size": source.vocab_size}
+    if not isinstance(source, Task):
+        given |= {"training_tokens": source.train.size, "heldout_tokens": source.heldout.size}
     if (workdir / "config.json").exists():
         found = _read_data(workdir) | {"tokenizer": None}
         if found != given:
@@ -133,8 +140,10 @@ def start(workdir: Path, experiment: config.Experiment, corpus: Corpus) -> list[
             )
     elif jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        corpus.tokenizer.save(workdir / "tokenizer.json")
-        _write(workdir / "data.json", given | {"tokenizer": _digest(workdir / "tokenizer.json")})
+        if not isinstance(source, Task):
+            source.tokenizer.save(workdir / "tokenizer.json")
+            given["tokenizer"] = _digest(workdir / "tokenizer.json")
+        _write(workdir / "data.json", given)
     if jax.process_index() == 0:
         _write(workdir / "config.json", to_dict(experiment))  # last: with it the workdir counts as started
     return changes
@@ -151,6 +160,8 @@ def open_run(workdir: str | Path) -> Run:
         what = "holds no config.json" if workdir.is_dir() else "does not exist"
         raise UsageError(f"--workdir={workdir} {what}; give the folder of a run that longctx.train started.")
     experiment = _read_config(workdir)
+    if isinstance(experiment.data, Task):
+        return Run(workdir, experiment, None)
     tokenizer = workdir / "tokenizer.json"
     if not tokenizer.exists():
         raise UsageError(f"{tokenizer} is missing, without which the model's tokens have no meaning; put it back.")
@@ -173,14 +184,14 @@ def load_model(run: Run, mesh: jax.sharding.Mesh | None = None) -> tuple[Languag
       UsageError: there is no usable checkpoint.
     """
     mesh = meshes.make(config.Mesh(1, 1, 1)) if mesh is None else mesh
-    graphdef, params = abstract_model(run.experiment, run.tokenizer.vocab_size)
+    graphdef, params = abstract_model(run.experiment, run.vocab_size)
     loaded, step = checkpoints.load_params(run.path, placed(params, mesh))
     return nnx.merge(graphdef, loaded), step
 
 
 def _read_config(workdir: Path) -> config.Experiment:
     try:
-        return config.parse(_read_json(workdir / "config.json"), MIXERS, MLPS)
+        return config.parse(_read_json(workdir / "config.json"), MIXERS, MLPS, TASKS)
     except UsageError as error:
         raise UsageError(f"{workdir / 'config.json'} cannot be used: {error}") from error
 

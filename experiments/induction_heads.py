@@ -1,0 +1,58 @@
+"""Induction heads: which token followed the trigger? Trained at 256 tokens, tested at up to 1,048,576.
+
+Command, for any mixer of `longctx.layers` (by default gated_delta):
+
+    python -m longctx.train --config=experiments/induction_heads.py:gated_delta --workdir=runs/induction
+
+The setting of Mamba (Gu and Dao 2023, section 4.1 and appendix E.1): two layers, width 64, vocabulary 16.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "gated_delta") -> ConfigDict:
+    """`KIND`, `KIND,small` (what benchmarks/capability.py runs) or `KIND,smoke` (a test of the machinery)."""
+    kind, _, size = arg.partition(",")
+    if size not in ("", "small", "smoke"):
+        raise ValueError(f"the size is '{size}'; give 'small', 'smoke', or nothing for the whole run")
+    config = ConfigDict()
+    config.seed = 0  # of the parameters and of the rows
+
+    config.data = ConfigDict()
+    config.data.kind = "induction_heads"
+    config.data.vocab_size = 16  # the trigger, and tokens that are noise or content
+    config.data.lengths = tuple(2**k for k in range(6, 21, 2))  # tokens of the rows tested
+
+    # Attention needs a convolution to see the token before each key, and no positions, to read longer rows.
+    options = {"rope_base": 0.0, "conv_width": 4} if kind == "attention" else {}
+    config.model = ConfigDict()
+    config.model.width = 64  # D
+    config.model.pattern = ("block",)
+    config.model.repeats = 2
+    config.model.blocks = ConfigDict()
+    config.model.blocks.block = {
+        "mixer": {"kind": kind, **options},
+        "mlp": {"kind": "swiglu", "hidden": 128},
+    }
+    if kind == "attention":
+        config.data.lengths = tuple(2**k for k in range(6, 15, 2))  # its work grows with the square of the length
+
+    config.training = ConfigDict()
+    config.training.stages = ((1000, 16, 256),)  # (steps, rows, tokens a row)
+    config.training.learning_rate = 2e-3
+    config.training.final_learning_rate = 1.0  # constant: Adam's steps go on closing the gates when the loss is near 0
+    config.training.warmup_steps = 50
+    config.training.weight_decay = 0.0
+
+    config.evaluation = ConfigDict()
+    config.evaluation.samples = 64  # rows per length
+    config.evaluation.tokens = 2**22  # of the rows of one length, at most: of long rows there are fewer, at least 4
+
+    if size == "small":
+        config.training.stages = ((300, 16, 256),)
+        config.data.lengths = (64, 256, 1024, 4096)
+    if size == "smoke":
+        config.training.stages = ((4, 4, 32),)
+        config.data.lengths = (32, 64)
+        config.evaluation.samples = 4
+    return config

@@ -1,0 +1,64 @@
+"""Selective copying (Gu and Dao 2023, arXiv:2312.00752, section 4.1; copying is of Arjovsky et al. 2016).
+
+A row of T tokens: T - M tokens of context, in which M data tokens stand at places drawn uniformly without repetition
+and all else is noise (token 0); then M times the token "write" (1). At the j-th of these, the j-th data token in their
+order is asked for. What was written before is not shown: the model must count. For M = 3:
+
+    tokens    0 5 0 0 9 0 0 2 0  1 1 1
+    answers                      5 9 2
+
+Mamba has T = 4,096 and a vocabulary of 16: noise, "write" and 14 data tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from longctx.data.packing import Row
+from longctx.data.synthetic.task import Task, row, short_lengths
+
+NOISE, WRITE = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectiveCopying(Task):
+    """Write the data tokens in their order, leaving out the noise."""
+
+    kind: ClassVar[str] = "selective_copying"
+
+    vocab_size: int = 16  # noise, "write", and data tokens
+    items: int = 16  # M, data tokens a row
+    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)  # tokens of the rows tested, places to write included
+
+    def problems(self):
+        yield from super().problems()
+        if self.items < 1:
+            yield f"items is {self.items}; give at least 1"
+        yield from short_lengths(self.lengths, self.shortest())
+        if self.vocab_size < 4:
+            yield f"vocab_size is {self.vocab_size}; noise, 'write' and two data tokens are needed at least"
+
+    def shortest(self) -> int:
+        """As many places as items in the context, and to write."""
+        return 2 * self.items
+
+    def guessing(self, length: int) -> float:
+        """One of the data tokens."""
+        return 1 / (self.vocab_size - 2)
+
+    def rows(self, rng: np.random.Generator, batch: int, length: int) -> Row:
+        """See the module."""
+        items, context = self.items, length - self.items
+        places = np.stack([rng.choice(context, items, replace=False, shuffle=False) for _ in range(batch)])
+        data = rng.integers(2, self.vocab_size, (batch, items), dtype=np.int32)
+        tokens = np.full((batch, length), NOISE, np.int32)
+        np.put_along_axis(tokens, np.sort(places, axis=1), data, axis=1)
+        tokens[:, context:] = WRITE
+        targets, answers = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
+        targets[:, :-1] = tokens[:, 1:]
+        targets[:, context:] = data
+        answers[:, context:] = True
+        return row(tokens, targets, answers)

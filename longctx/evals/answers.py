@@ -1,0 +1,155 @@
+"""Does the model solve its synthetic task? Accuracy of the answers by the length of rows, in new rows.
+
+Rows are read in spans, the state handed from each to the next, as a prompt is: a million tokens need the memory of one
+span and the state. One program serves every length at least as long as a span, unless the state grows with the length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from longctx import data
+from longctx.ops.cross_entropy import cross_entropy
+from longctx.parallel import mesh
+from longctx.typing import Segments
+
+SPAN = 1024  # tokens of a row a call, at most
+FEWEST = 4  # rows of a length, at least
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What the model makes of N rows of one length.
+
+    Attributes:
+      correct: `[N]`, the fraction of the row's answers that have the largest logit.
+      loss: nats, mean over the answers.
+      answers: in all rows.
+      tokens_per_second: of reading, compilation and the making of rows not counted.
+      peak_bytes: of a call on one device, by the compiler's account.
+    """
+
+    correct: Float[np.ndarray, " N"]
+    loss: float
+    answers: int
+    tokens_per_second: float
+    peak_bytes: int
+
+
+class Reader:
+    """Reads rows span by span and counts right answers.
+
+    Args:
+      model: a language model, placed where it is to run; the ambient mesh (`jax.set_mesh`) is used.
+      tokens_per_call: tokens that fit in memory at once.
+      progress: called with the tokens read, after every call.
+    """
+
+    def __init__(self, model: nnx.Module, tokens_per_call: int, progress: Callable[[int], object] = lambda _: None):
+        graphdef, params = nnx.split(model)
+        self._model, self._params = model, nnx.as_pure(params)
+        self._tokens_per_call, self._progress = tokens_per_call, progress
+        # Counts whole on every device (and so on every process), for the host to read.
+        whole = PartitionSpec() if jax.sharding.get_abstract_mesh().size > 1 else None
+        read = functools.partial(_read, graphdef)
+        self._read = jax.jit(read, donate_argnums=2, out_shardings=(whole, None))
+        self._init = jax.jit(model.init_state, static_argnums=(0, 1))
+        self._programs: dict = {}
+
+    def measure(self, task: data.Task, length: int, samples: int, seed: int) -> Measured:
+        """Reads `samples` rows of a task.
+
+        Args:
+          task: whose test rows are read.
+          length: of them; one of the task's `lengths`.
+          samples: rows.
+          seed: equal seeds give equal rows.
+        """
+        span = -(-min(SPAN, length) // mesh.context_size()) * mesh.context_size()
+        batch = min(samples, max(1, self._tokens_per_call // span))
+        capacity = -(-length // span) * span
+        rng = data.heldout_rng(seed, length)
+        counts, seconds, peak = [], 0.0, 0
+        for first in range(0, samples, batch):
+            row = task.test_rows(rng, batch, length)
+            state = self._init(batch, capacity)
+            sums = np.zeros((3, batch))
+            for piece in _spans(row, span):
+                program = self._program(piece, state)
+                start = time.perf_counter()
+                found, state = program(self._params, piece, state)
+                sums += np.asarray(found)
+                seconds += time.perf_counter() - start
+                self._progress(min(batch, samples - first) * min(span, length))
+            counts.append(sums[:, : samples - first])
+            memory = program.memory_analysis()
+            peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+        hits, asked, loss = np.concatenate(counts, axis=1)
+        speed = len(counts) * batch * length / seconds
+        return Measured(hits / asked, float(loss.sum() / asked.sum()), int(asked.sum()), speed, peak)
+
+    def _program(self, piece, state) -> jax.stages.Compiled:
+        """Compiled once for all spans and states that are alike."""
+        key = piece[0].shape, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(state))
+        if key not in self._programs:
+            self._programs[key] = self._read.lower(self._params, piece, state).compile()
+        return self._programs[key]
+
+
+def samples_of(length: int, samples: int, tokens: int) -> int:
+    """Rows read at one length: `samples`, or as many as have `tokens` tokens together, but never below `FEWEST`."""
+    return min(samples, max(FEWEST, tokens // length))
+
+
+def summarise(task: data.Task, measured: dict[int, Measured]) -> dict:
+    """By length: accuracy with its standard error over rows, and the share of rows without a mistake."""
+
+    def by_length(value):
+        return {str(length): value(length, found) for length, found in measured.items()}
+
+    return {
+        "kind": task.kind,
+        "accuracy": by_length(lambda _, found: float(found.correct.mean())),
+        "standard_error": by_length(lambda _, found: float(found.correct.std() / np.sqrt(len(found.correct)))),
+        "whole": by_length(lambda _, found: float((found.correct == 1).mean())),
+        "loss": by_length(lambda _, found: found.loss),
+        "rows": by_length(lambda _, found: len(found.correct)),
+        "answers": by_length(lambda _, found: found.answers),
+        "guessing": by_length(lambda length, _: task.guessing(length)),
+    }
+
+
+def _spans(row: dict[str, np.ndarray], span: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """`(tokens, positions, targets, answers)` of each span, the last one filled up with padding, position -1."""
+    length = row["tokens"].shape[1]
+    for begin in range(0, length, span):
+        rest = max(0, begin + span - length)
+        yield tuple(
+            np.pad(row[name][:, begin : begin + span], ((0, 0), (0, rest)), constant_values=filler)
+            for name, filler in (("tokens", 0), ("positions", -1), ("targets", 0), ("answers", False))
+        )
+
+
+def _read(
+    graphdef,
+    params,
+    piece: tuple[Int[Array, "B T"], Int[Array, "B T"], Int[Array, "B T"], Bool[Array, "B T"]],
+    state,
+):
+    """`[3, B]`: right answers, answers, and the sum of their losses; and the state after the span."""
+    tokens, positions, targets, answers = piece
+    model = nnx.merge(graphdef, params)
+    hidden, state = model(tokens, Segments.from_ids(positions >= 0, positions), state)
+    found = cross_entropy(hidden, model.unembedding, targets, answers)
+    sums = (found.correct & answers, answers, jnp.where(answers, found.losses, 0))
+    return jnp.stack([jnp.sum(each, axis=1, dtype=jnp.float32) for each in sums]), state
