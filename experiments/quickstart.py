@@ -25,6 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mesh.model = 1  # devices that split heads and hidden widths
 
     config.data = ConfigDict()
+    config.data.kind = "corpus"  # real text; or a synthetic task, as in induction_heads.py
     config.data.path = ""  # a file or folder of your own documents; empty: the interpreter's standard library
     config.data.tokenizer = "bpe"  # "bpe" is trained on the corpus; or "bytes", or the path of a tokenizer.json
     config.data.vocab_size = 2048  # entries of the byte-pair vocabulary

@@ -49,6 +49,20 @@ for case in json.load(sys.stdin):
 json.dump(ends, sys.stdout)
 """
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+TASK = """
+from ml_collections import ConfigDict
+
+def get_config():
+    mixer = {"kind": "gla", "heads": 2, "key_width": 8, "value_width": 8}
+    blocks = {"only": {"mixer": mixer, "mlp": {"kind": "relu2"}}}
+    return ConfigDict({
+        "model": {"width": 16, "pattern": ("only",), "blocks": blocks},
+        "training": {"stages": ((3, 4, 16), (2, 4, 32))},
+        "data": {"kind": "induction_heads", "lengths": (16, 40)},
+        "mesh": {"data": 1},
+        "evaluation": {"samples": 2},
+    })
+"""
 FILE, WORKDIR = "--config=experiment.py", "--workdir=run"
 CASES = {
     "unknown section": (
@@ -78,6 +92,22 @@ CASES = {
     "no experiment": ([WORKDIR], "--config is missing"),
     "too few devices": ([FILE, WORKDIR, "--config.mesh.data=16"], "needs 16 devices and there are 8"),
     "batch": ([FILE, WORKDIR, "--config.mesh.data=8"], r"stages\[0\] has 4 rows in a micro-batch, which the 8 devices"),
+    "unknown option of a task": (
+        ["--config=task.py", WORKDIR, "--config.data.vocab=8"],
+        "'data.vocab' is not a field; did you mean 'data.vocab_size'",
+    ),
+    "a task's option that the file leaves out": (
+        ["--config=task.py", WORKDIR, "--config.data.vocab_size=2"],
+        "data.vocab_size is 2; the trigger and two other tokens are needed",
+    ),
+    "an option of another kind of data": (
+        ["--config=task.py", WORKDIR, "--config.data.path=documents"],
+        "'data.path' is not a field; the fields there are kind, lengths, vocab_size",
+    ),
+    "rows too short for the task": (
+        ["--config=task.py", WORKDIR, "--config.training.stages=((1,4,2),)"],
+        "rows of 2 tokens, too few for the task 'induction_heads'",
+    ),
     "no documents": (
         [FILE, WORKDIR, "--config.mesh.data=1", "--config.data.path=none"],
         "data.path is 'none', which does not exist",
@@ -93,6 +123,7 @@ CASES = {
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
     (folder / "experiment.py").write_text(EXPERIMENT)
+    (folder / "task.py").write_text(TASK)
     (folder / "broken.py").write_text("def get_config():\n    return 1 +\n")
     (folder / "raises.py").write_text("def get_config():\n    return nothing\n")
     (folder / "empty.py").write_text("config = 1\n")
@@ -142,3 +173,20 @@ def test_train(folder, tmp_path):
         assert said in ended.stderr
         assert not re.search(r"WARNING|^[IWE]\d{4} |Traceback", ended.stderr, re.MULTILINE), ended.stderr
     assert "compiling the step" not in ended.stderr
+
+
+def test_a_synthetic_task(folder, tmp_path):
+    """Trained, evaluated and reported as a corpus is; there is no text to write."""
+    environment = ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+
+    def run(command, *arguments):
+        arguments = [sys.executable, "-m", f"longctx.{command}", f"--workdir={tmp_path / 'run'}", *arguments]
+        return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+    trained = run("train", "--config=task.py")
+    assert trained.returncode == 0, trained.stderr
+    assert re.search(r"accuracy in induction_heads at 40 tokens \(guessing: 7%\)", trained.stdout)
+    assert not (tmp_path / "run" / "tokenizer.json").exists()
+    refused = run("generate", "--prompt=x")
+    assert refused.returncode == 2
+    assert "is of the synthetic task 'induction_heads', whose tokens are numbers" in refused.stderr

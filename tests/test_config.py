@@ -1,11 +1,13 @@
 """What an experiment file may say, and what it is told when it may not."""
 
 import copy
+import pathlib
 import runpy
 
 import pytest
 
 from longctx import config
+from longctx.data import TASKS
 from longctx.errors import UsageError
 from longctx.layers import MIXERS, MLPS
 
@@ -26,7 +28,7 @@ def parse(changes=()):
         for name in parents:
             node = node.setdefault(name, {})
         node[leaf] = value
-    return config.parse(given, MIXERS, MLPS)
+    return config.parse(given, MIXERS, MLPS, TASKS)
 
 
 def test_fields_and_defaults():
@@ -55,6 +57,10 @@ def test_fields_and_defaults():
         ("mesh", {"data": -1, "context": -1}, "more than one axis open"),
         ("mesh.context", 3, "which mesh.context=3 does not divide"),
         ("data.needles.facts", 30, "the last stage's rows have no room"),
+        ("data.kind", "text", "data.kind is 'text'; choose one of corpus, induction_heads, mqar"),
+        ("data", {"kind": "corpus", "vocab": 3}, "data.vocab is not a field; did you mean 'vocab_size'?"),
+        ("data", {"kind": "mqar", "path": ""}, "data.path is not a field; known fields are vocab_size, train, test"),
+        ("data", "text", "data is 'text'; expected path, tokenizer"),
         ("seed", -1, "seed is -1"),
     ],
 )
@@ -77,7 +83,28 @@ def test_a_required_field():
         config.parse(given, MIXERS, MLPS)
 
 
-@pytest.mark.parametrize("argument", ["", "smoke"])
-def test_the_quickstart_is_an_experiment(argument, pytestconfig):
-    file = runpy.run_path(str(pytestconfig.rootpath / "experiments" / "quickstart.py"))
-    assert config.parse(file["get_config"](argument), MIXERS, MLPS).training.steps > 0
+def test_data_of_a_kind():
+    assert parse({"data": {"kind": "corpus", "vocab_size": 500}}).data == config.Data(vocab_size=500)
+    task = parse({"data": {"kind": "induction_heads", "lengths": (32, 64)}}).data
+    assert task == TASKS["induction_heads"](lengths=(32, 64))
+
+
+EXPERIMENTS = sorted((pathlib.Path(__file__).parents[1] / "experiments").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_file(path):
+    """Every size of it, and of those on synthetic tasks every mixer, is an experiment."""
+    get_config = runpy.run_path(str(path))["get_config"]
+    synthetic = path.stem in TASKS
+    sizes = [f"{kind},{size}" for kind in MIXERS for size in ("", "small", "smoke")] if synthetic else ["", "smoke"]
+    for size in sizes:
+        experiment = config.parse(get_config(size), MIXERS, MLPS, TASKS)
+        assert experiment.training.steps > 0
+        assert experiment.data.kind == (path.stem if synthetic else "corpus")
+    with pytest.raises(ValueError, match=r"give|knows"):
+        get_config("gated_delta,large")
+
+
+def test_every_task_has_an_experiment():
+    assert set(TASKS) <= {path.stem for path in EXPERIMENTS}

@@ -90,7 +90,7 @@ class Reader:
                 found, state = program(self._params, piece, state)
                 sums += np.asarray(found)
                 seconds += time.perf_counter() - start
-                self._progress(min(batch, samples - first) * min(span, length))
+                self._progress(min(batch, samples - first) * int(np.sum(piece[1][0] >= 0)))
             counts.append(sums[:, : samples - first])
             memory = program.memory_analysis()
             peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from longctx import config
-from longctx.data import Tokenizer
+from longctx.data import TASKS, Tokenizer
+from longctx.data.synthetic.mqar import MQAR, Setting
 from longctx.errors import UsageError
 from longctx.layers import MIXERS, MLPS
 from longctx.training import workdir as workdirs
@@ -23,10 +24,24 @@ def test_an_experiment_survives_json(parse):
     experiment = parse(
         {"kind": "attention", "heads": 4, "kv_heads": 2, "sinks": True, "window": 8}, learning_rate=1 / 3
     )
-    again = config.parse(json.loads(json.dumps(workdirs.to_dict(experiment))), MIXERS, MLPS)
+    again = config.parse(json.loads(json.dumps(workdirs.to_dict(experiment))), MIXERS, MLPS, TASKS)
     assert workdirs.to_dict(again) == workdirs.to_dict(experiment)
     assert again.training == experiment.training
     assert dict(again.model.blocks) == dict(experiment.model.blocks)
+
+
+def test_a_run_of_a_synthetic_task(tmp_path, parse):
+    """No tokenizer is kept; nested options survive JSON, and other ones are refused."""
+    task = MQAR(vocab_size=64, train=(Setting(16, 2), Setting(32, 4)), test=(Setting(16, 4),))
+    experiment = dataclasses.replace(parse(), data=task)
+    workdirs.start(tmp_path / "run", experiment, task)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "data.json"]
+    run = workdirs.open_run(tmp_path / "run")
+    assert run.experiment.data == task
+    assert (run.tokenizer, run.vocab_size) == (None, 64)
+    assert workdirs.start(tmp_path / "run", experiment, task) == []
+    with pytest.raises(UsageError, match=r"data.power: 0.01 in the workdir, 1.0 given"):
+        workdirs.check(tmp_path / "run", dataclasses.replace(experiment, data=dataclasses.replace(task, power=1.0)))
 
 
 def test_open_run(started, parse, corpus):

@@ -1,0 +1,58 @@
+"""Selective copying: write the data tokens of a row in their order, leaving out the noise.
+
+Command, for any mixer of `longctx.layers` (by default gated_delta):
+
+    python -m longctx.train --config=experiments/selective_copying.py:gated_delta --workdir=runs/copying
+
+The setting of Mamba (Gu and Dao 2023, section 4.1 and appendix E.1): two layers, width 64, 4,096 tokens, vocabulary 16,
+16 data tokens. Mamba trains for 400,000 steps of 64 rows at a constant rate of 1e-4.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "gated_delta") -> ConfigDict:
+    """`KIND`, `KIND,small` (what benchmarks/capability.py runs) or `KIND,smoke` (a test of the machinery)."""
+    kind, _, size = arg.partition(",")
+    if size not in ("", "small", "smoke"):
+        raise ValueError(f"the size is '{size}'; give 'small', 'smoke', or nothing for the whole run")
+    config = ConfigDict()
+    config.seed = 0  # of the parameters and of the rows
+
+    config.data = ConfigDict()
+    config.data.kind = "selective_copying"
+    config.data.vocab_size = 16  # noise, "write", and 14 data tokens
+    config.data.items = 16  # data tokens a row
+    config.data.lengths = (1024, 4096, 16384)  # tokens of the rows tested, the 16 to write at their end among them
+
+    # Attention needs a convolution to tell tokens' neighbours; its default rotary positions tell their order.
+    options = {"conv_width": 4} if kind == "attention" else {}
+    config.model = ConfigDict()
+    config.model.width = 64  # D
+    config.model.pattern = ("block",)
+    config.model.repeats = 2
+    config.model.blocks = ConfigDict()
+    config.model.blocks.block = {
+        "mixer": {"kind": kind, **options},
+        "mlp": {"kind": "swiglu", "hidden": 128},
+    }
+
+    config.training = ConfigDict()
+    config.training.stages = ((1000, 16, 256), (1000, 8, 1024), (2000, 8, 4096))  # (steps, rows, tokens a row)
+    config.training.learning_rate = 2e-3
+    config.training.warmup_steps = 50
+    config.training.weight_decay = 0.0
+
+    config.evaluation = ConfigDict()
+    config.evaluation.samples = 64  # rows per length, 16 answers each
+
+    if size == "small":
+        config.data.items = 8
+        config.data.lengths = (64, 128, 256)
+        config.training.stages = ((400, 32, 64),)
+    if size == "smoke":
+        config.data.items = 4
+        config.data.lengths = (32, 64)
+        config.training.stages = ((4, 4, 32),)
+        config.evaluation.samples = 4
+    return config
