@@ -41,6 +41,7 @@ VARIANTS = {
         "attention",
         {"kv_heads": 2, "rope_base": 0.0, "conv_width": 4, "sinks": True, "soft_cap": 5.0, "length_base": 16.0},
     ),
+    "s5/bilinear": ("s5", {"discretisation": "bilinear"}),
 }
 LAYERS = {name: (name, {}) for name in (*MIXERS, *MLPS)} | VARIANTS
 # Layers whose state holds every token, so that what crosses devices grows with the sequence.

@@ -12,14 +12,18 @@ and so is an MLP: most have no state, and return None for it.
 from longctx.layers.attention import Attention
 from longctx.layers.gated_delta import GatedDelta
 from longctx.layers.gla import GLA
+from longctx.layers.lru import LRU
 from longctx.layers.mlp import SquaredReLU, SwiGLU
 from longctx.layers.rglru import RGLRU
+from longctx.layers.s5 import S5
 
 MIXERS: dict[str, type] = {
     "attention": Attention,
     "gated_delta": GatedDelta,
     "gla": GLA,
+    "lru": LRU,
     "rglru": RGLRU,
+    "s5": S5,
 }
 
 MLPS: dict[str, type] = {

@@ -1,7 +1,7 @@
 """Pure functions on arrays: the mathematics of every layer, without parameters, Flax or mesh.
 
 causal_conv    y_t = sum_w kernel[-1-w] x_{t-w}                      state: the last W-1 tokens
-linear_scan    s_t = a_t s_{t-1} + x_t                               state: a vector
+linear_scan    s_t = a_t s_{t-1} + x_t                               state: a vector, real or complex
 gated_linear   S_t = Diag(a_t) S_{t-1} + k_t v_t^T                   state: a matrix, elementwise decay
 gated_delta    S_t = (I - beta_t k_t k_t^T) Diag(a_t) S_{t-1} + beta_t k_t v_t^T     state: a matrix, dense decay
 attention      softmax over the keys that a pattern shows            state: all tokens, or the last W

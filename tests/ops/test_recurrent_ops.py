@@ -15,7 +15,15 @@ from longctx.ops import causal_conv, gated_delta, gated_linear, linear_scan
 
 B, H, K, V, N, W = 4, 2, 8, 4, 6, 4
 
-FAMILIES = ("causal_conv", "linear_scan", "gated_linear", "gated_linear_channel", "gated_delta", "gated_delta_channel")
+FAMILIES = (
+    "causal_conv",
+    "linear_scan",
+    "linear_scan_complex",
+    "gated_linear",
+    "gated_linear_channel",
+    "gated_delta",
+    "gated_delta_channel",
+)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -40,6 +48,11 @@ def example(family, length):
         op, inputs, state = causal_conv, (rng.normal(size=(B, length, N)), rng.normal(size=(W, N))), (B, W - 1, N)
     elif family == "linear_scan":
         op, inputs, state = linear_scan, (rng.normal(size=(B, length, N)), log_decays(rng, length, (N,))), (B, N)
+    elif family == "linear_scan_complex":
+        x, decay = rng.normal(size=(B, length, N, 2)) @ (1, 1j), log_decays(rng, length, (N,)) + 0j
+        decay.imag = rng.normal(size=decay.shape)
+        state = jnp.asarray(rng.normal(size=(B, N, 2)) @ (1, 1j), jnp.complex64)
+        return linear_scan, (jnp.asarray(x, jnp.complex64), jnp.asarray(decay, jnp.complex64)), state
     else:
         op = gated_delta if family.startswith("gated_delta") else gated_linear
         beta = (rng.random((B, length, H)),) if op is gated_delta else ()
@@ -69,7 +82,7 @@ def packed(length):
 def close(got, wanted):
     paths, _ = jax.tree.flatten_with_path(wanted)
     for (path, want), have in zip(paths, jax.tree.leaves(got), strict=True):
-        want, have = np.asarray(want, np.float64), np.asarray(have, np.float64)
+        want, have = (np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64) for x in (want, have))
         name = jax.tree_util.keystr(path)
         assert np.all(np.isfinite(have)), name
         np.testing.assert_allclose(have, want, rtol=0, atol=1e-4 * max(np.abs(want).max(initial=0), 1e-3), err_msg=name)
@@ -81,7 +94,7 @@ def with_gradients(form, inputs, state, **options):
     @jax.jit
     def run(inputs, state):
         outputs, pull = jax.vjp(lambda inputs, state: form(*inputs, state=state, **options), inputs, state)
-        weights = [jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) for x in outputs]
+        weights = [jnp.cos(jnp.arange(x.size)).astype(x.dtype).reshape(x.shape) for x in outputs]
         return outputs, pull(tuple(weights))
 
     return run(inputs, state)
@@ -169,7 +182,7 @@ def test_nothing_leaks(family):
     @jax.jit
     def pull(inputs, state, weight):
         y, back = jax.vjp(lambda inputs, state: op.chunked(*inputs, state=state, segment_ids=ids)[0], inputs, state)
-        return back(jnp.broadcast_to(weight.reshape(1, -1, *(1,) * (y.ndim - 2)), y.shape))
+        return back(jnp.broadcast_to(weight.reshape(1, -1, *(1,) * (y.ndim - 2)), y.shape).astype(y.dtype))
 
     first = jnp.arange(100) < 40
     later, _ = pull(inputs, state, first.astype(jnp.float32))

@@ -1,0 +1,83 @@
+"""S5 (Smith, Warrington and Linderman, 2022) as a mixer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Complex, Float
+
+from longctx.layers.basic import Linear
+from longctx.ops import linear_scan as ops
+from longctx.parallel import sequence
+from longctx.typing import Segments
+
+
+class S5(nnx.Module):
+    """A diagonal state-space model of many inputs and outputs, s' = Λ s + B x, y = 2 Re(C s) + d x, made discrete.
+
+    With a learned step Δ per state, as zero-order hold: a = exp(Δ Λ), scale (a - 1) / Λ; or bilinear:
+    a = (1 + ΔΛ/2) / (1 - ΔΛ/2), scale Δ / (1 - ΔΛ/2). Then h_t = a ⊙ h_{t-1} + scale ⊙ x_t B;
+    u = gelu(2 Re(h C) + d ⊙ x); y = u ⊙ σ(u W). Of each pair of conjugate states one is kept: N of the 2 N
+    eigenvalues. They begin as those of the normal part of HiPPO-LegS, -1/2 + i ω. State: `[B, N]` complex64.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        hidden: int = 64  # N, complex numbers: half the size of the state-space model
+        discretisation: str = "zoh"  # zoh, for zero-order hold, or bilinear
+        step_min: float = 1e-3  # the steps begin between these two, uniform in their logarithm
+        step_max: float = 1e-1
+
+        def problems(self):
+            if self.hidden < 1:
+                yield f"hidden is {self.hidden}; it must be at least 1"
+            if self.discretisation not in ("zoh", "bilinear"):
+                yield f"discretisation is '{self.discretisation}'; choose zoh or bilinear"
+            if not 0 < self.step_min <= self.step_max:
+                yield f"step_min is {self.step_min} and step_max {self.step_max}; 0 < step_min <= step_max must hold"
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        self.options = options
+        hidden, axes = options.hidden, ("heads",)
+        # The normal part of HiPPO-LegS is -1/2 plus a skew-symmetric matrix. In the basis of its eigenvectors, a
+        # normal B or C is normal again: they are drawn there.
+        root = np.sqrt(2 * np.arange(2 * hidden) + 1)
+        upper = np.triu(np.outer(root, root), 1) / 2
+        frequencies = np.linalg.eigvalsh(1j * (upper - upper.T))[hidden:]
+        self.log_rate = nnx.Param(jnp.full(hidden, jnp.log(0.5)), axes=axes)
+        self.frequency = nnx.Param(jnp.asarray(frequencies, jnp.float32), axes=axes)
+        low, high = np.log(options.step_min), np.log(options.step_max)
+        self.log_step = nnx.Param(jax.random.uniform(rngs.params(), (hidden,), minval=low, maxval=high), axes=axes)
+        real, imaginary = jax.random.normal(rngs.params(), (2, width, hidden)) / np.sqrt(2 * width)
+        self.write_real = Linear(width, hidden, ("embed", "heads"), rngs, initial=real)
+        self.write_imaginary = Linear(width, hidden, ("embed", "heads"), rngs, initial=imaginary)
+        real, imaginary = jax.random.normal(rngs.params(), (2, hidden, width)) / np.sqrt(4 * hidden)
+        self.read_real = Linear(hidden, width, ("heads", "embed"), rngs, initial=real)
+        self.read_imaginary = Linear(hidden, width, ("heads", "embed"), rngs, initial=imaginary)
+        self.skip = nnx.Param(jax.random.normal(rngs.params(), (width,), jnp.float32), axes=("embed",))
+        self.gate = Linear(width, width, ("embed", "width"), rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: Complex[Array, "B N"] | None = None):
+        """Returns `(y[B, T, D], state[B, N])`."""
+        eigenvalues = jax.lax.complex(-jnp.exp(self.log_rate[...]), self.frequency[...])
+        log_decay, scale = self._discrete(eigenvalues, jnp.exp(self.log_step[...]))
+        u = jax.lax.complex(*(w(x).astype(jnp.float32) for w in (self.write_real, self.write_imaginary)))
+        h, state = sequence.recurrence(ops, scale * u, parameters=(log_decay,), state=state, segments=segments)
+        y = self.read_real(h.real.astype(x.dtype)) - self.read_imaginary(h.imag.astype(x.dtype))
+        y = jax.nn.gelu(2 * y + self.skip[...].astype(x.dtype) * x)
+        return y * jax.nn.sigmoid(self.gate(y)), state
+
+    def _discrete(self, eigenvalues, step):
+        """The log decay of a step, and the factor of what is written in it."""
+        if self.options.discretisation == "zoh":
+            return step * eigenvalues, jnp.expm1(step * eigenvalues) / eigenvalues
+        half = step * eigenvalues / 2
+        return jnp.log1p(half) - jnp.log1p(-half), step / (1 - half)
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> Complex[Array, "B N"]:
+        """The state before any token; `capacity` does not matter."""
+        return jnp.zeros((batch, self.options.hidden), jnp.complex64)
