@@ -42,10 +42,11 @@ VARIANTS = {
         {"kv_heads": 2, "rope_base": 0.0, "conv_width": 4, "sinks": True, "soft_cap": 5.0, "length_base": 16.0},
     ),
     "s5/bilinear": ("s5", {"discretisation": "bilinear"}),
+    "forgetting/window": ("forgetting", {"window": 11, "kv_heads": 2, "qk_norm": False, "output_gate": False}),
 }
 LAYERS = {name: (name, {}) for name in (*MIXERS, *MLPS)} | VARIANTS
 # Layers whose state holds every token, so that what crosses devices grows with the sequence.
-UNBOUNDED = {"attention", "attention/everything"}
+UNBOUNDED = {"attention", "attention/everything", "forgetting"}
 # Layers whose state has room for every token of the document.
 GROWING_STATE = UNBOUNDED | {"attention/window+global"}
 

@@ -15,7 +15,7 @@ from longctx.layers.basic import Linear, RMSNorm, ShortConv, like_queries, undo_
 from longctx.layers.rotary import rotate
 from longctx.memory.cache import KVCache
 from longctx.ops import attention as ops
-from longctx.ops.patterns import Causal, Global, Window
+from longctx.ops.patterns import Causal, Global, Pattern, Window
 from longctx.parallel import sequence
 from longctx.typing import Segments
 
@@ -112,20 +112,8 @@ class Attention(nnx.Module):
             y = sequence.attention(q, k, v, self.pattern, segments, **settings)
         else:
             cache = state.cache.append(k, v, segments)
-            y = self._with_cache(q, k, v, segments, state.cache, cache, settings)
+            y = attend_with_cache(q, k, v, self.pattern, segments, state.cache, cache, **settings)
         return self.out(y.reshape(batch, length, -1)), AttentionState(cache, tail)
-
-    def _with_cache(self, q, k, v, segments: Segments, before: KVCache, after: KVCache, settings):
-        """Attention over what the cache holds and the span; the document in progress has id 1, later ones 2, ..."""
-        span = dataclasses.replace(segments, ids=jnp.where(segments.valid, segments.runs + 1, 0))
-        if q.shape[1] == 1:  # the span's one token is in the cache already, if its document is the one in progress
-            keys, values, held = after.keys, after.values, after.segments
-            span = dataclasses.replace(span, ids=segments.valid.astype(jnp.int32))
-        else:
-            keys = jnp.concatenate([before.keys, k.astype(before.keys.dtype)], axis=1)
-            values = jnp.concatenate([before.values, v.astype(before.values.dtype)], axis=1)
-            held = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), before.segments, span)
-        return ops.attention(q, keys, values, self.pattern, segment_ids=span, kv_segment_ids=held, **settings)
 
     def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
         options = self.options
@@ -137,6 +125,43 @@ class Attention(nnx.Module):
         """The state before any token, with room for `capacity` tokens (a window needs no more than itself)."""
         tail = None if self.conv is None else self.conv.init_state(batch)
         return AttentionState(self._empty(batch, capacity, dtype), tail)
+
+
+def attend_with_cache(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    pattern: Pattern,
+    segments: Segments,
+    before: KVCache,
+    after: KVCache,
+    decay: Float[Array, "B T H"] | None = None,
+    **options,
+) -> Float[Array, "B T H V"]:
+    """Attention of a span's tokens to each other and to the tokens that a cache holds of the document in progress.
+
+    Args:
+      q, k, v: of the span.
+      pattern: which keys a query may see.
+      segments: of the span.
+      before, after: the cache before and after the span.
+      decay: at each token of the span, the sum of log decays; the cache has those of its tokens.
+      options: of `longctx.ops.attention.attention`.
+    """
+    # The document in progress has id 1, later ones 2, ...
+    span = dataclasses.replace(segments, ids=jnp.where(segments.valid, segments.runs + 1, 0))
+    if q.shape[1] == 1:  # the span's one token is in the cache already, if its document is the one in progress
+        keys, values, since, held = after.keys, after.values, after.decay, after.segments
+        span = dataclasses.replace(span, ids=segments.valid.astype(jnp.int32))
+    else:
+
+        def join(cached, own):
+            return jnp.concatenate([cached, own.astype(cached.dtype)], axis=1)
+
+        own = (k, v, decay, span)
+        keys, values, since, held = jax.tree.map(join, (before.keys, before.values, before.decay, before.segments), own)
+    options |= {"decay": decay, "kv_decay": since}
+    return ops.attention(q, keys, values, pattern, segment_ids=span, kv_segment_ids=held, **options)
 
 
 def _lags(options: Attention.Config, heads: int) -> np.ndarray:

@@ -27,24 +27,35 @@ class KVCache:
       values: `[B, S, G, V]`.
       positions: `[B, S]` int32, position within the document of the token in each slot, -1 where empty.
       count: `[B]` int32, tokens appended so far; the next one goes to slot `count % S`.
+      decay: `[B, S, H]` float32, where logits decay: the sum of log decays up to each token (None: they do not).
     """
 
     keys: Float[Array, "B S G K"]
     values: Float[Array, "B S G V"]
     positions: Int[Array, "B S"]
     count: Int[Array, " B"]
+    decay: Float[Array, "B S H"] | None = None
 
     @classmethod
-    def empty(cls, batch: int, capacity: int, heads: int, key_width: int, value_width: int, dtype) -> KVCache:
-        """A cache of `capacity` empty slots."""
+    def empty(
+        cls, batch: int, capacity: int, heads: int, key_width: int, value_width: int, dtype, decays: int = 0
+    ) -> KVCache:
+        """A cache of `capacity` empty slots; `decays` is the number H of heads whose logits decay."""
         return cls(
             jnp.zeros((batch, capacity, heads, key_width), dtype),
             jnp.zeros((batch, capacity, heads, value_width), dtype),
             jnp.full((batch, capacity), -1, jnp.int32),
             jnp.zeros(batch, jnp.int32),
+            jnp.zeros((batch, capacity, decays), jnp.float32) if decays else None,
         )
 
-    def append(self, keys: Float[Array, "B T G K"], values: Float[Array, "B T G V"], segments: Segments) -> KVCache:
+    def append(
+        self,
+        keys: Float[Array, "B T G K"],
+        values: Float[Array, "B T G V"],
+        segments: Segments,
+        decay: Float[Array, "B T H"] | None = None,
+    ) -> KVCache:
         """The cache after a span: its tokens added, padding left out, finished documents forgotten.
 
         A span of more than S tokens leaves its last S; a document of more than S tokens overwrites its oldest.
@@ -62,6 +73,7 @@ class KVCache:
             self.values.at[row, slot].set(values.astype(self.values.dtype), mode="drop"),
             jnp.where(last > 0, -1, self.positions).at[row, slot].set(segments.positions, mode="drop"),
             self.count + total[:, 0],
+            None if decay is None else self.decay.at[row, slot].set(decay, mode="drop"),
         )
 
     @property

@@ -3,6 +3,7 @@ r"""Softmax attention over the keys that a pattern and the documents of a packed
 For query t with visible keys s, per head (Vaswani et al., arXiv:1706.03762):
 
     logit_ts = scale q_t . k_s,   if soft-capped c tanh(logit / c)          (Gemma 2, arXiv:2408.00118)
+               + d_t - d_s, if it decays, d the sum of log decays so far    (Forgetting Transformer, arXiv:2503.02130)
     L_t = log sum_s exp(logit_ts)
     out_t = sum_s exp(logit_ts - L_t) v_s
 
@@ -60,6 +61,8 @@ def attention(
     scale: float | None = None,
     sinks: Float[Array, " H"] | None = None,
     soft_cap: float | None = None,
+    decay: Float[Array, "B T H"] | None = None,
+    kv_decay: Float[Array, "B S H"] | None = None,
     implementation: str | None = None,
     block: int | None = None,
 ) -> Float[Array, "B T H V"]:
@@ -78,6 +81,8 @@ def attention(
       scale: of the logits; None for 1 / sqrt(K).
       sinks: a logit per head that joins the softmax's denominator.
       soft_cap: c, bound of the logits.
+      decay: d at each query, finite: the sum of the log decays of its document's tokens up to it, float32.
+      kv_decay: d at each key, for each head of the queries. None: keys are the queries' own tokens.
       implementation: "dense", "blockwise", "cudnn" or "splash"; None chooses by platform and case and logs the
         choice once.
       block: tokens a block of "blockwise"; None chooses.
@@ -92,16 +97,18 @@ def attention(
     """
     queries, keys = _tokens(q, k, v, segment_ids, kv_segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    kv_decay = decay if kv_decay is None else kv_decay
     case = {"segment_ids": segment_ids, "kv_segment_ids": kv_segment_ids, "sinks": sinks, "soft_cap": soft_cap}
+    case["decay"] = decay
     chosen = _choose(q, k, v, pattern, case) if implementation is None else implementation
     if chosen == "dense":
         own = queries if keys is None else keys
         mask = (queries.ids[:, :, None] == own.ids[:, None, :]) & (queries.ids[:, :, None] > 0)
         mask &= pattern.mask(queries.positions[:, :, None], own.positions[:, None, :])
-        return dense(q, k, v, mask, scale=scale, sinks=sinks, soft_cap=soft_cap)
+        return dense(q, k, v, mask, scale=scale, sinks=sinks, soft_cap=soft_cap, decay=decay, kv_decay=kv_decay)
     if chosen == "blockwise":
         plan = _plan(q, k, pattern, scale, soft_cap, block)
-        result = Partial(*blockwise.blockwise(q, k, v, queries, keys, plan))
+        result = Partial(*blockwise.blockwise(q, k, v, queries, keys, plan, decay, kv_decay))
         result = result if sinks is None else add_sinks(result, sinks)
         return result.output.astype(v.dtype)
     if chosen not in _KERNELS:
@@ -123,6 +130,8 @@ def attention_partial(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
+    decay: Float[Array, "B T H"] | None = None,
+    kv_decay: Float[Array, "B S H"] | None = None,
     block: int | None = None,
 ) -> Partial:
     """Blockwise attention over these keys alone, to be merged with that over others; arguments as `attention`.
@@ -131,7 +140,8 @@ def attention_partial(
     """
     queries, keys = _tokens(q, k, v, segment_ids, kv_segment_ids)
     plan = _plan(q, k, pattern, scale, soft_cap, block)
-    return Partial(*blockwise.blockwise(q, k, v, queries, keys, plan))
+    kv_decay = decay if kv_decay is None else kv_decay
+    return Partial(*blockwise.blockwise(q, k, v, queries, keys, plan, decay, kv_decay))
 
 
 def merge(first: Partial, then: Partial) -> Partial:
@@ -153,12 +163,15 @@ def add_sinks(partial: Partial, sinks: Float[Array, " H"]) -> Partial:
     return merge(partial, Partial(jnp.zeros_like(partial.output), logsumexp))
 
 
-def dense(q, k, v, mask, *, scale, sinks=None, soft_cap=None):
+def dense(q, k, v, mask, *, scale, sinks=None, soft_cap=None, decay=None, kv_decay=None):
     """The definition. `mask[B or 1, T, S]` is True where the query may see the key; holds `[B, H, T, S]` logits."""
     q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])  # heads by group
     logits = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32) * scale
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
+    if decay is not None:
+        now, since = (jnp.moveaxis(x.reshape(*x.shape[:2], *q.shape[2:4]), 1, -1) for x in (decay, kv_decay))
+        logits += now[..., :, None] - since[..., None, :]
     mask = mask[:, None, None]
     # A row without a visible key would be 0 / 0: its softmax runs over zeros and is then masked away.
     logits = jnp.where(mask, logits, jnp.where(mask.any(-1, keepdims=True), -jnp.inf, 0.0))

@@ -1,15 +1,16 @@
 r"""Blockwise softmax attention: exact, linear memory, work only where the pattern and the documents leave something.
 
 FlashAttention (Dao et al., arXiv:2205.14135; backward as in arXiv:2307.08691) in plain XLA. Queries and keys are
-cut into blocks. For a pair (i, j) of blocks with logits S = c tanh(scale Q_i K_j^T / c), -inf where masked,
-the running row statistics of the query block are updated:
+cut into blocks. For a pair (i, j) of blocks with logits S = Z + d_i - d_j, Z = c tanh(scale Q_i K_j^T / c), the sums d
+of log decays there or not, -inf where masked, the running row statistics of the query block are updated:
 
     m' = max(m, rowmax S);   P = exp(S - m');   l' = e^{m - m'} l + rowsum P;   O' = e^{m - m'} O + P V_j
 
 and in the end out = O / l and logsumexp L = m + log l. The backward pass recomputes P = exp(S - L) and, with
 D = rowsum(dO * O) - dL, the row's own share of the gradient,
 
-    dV_j += P^T dO_i;   dS = P * (dO_i V_j^T - D) * (1 - S^2 / c^2) * scale;   dQ_i += dS K_j;   dK_j += dS^T Q_i
+    dV_j += P^T dO_i;   dS = P * (dO_i V_j^T - D);   d d_i += rowsum dS;   d d_j -= colsum dS
+    dZ = dS * (1 - Z^2 / c^2) * scale;   dQ_i += dZ K_j;   dK_j += dZ^T Q_i
 
 in one sweep over the pairs, five matrix products each.
 
@@ -68,6 +69,8 @@ def blockwise(
     queries: Tokens,
     keys: Tokens | None,
     plan: Plan,
+    decay: Float[Array, "B T H"] | None = None,
+    kv_decay: Float[Array, "B S H"] | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """Attention output and logsumexp of the logits, both float32; 0 and -inf for a query that sees nothing.
 
@@ -76,6 +79,7 @@ def blockwise(
       queries: ids and positions of the queries, `[B, T]`, or `[1, T]` if all rows are alike.
       keys: the same of the keys, `[B, S]`; None where the keys are the same tokens as the queries.
       plan: pattern, scale, soft cap and block sizes.
+      decay, kv_decay: sums of log decays at queries and keys; neither or both.
 
     First derivatives only: the backward pass is not itself differentiable.
     """
@@ -88,7 +92,10 @@ def blockwise(
     q_blocks = _split(q.reshape(batch, length, groups, heads // groups, -1), plan.q_block)
     k_blocks = _split(k[:, :, :, None], plan.k_block)
     v_blocks = _split(v[:, :, :, None], plan.k_block)
-    out, logsumexp = _attend(plan, q_blocks, k_blocks, v_blocks, (q_tokens, k_tokens, schedule))
+    decays = None
+    if decay is not None:
+        decays = _split_decay(decay, groups, plan.q_block), _split_decay(kv_decay, groups, plan.k_block)
+    out, logsumexp = _attend(plan, q_blocks, k_blocks, v_blocks, decays, (q_tokens, k_tokens, schedule))
     out = _join(out, heads // groups, plan.q_block)[:, :length]
     logsumexp = _join(logsumexp[..., None], heads // groups, plan.q_block)[:, :length]
     return out.reshape(batch, length, heads, -1), logsumexp.reshape(batch, length, heads)
@@ -100,6 +107,11 @@ def _split(x: Float[Array, "B T G R W"], block: int) -> Float[Array, "blocks B G
     x = jnp.pad(x, ((0, 0), (0, -length % block), (0, 0), (0, 0), (0, 0)))
     x = x.reshape(batch, -1, block, groups, repeats, width).transpose(1, 0, 3, 4, 2, 5)
     return x.reshape(x.shape[0], batch, groups, repeats * block, width)
+
+
+def _split_decay(x: Float[Array, "B T H"], groups: int, block: int) -> Float[Array, "blocks B G R C"]:
+    """Sums of log decays by block, the heads of a group apart."""
+    return _split(x.astype(f32).reshape(*x.shape[:2], groups, 1, -1), block).mT
 
 
 def _join(x: Float[Array, "blocks B G RC W"], repeats: int, block: int) -> Float[Array, "B T G R W"]:
@@ -162,6 +174,15 @@ def _logits(plan: Plan, q, k):
     return logits
 
 
+def _decayed(logits, decays, i, j):
+    """Logits with what has decayed from key to query added."""
+    if decays is None:
+        return logits
+    now, since = decays[0][i], decays[1][j]
+    heads = logits.reshape(*now.shape, -1) + (now[..., :, None] - since[..., None, :])
+    return heads.reshape(logits.shape)
+
+
 def _masked(plan: Plan, logits, tokens, i, j):
     """Logits with -inf where the query may not see the key."""
     q, k = (Tokens(x.ids[n], x.positions[n]) for x, n in zip(tokens, (i, j), strict=True))
@@ -182,17 +203,17 @@ def _sweep(schedule: Schedule, i, step, carry):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, q, k, v, tables):
-    return _forward(plan, q, k, v, tables)[0]
+def _attend(plan: Plan, q, k, v, decays, tables):
+    return _forward(plan, q, k, v, decays, tables)[0]
 
 
-def _forward(plan: Plan, q, k, v, tables):
+def _forward(plan: Plan, q, k, v, decays, tables):
     *tokens, schedule = jax.tree.map(jnp.asarray, tables)
 
     def rows(i):
         def step(carry, j, masked):
             peak, total, out = carry
-            logits = _logits(plan, q[i], k[j])
+            logits = _decayed(_logits(plan, q[i], k[j]), decays, i, j)
             if masked:
                 logits = _masked(plan, logits, tokens, i, j)
             higher = jnp.maximum(peak, logits.max(-1))
@@ -211,11 +232,11 @@ def _forward(plan: Plan, q, k, v, tables):
         return out / total[..., None], jnp.where(seen, peak + jnp.log(total), -jnp.inf)
 
     out, logsumexp = jax.lax.map(rows, jnp.arange(len(q)))
-    return (out, logsumexp), (q, k, v, out, logsumexp, tables)
+    return (out, logsumexp), (q, k, v, decays, out, logsumexp, tables)
 
 
 def _backward(plan: Plan, residuals, cotangents):
-    q, k, v, out, logsumexp, tables = residuals
+    q, k, v, decays, out, logsumexp, tables = residuals
     *tokens, schedule = jax.tree.map(jnp.asarray, tables)
     d_out, d_logsumexp = cotangents
     shift = jnp.where(jnp.isneginf(logsumexp), 0.0, logsumexp)
@@ -224,29 +245,38 @@ def _backward(plan: Plan, residuals, cotangents):
 
     def rows(carry, i):
         def step(carry, j, masked):
-            dq, dk, dv = carry
-            logits = capped = _logits(plan, q[i], k[j])
+            dq, dnow, dk, dv, dsince = carry
+            capped = _logits(plan, q[i], k[j])
+            logits = _decayed(capped, decays, i, j)
             if masked:
                 logits = _masked(plan, logits, tokens, i, j)
             weights = jnp.exp(logits - shift[i][..., None])
             d_weights = jnp.einsum("bgiv,bgjv->bgij", d_out[i], v[j], preferred_element_type=f32)
             d_logits = weights * (d_weights - share[i][..., None])
+            if decays is not None:
+                heads = d_logits.reshape(*dnow.shape, -1)
+                dnow, dsince = dnow + heads.sum(-1), dsince.at[j].add(-heads.sum(-2))
             if plan.soft_cap is not None:
                 d_logits *= 1 - (capped / plan.soft_cap) ** 2
             weights, d_logits = weights.astype(v.dtype), d_logits.astype(q.dtype)
             return (
                 dq + jnp.einsum("bgij,bgjk->bgik", d_logits, k[j], preferred_element_type=f32),
+                dnow,
                 dk.at[j].add(jnp.einsum("bgik,bgij->bgkj", q[i], d_logits, preferred_element_type=f32)),
                 dv.at[j].add(jnp.einsum("bgiv,bgij->bgvj", d_out[i], weights, preferred_element_type=f32)),
+                dsince,
             )
 
-        dq, dk, dv = _sweep(schedule, i, step, (jnp.zeros(q.shape[1:], f32), *carry))
-        return (dk, dv), dq.astype(q.dtype)
+        start = jnp.zeros(q.shape[1:], f32), None if decays is None else jnp.zeros_like(decays[0][0])
+        dq, dnow, *carry = _sweep(schedule, i, step, (*start, *carry))
+        return tuple(carry), (dq.astype(q.dtype), dnow)
 
     # The gradients of keys and values are summed transposed: transposing `weights` in each step is what is slow.
-    start = jnp.zeros(k.mT.shape, f32), jnp.zeros(v.mT.shape, f32)
-    (dk, dv), dq = jax.lax.scan(rows, start, jnp.arange(len(q)))
-    return dq, dk.mT.astype(k.dtype), dv.mT.astype(v.dtype), None
+    dsince = None if decays is None else jnp.zeros_like(decays[1])
+    start = jnp.zeros(k.mT.shape, f32), jnp.zeros(v.mT.shape, f32), dsince
+    (dk, dv, dsince), (dq, dnow) = jax.lax.scan(rows, start, jnp.arange(len(q)))
+    d_decays = None if decays is None else (dnow, dsince)
+    return dq, dk.mT.astype(k.dtype), dv.mT.astype(v.dtype), d_decays, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -31,6 +31,7 @@ def attention(
     pattern: Pattern,
     segments: Segments,
     axis_name: str,
+    decay: Float[Array, "B T H"] | None = None,
     **options,
 ) -> Partial:
     """Attention of this shard's queries to the keys of all shards, inside a `jax.shard_map`.
@@ -40,47 +41,49 @@ def attention(
       pattern: which keys a query may see within its document.
       segments: of this shard's tokens; ids and positions are those of the whole rows.
       axis_name: the mesh axis.
+      decay: sums of log decays at this shard's tokens, counted from the start of their documents.
       options: `scale`, `soft_cap` and `block` of `longctx.ops.attention.attention_partial`.
 
     Returns:
       The merged partial result, float32. First derivatives only.
     """
 
-    def partial(q, k, v, queries, keys):
-        return attention_partial(q, k, v, pattern, queries, keys, **options)
+    def partial(mine, held, segments):
+        (q, decay), (k, v, kv_decay) = mine, held[0]
+        return attention_partial(q, k, v, pattern, segments, held[1], decay=decay, kv_decay=kv_decay, **options)
 
     @jax.custom_vjp
-    def ring(q, k, v, segments):
-        return forward(q, k, v, segments)[0]
+    def ring(mine, own, segments):
+        return forward(mine, own, segments)[0]
 
-    def forward(q, k, v, segments):
-        def hop(result, keys):
-            return merge(result, partial(q, keys[0], keys[1], segments, keys[2]))
+    def forward(mine, own, segments):
+        def hop(result, held):
+            return merge(result, partial(mine, held, segments))
 
         rows = (*q.shape[:3], v.shape[-1])
         nothing = Partial(jnp.zeros(rows), jnp.full(rows[:3], -jnp.inf))
-        result = _around(hop, nothing, (k, v, segments), axis_name)
-        return result, (q, k, v, segments, result)
+        result = _around(hop, nothing, (own, segments), axis_name)
+        return result, (mine, own, segments, result)
 
     def backward(residuals, cotangent):
-        q, k, v, segments, whole = residuals
+        mine, own, segments, whole = residuals
         total = jnp.where(jnp.isneginf(whole.logsumexp), 0.0, whole.logsumexp)
 
-        def hop(gradients, keys):
-            k, v, held = keys
-            part, pull = jax.vjp(lambda q, k, v: partial(q, k, v, segments, held), q, k, v)
+        def hop(gradients, held):
+            keys, ids = held
+            part, pull = jax.vjp(lambda mine, keys: partial(mine, (keys, ids), segments), mine, keys)
             share = jnp.exp(part.logsumexp - total)
             slope = jnp.sum(cotangent.output * (part.output - whole.output), axis=-1) + cotangent.logsumexp
             update = pull(Partial(share[..., None] * cotangent.output, share * slope))
-            dq, dk, dv = jax.tree.map(lambda total, x: total + x.astype(jnp.float32), gradients, update)
-            return dq, *_onward((dk, dv), axis_name)
+            stay, travel = jax.tree.map(lambda total, x: total + x.astype(jnp.float32), gradients, update)
+            return stay, _onward(travel, axis_name)
 
-        zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-        gradients = _around(hop, zeros, (k, v, segments), axis_name)
-        return *(x.astype(like.dtype) for x, like in zip(gradients, (q, k, v), strict=True)), None
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (mine, own))
+        gradients = _around(hop, zeros, (own, segments), axis_name)
+        return *jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, (mine, own)), None
 
     ring.defvjp(forward, backward)
-    return ring(q, k, v, segments)
+    return ring((q, decay), (k, v, decay), segments)
 
 
 def _around(hop, carry, keys, axis_name):

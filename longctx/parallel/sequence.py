@@ -88,6 +88,7 @@ def attention(
     v: Float[Array, "B T G V"],
     pattern: Pattern,
     segments: Segments | None,
+    decay: Float[Array, "B T H"] | None = None,
     **options,
 ) -> Float[Array, "B T H V"]:
     """Softmax attention of the span's tokens to each other.
@@ -96,6 +97,7 @@ def attention(
       q, k, v: queries, keys, values.
       pattern: which keys a query may see within its document.
       segments: the documents of the span; None is one document.
+      decay: at each token the sum of the log decays of its document, as `recurrence` gives it; None is no decay.
       options: of `longctx.ops.attention.attention`.
 
     Raises:
@@ -103,7 +105,7 @@ def attention(
         devices share the span.
     """
     if not _splits(q.shape[1]):
-        return attention_ops.attention(q, k, v, pattern, segment_ids=segments, **options)
+        return attention_ops.attention(q, k, v, pattern, segment_ids=segments, decay=decay, **options)
     if pattern.ahead:
         raise ValueError(
             f"{pattern} looks {pattern.ahead} tokens ahead, and shards of a sequence only look back; "
@@ -112,17 +114,17 @@ def attention(
     shard = _near if pattern.reach is not None else _far
     sinks = options.pop("sinks", None)
 
-    def run(q, k, v, segments, sinks):
-        return shard(q, k, v, pattern, segments, sinks=sinks, **options)
+    def run(q, k, v, decay, segments, sinks):
+        return shard(q, k, v, pattern, segments, decay=decay, sinks=sinks, **options)
 
-    island = _island(run, (_SHARD, _SHARD, _SHARD, _SHARD, _WHOLE), _SHARD)
-    return island(q, k, v, Segments.of(segments, *q.shape[:2]), _float32(sinks))
+    island = _island(run, (_SHARD, _SHARD, _SHARD, _SHARD, _SHARD, _WHOLE), _SHARD)
+    return island(q, k, v, decay, Segments.of(segments, *q.shape[:2]), _float32(sinks))
 
 
-def _near(q, k, v, pattern: Pattern, segments: Segments, **options):
+def _near(q, k, v, pattern: Pattern, segments: Segments, *, decay=None, **options):
     """One shard's attention of bounded reach: to its own keys, the last ones before it, and the global ones."""
     length = q.shape[1]
-    own = (k, v, segments.ids, segments.positions)
+    own = (k, v, segments.ids, segments.positions, *(() if decay is None else (decay,)))
     reach = min(pattern.reach, (jax.lax.axis_size("context") - 1) * length)
     before = halo.last(own, reach, "context")
     parts = [before, own]
@@ -130,9 +132,10 @@ def _near(q, k, v, pattern: Pattern, segments: Segments, **options):
         parts.insert(0, halo.first(own, segments, pattern.global_tokens, "context"))
         # Those among the last tokens before the shard would count twice.
         far = before[3] >= pattern.global_tokens
-        parts[1] = (*before[:2], jnp.where(far, before[2], 0), before[3])
-    keys, values, ids, positions = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+        parts[1] = (*before[:2], jnp.where(far, before[2], 0), *before[3:])
+    keys, values, ids, positions, *decays = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
     held = Segments(ids, positions, jnp.zeros_like(ids, bool))
+    options |= {"decay": decay, "kv_decay": decays[0]} if decays else {}
     return attention_ops.attention(q, keys, values, pattern, segments, held, **options)
 
 

@@ -147,6 +147,66 @@ def test_keys_of_a_cache(pattern, held):
     np.testing.assert_allclose(found["y"], whole[:, 120:], rtol=0, atol=TOLERANCE)
 
 
+def log_decays(length):
+    """Per query head; some forget everything, and some nothing."""
+    rng = np.random.default_rng(1)
+    steps, chance = -rng.exponential(0.2, (2, length, 4)), rng.random((2, length, 4))
+    return np.where(chance < 0.1, -80.0, np.where(chance < 0.3, 0.0, steps)).astype(np.float32)
+
+
+def within_documents(steps, segments):
+    """Sums from the start of each document."""
+    sums = np.cumsum(steps.astype(np.float64), axis=1)
+    first = np.maximum.accumulate(np.where(segments.starts, np.arange(steps.shape[1]), 0), axis=1)
+    before = np.take_along_axis(sums - steps, first[..., None], axis=1)
+    return (sums - before).astype(np.float32)
+
+
+def test_decay_is_the_formula():
+    """Logits with sums of log decays added, in float64 from the log decays themselves: what has decayed by exp(-80)
+    is not there. Sums up to 500 leave 3e-5 of a logit's bits. Fails if query and key change places."""
+    x, segments, steps = inputs(40), packed(40), log_decays(40)
+    ids = segments.ids
+    q, k, v = (x[name].astype(np.float64) for name in ("q", "k", "v"))
+    expected = np.zeros((2, 40, 4, 6))
+    for b, t, h in np.ndindex(2, 40, 4):
+        seen = [s for s in range(t + 1) if ids[b, s] == ids[b, t] > 0]
+        passed = np.array([steps[b, s + 1 : t + 1, h].astype(np.float64).sum() for s in seen])
+        weights = np.exp(k[b, seen, h // 2] @ q[b, t, h] / np.sqrt(8) + passed)
+        expected[b, t, h] = weights @ v[b, seen, h // 2] / max(weights.sum(), 1e-300)
+    decay = within_documents(steps, segments)
+    found = attend(x["q"], x["k"], x["v"], Causal(), segments, decay=decay, implementation="dense")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize("pattern", [Causal(), LOCAL], ids=str)
+def test_blockwise_decays_as_dense(pattern, soft_cap):
+    """Outputs and all gradients, those of the sums at queries and at keys apart. Fails if the gradient of a group's
+    heads is summed, or taken after the soft cap's slope."""
+    x, segments = inputs(70), packed(70)
+    x.pop("sinks")
+    cotangent = x.pop("d")
+    decay = within_documents(log_decays(70), segments)
+    x |= {"decay": decay, "kv_decay": decay}
+    options = {"pattern": pattern, "segment_ids": segments, "soft_cap": soft_cap, "block": 16}
+    found, expected = (
+        with_gradients(functools.partial(attention, implementation=name, **options), x, cotangent)
+        for name in ("blockwise", "dense")
+    )
+    assert_close(found, expected)
+    assert np.abs(expected["kv_decay"]).max() > 0.1
+
+
+@pytest.mark.parametrize(("implementation", "platform"), [("cudnn", "gpu"), ("splash", "tpu")])
+def test_kernels_refuse_decay(implementation, platform, monkeypatch):
+    """Never silently without it. Fails if a kernel's refusal does not look at it."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    x = {name: jnp.asarray(inputs(16, groups=4)[name], jnp.bfloat16) for name in ("q", "k", "v")}
+    with pytest.raises(NotImplementedError, match="decay"):
+        attention(**x, decay=jnp.zeros((2, 16, 4)), implementation=implementation)
+
+
 def test_partial_results_merge():
     """Attention over two parts of the keys, merged with the sinks: outputs and gradients of attention over all.
 

@@ -1,0 +1,106 @@
+"""The Forgetting Transformer's attention (Lin et al., 2025) as a mixer: softmax attention with forget gates."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longctx.layers.attention import attend_with_cache
+from longctx.layers.basic import Linear, RMSNorm, like_queries, undo_values
+from longctx.memory.cache import KVCache
+from longctx.ops import linear_scan
+from longctx.ops.patterns import Causal, Window
+from longctx.parallel import sequence
+from longctx.typing import Segments
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ForgettingState:
+    """Keys, values and sums of log gates of the tokens so far, and the sum over the document in progress, float32."""
+
+    cache: KVCache
+    total: Float[Array, "B H"]
+
+
+class Forgetting(nnx.Module):
+    """Causal softmax attention whose logits decay by a gate that depends on the tokens passed over (section 3).
+
+    logit_ij = q_i · k_j / √K + Σ_{j < s <= i} log f_s with f = σ(x W_f + b) per head; no other positions. Of the
+    paper's Pro block it has the norms of queries and keys, and y = RMSNorm(o) σ(x W_g) per head; not the token shift.
+    State: keys and values [B, S, G, K], sums of log gates [B, S, H] and [B, H], with S = `window` or `capacity`.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        heads: int = 4  # H
+        kv_heads: int = 4  # G, divides H
+        head_width: int = 32  # K
+        window: int = 0  # tokens a query looks back on, itself included; 0: the whole document
+        qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
+        output_gate: bool = True  # RMS norm of the output per head, and a gate on it
+
+        def problems(self):
+            if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
+                yield f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads"
+            if self.window < 0:
+                yield f"window is {self.window}; give at least 1 token, or 0 for the whole document"
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        self.options = options
+        queries, keys = options.heads * options.head_width, options.kv_heads * options.head_width
+        self.query = Linear(width, queries, ("embed", "heads"), rngs)
+        like_query = like_queries(self.query, options.kv_heads, options.head_width)
+        self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
+        self.value = Linear(width, keys, ("embed", "heads"), rngs)
+        self.forget = Linear(width, options.heads, ("embed", "heads"), rngs)
+        # The heads begin with log gates of -1/1,000 to -1/10.
+        step = jnp.geomspace(1e-3, 1e-1, options.heads)
+        self.forget_bias = nnx.Param(-jnp.log(jnp.expm1(step)), axes=("heads",))
+        self.query_norm = RMSNorm(options.head_width, ("head",), initial=1.5) if options.qk_norm else None
+        self.key_norm = RMSNorm(options.head_width, ("head",)) if options.qk_norm else None
+        self.norm = RMSNorm(options.head_width, ("head",)) if options.output_gate else None
+        self.gate = Linear(width, queries, ("embed", "heads"), rngs) if options.output_gate else None
+        back = undo_values(self.value, options.heads, options.head_width)
+        self.out = Linear(queries, width, ("heads", "embed"), rngs, initial=back)
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: ForgettingState | None = None):
+        """Returns `(y[B, T, D], ForgettingState)`."""
+        batch, length, _ = x.shape
+        options = self.options
+        q, k, v = (
+            y.reshape(batch, length, -1, options.head_width) for y in (self.query(x), self.key(x), self.value(x))
+        )
+        if options.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        log_gate = jax.nn.log_sigmoid(self.forget(x).astype(jnp.float32) + self.forget_bias[...])
+        before = None if state is None else state.total
+        # Log gates add up: nothing decays but at a document's start.
+        decay, total = sequence.recurrence(
+            linear_scan, log_gate, jnp.zeros_like(log_gate), state=before, segments=segments
+        )
+        pattern = Causal() & Window(options.window) if options.window else Causal()
+        if state is None:
+            cache = self._empty(batch, length, x.dtype).append(k, v, segments, decay)
+            y = sequence.attention(q, k, v, pattern, segments, decay)
+        else:
+            cache = state.cache.append(k, v, segments, decay)
+            y = attend_with_cache(q, k, v, pattern, segments, state.cache, cache, decay)
+        if options.output_gate:
+            y = self.norm(y) * jax.nn.sigmoid(self.gate(x)).reshape(y.shape)
+        return self.out(y.reshape(batch, length, -1)), ForgettingState(cache, total)
+
+    def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
+        options = self.options
+        width = options.head_width
+        return KVCache.empty(
+            batch, options.window or capacity, options.kv_heads, width, width, dtype, decays=options.heads
+        )
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> ForgettingState:
+        """The state before any token, with room for `capacity` tokens (a window needs no more than itself)."""
+        return ForgettingState(self._empty(batch, capacity, dtype), jnp.zeros((batch, self.options.heads), jnp.float32))
