@@ -11,6 +11,7 @@ and so is an MLP: most have no state, and return None for it.
 
 from longctx.layers.attention import Attention
 from longctx.layers.forgetting import Forgetting
+from longctx.layers.delta_net import DeltaNet
 from longctx.layers.gated_delta import GatedDelta
 from longctx.layers.gla import GLA
 from longctx.layers.lru import LRU
@@ -21,6 +22,7 @@ from longctx.layers.s5 import S5
 MIXERS: dict[str, type] = {
     "attention": Attention,
     "forgetting": Forgetting,
+    "delta_net": DeltaNet,
     "gated_delta": GatedDelta,
     "gla": GLA,
     "lru": LRU,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, ShortConv, l2_normalise, like_queries, undo_values
+from longctx.layers.basic import Linear, RMSNorm, ShortConv, delta_inputs, like_queries, slow_steps, undo_values
 from longctx.ops import gated_delta as ops
 from longctx.parallel import sequence
 from longctx.typing import Segments
@@ -28,7 +28,8 @@ class GatedDelta(nnx.Module):
     """A matrix memory written by the delta rule: what a key held is replaced by β of the new value, after decay α.
 
     q, k, v come from a projection, a short convolution and SiLU; q and k are normalised, q scaled by 1/√K;
-    β = σ(x W_β); log α = -exp(A) softplus(x W_α + b); the output is normalised per head and gated by silu(x W_g).
+    β = σ(x W_β), or twice that with `negative_eigenvalues` (Grazzi et al., 2024); log α = -exp(A) softplus(x W_α + b);
+    the output is normalised per head and gated by silu(x W_g).
     State: `[B, H, K, V]` float32 and W-1 inputs of the convolution.
     """
 
@@ -38,6 +39,7 @@ class GatedDelta(nnx.Module):
         key_width: int = 32  # K
         value_width: int = 32  # V
         conv_width: int = 4  # taps of the convolution
+        negative_eigenvalues: bool = False  # β from 0 to 2 in place of 0 to 1: a write may reverse what it meets
 
         def problems(self):
             if min(self.heads, self.key_width, self.value_width, self.conv_width) < 1:
@@ -53,10 +55,8 @@ class GatedDelta(nnx.Module):
         self.conv = ShortConv(options.conv_width, [0] * keys + [1] * keys + [0] * values, rngs)
         self.beta = Linear(width, options.heads, ("embed", "heads"), rngs)
         self.step = Linear(width, options.heads, ("embed", "heads"), rngs)
-        # The heads' memories begin with spans of 10 to 1,000 tokens.
-        step = jnp.geomspace(1e-3, 1e-1, options.heads)
         self.log_rate = nnx.Param(jnp.zeros(options.heads), axes=("heads",))
-        self.step_bias = nnx.Param(step + jnp.log(-jnp.expm1(-step)), axes=("heads",))
+        self.step_bias = nnx.Param(slow_steps(options.heads), axes=("heads",))
         self.norm = RMSNorm(options.value_width, ("head",))
         self.gate = Linear(width, values, ("embed", "heads"), rngs)
         back = undo_values(self.value, options.heads, options.value_width)
@@ -68,12 +68,8 @@ class GatedDelta(nnx.Module):
         batch, length, _ = x.shape
         parts = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
         parts, tail = self.conv(parts, segments, None if state is None else state.conv)
-        keys = options.heads * options.key_width
-        q, k, v = jnp.split(jax.nn.silu(parts), [keys, 2 * keys], axis=-1)
-        q = l2_normalise(q.reshape(batch, length, options.heads, -1)) * options.key_width**-0.5
-        k = l2_normalise(k.reshape(batch, length, options.heads, -1))
-        v = v.reshape(batch, length, options.heads, -1)
-        beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
+        q, k, v = delta_inputs(parts, options.heads, options.key_width)
+        beta = (2 if options.negative_eigenvalues else 1) * jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
         step = jax.nn.softplus(self.step(x).astype(jnp.float32) + self.step_bias[...])
         log_decay = -jnp.exp(self.log_rate[...]) * step
         y, matrix = sequence.recurrence(
