@@ -10,8 +10,8 @@ and so is an MLP: most have no state, and return None for it.
 """
 
 from longctx.layers.attention import Attention
-from longctx.layers.forgetting import Forgetting
 from longctx.layers.delta_net import DeltaNet
+from longctx.layers.forgetting import Forgetting
 from longctx.layers.gated_delta import GatedDelta
 from longctx.layers.gla import GLA
 from longctx.layers.lru import LRU
