@@ -16,6 +16,7 @@ from longctx.layers.gated_delta import GatedDelta
 from longctx.layers.gla import GLA
 from longctx.layers.lru import LRU
 from longctx.layers.mlp import SquaredReLU, SwiGLU
+from longctx.layers.retnet import RetNet
 from longctx.layers.rglru import RGLRU
 from longctx.layers.s5 import S5
 
@@ -26,6 +27,7 @@ MIXERS: dict[str, type] = {
     "gated_delta": GatedDelta,
     "gla": GLA,
     "lru": LRU,
+    "retnet": RetNet,
     "rglru": RGLRU,
     "s5": S5,
 }

@@ -1,0 +1,73 @@
+"""Multi-scale retention (RetNet; Sun et al., 2023) as a mixer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longctx.layers.basic import Linear, RMSNorm, like_queries, undo_values
+from longctx.layers.rotary import rotate
+from longctx.ops import gated_linear as ops
+from longctx.parallel import sequence
+from longctx.typing import Segments
+
+
+class RetNet(nnx.Module):
+    """Linear attention whose memory decays at a rate fixed per head, with rotary positions.
+
+    S_t = γ_h S_{t-1} + k_t v_tᵀ;  y_t = S_tᵀ q_t, with q and k turned by their positions (the rotation of xPos, whose
+    growth and decay are those of γ) and q scaled by 1/√K; the output is normalised per head and gated by silu(x W_g).
+    γ_h = 1 - 2^-e, e spread evenly from 5 to 12 over the heads: for eight heads the paper's 5, 6, …, 12.
+    State: `[B, H, K, V]` float32.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        heads: int = 4  # H
+        key_width: int = 32  # K, even
+        value_width: int = 64  # V; the paper takes 2 K
+        rope_base: float = 10_000.0  # of the rotary frequencies
+
+        def problems(self):
+            if min(self.heads, self.key_width, self.value_width) < 1 or self.key_width % 2:
+                yield f"heads and widths must be at least 1 and key_width even, given {self}"
+            if self.rope_base <= 1:
+                yield f"rope_base is {self.rope_base}; it must be above 1"
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        self.options = options
+        keys, values = options.heads * options.key_width, options.heads * options.value_width
+        self.query = Linear(width, keys, ("embed", "heads"), rngs)
+        like_query = like_queries(self.query, options.heads, options.key_width)
+        self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
+        self.value = Linear(width, values, ("embed", "heads"), rngs)
+        self.norm = RMSNorm(options.value_width, ("head",))
+        self.gate = Linear(width, values, ("embed", "heads"), rngs)
+        back = undo_values(self.value, options.heads, options.value_width)
+        self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: Float[Array, "B H K V"] | None = None):
+        """Returns `(y[B, T, D], state[B, H, K, V])`."""
+        options = self.options
+        batch, length, _ = x.shape
+
+        def heads(y):
+            return y.reshape(batch, length, options.heads, -1)
+
+        q, k = (rotate(heads(part(x)), segments.positions, options.rope_base) for part in (self.query, self.key))
+        log_decay = jnp.log1p(-(2.0 ** -jnp.linspace(5, 12, options.heads)))
+        log_decay = jnp.broadcast_to(log_decay, (batch, length, options.heads))
+        y, state = sequence.recurrence(
+            ops, q * options.key_width**-0.5, k, heads(self.value(x)), log_decay, state=state, segments=segments
+        )
+        y = self.norm(y).reshape(batch, length, -1) * jax.nn.silu(self.gate(x))
+        return self.out(y), state
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> Float[Array, "B H K V"]:
+        """The empty memory; `capacity` does not matter."""
+        options = self.options
+        return jnp.zeros((batch, options.heads, options.key_width, options.value_width), jnp.float32)
