@@ -43,6 +43,7 @@ VARIANTS = {
     ),
     "s5/bilinear": ("s5", {"discretisation": "bilinear"}),
     "forgetting/window": ("forgetting", {"window": 11, "kv_heads": 2, "qk_norm": False, "output_gate": False}),
+    "linear_attention/hedgehog": ("linear_attention", {"feature_map": "hedgehog", "normalise": False}),
 }
 LAYERS = {name: (name, {}) for name in (*MIXERS, *MLPS)} | VARIANTS
 # Layers whose state holds every token, so that what crosses devices grows with the sequence.

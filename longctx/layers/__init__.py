@@ -15,6 +15,7 @@ from longctx.layers.forgetting import Forgetting
 from longctx.layers.gated_delta import GatedDelta
 from longctx.layers.gla import GLA
 from longctx.layers.lru import LRU
+from longctx.layers.linear_attention import LinearAttention
 from longctx.layers.mlp import SquaredReLU, SwiGLU
 from longctx.layers.retnet import RetNet
 from longctx.layers.rglru import RGLRU
@@ -27,6 +28,7 @@ MIXERS: dict[str, type] = {
     "gated_delta": GatedDelta,
     "gla": GLA,
     "lru": LRU,
+    "linear_attention": LinearAttention,
     "retnet": RetNet,
     "rglru": RGLRU,
     "s5": S5,
