@@ -17,6 +17,7 @@ from longctx.layers.gla import GLA
 from longctx.layers.lru import LRU
 from longctx.layers.linear_attention import LinearAttention
 from longctx.layers.mlp import SquaredReLU, SwiGLU
+from longctx.layers.mlstm import MLSTM
 from longctx.layers.retnet import RetNet
 from longctx.layers.rglru import RGLRU
 from longctx.layers.s5 import S5
@@ -29,6 +30,7 @@ MIXERS: dict[str, type] = {
     "gla": GLA,
     "lru": LRU,
     "linear_attention": LinearAttention,
+    "mlstm": MLSTM,
     "retnet": RetNet,
     "rglru": RGLRU,
     "s5": S5,

@@ -4,6 +4,7 @@ causal_conv    y_t = sum_w kernel[-1-w] x_{t-w}                      state: the 
 linear_scan    s_t = a_t s_{t-1} + x_t                               state: a vector, real or complex
 gated_linear   S_t = Diag(a_t) S_{t-1} + k_t v_t^T                   state: a matrix, elementwise decay
 gated_delta    S_t = (I - beta_t k_t k_t^T) Diag(a_t) S_{t-1} + beta_t k_t v_t^T     state: a matrix, dense decay
+mlstm          C_t = f_t C_{t-1} + i_t k_t v_t^T, exponential i_t         state: a matrix, a vector and a scale
 feature_maps   phi of linear attention, phi(q).phi(k) in place of exp(q.k)
 attention      softmax over the keys that a pattern shows            state: all tokens, or the last W
 patterns       which keys a query may see

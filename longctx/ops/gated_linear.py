@@ -190,9 +190,9 @@ class Clock(NamedTuple):
 BEFORE = Clock(0.0, 0.0, 0)  # the clock right before the chunk
 
 
-def start_clock(log_decay, segments: Segments | None, chunk: int) -> Clock:
-    """The clock of `[B, T, H]` or `[B, T, H, K]` log decays."""
-    log_decay = jnp.maximum(log_decay.astype(jnp.float32), FLOOR)
+def start_clock(log_decay, segments: Segments | None, chunk: int, floor: float = FLOOR) -> Clock:
+    """The clock of `[B, T, H]` or `[B, T, H, K]` log decays, of which none counts as less than `floor`."""
+    log_decay = jnp.maximum(log_decay.astype(jnp.float32), floor)
     log_decay = log_decay[..., None] if log_decay.ndim == 3 else log_decay
     batch, length = log_decay.shape[:2]
     if segments is None:
@@ -208,8 +208,13 @@ def start_clock(log_decay, segments: Segments | None, chunk: int) -> Clock:
 
 def decay(now: Clock, since: Clock) -> Float[Array, ...]:
     """What is left at `now` of what was there at `since`; exactly 0 across a document start."""
+    return jnp.exp(elapsed(now, since))
+
+
+def elapsed(now: Clock, since: Clock) -> Float[Array, ...]:
+    """The log of `decay`: -inf across a document start."""
     log = (now.whole - since.whole) + (now.rest - since.rest)
-    return jnp.exp(jnp.where(now.run == since.run, log, -jnp.inf))
+    return jnp.where(now.run == since.run, log, -jnp.inf)
 
 
 def scores(x: Float[Array, "n B H C K"], k: Float[Array, "n B H C K"], clock: Clock) -> Float[Array, "n B H C C"]:
