@@ -57,8 +57,8 @@ def get_config():
     blocks = {"only": {"mixer": mixer, "mlp": {"kind": "relu2"}}}
     return ConfigDict({
         "model": {"width": 16, "pattern": ("only",), "blocks": blocks},
-        "training": {"stages": ((3, 4, 16), (2, 4, 32))},
-        "data": {"kind": "induction_heads", "lengths": (16, 40)},
+        "training": {"stages": ((3, 4, 16),)},
+        "data": {"kind": "induction_heads", "lengths": (40,)},
         "mesh": {"data": 1},
         "evaluation": {"samples": 2},
     })
