@@ -138,7 +138,8 @@ def report(cells: Cells, arguments) -> str:
         f"experiments/ says. Rate: the best of {rates} on validation rows with the first seed; * marks one at the "
         "edge of the sweep, where a wider one may find a better. Bold: the trained length. State: of all layers, for "
         "one row of the trained length, in bytes; + where it grows with the row. s: seconds of training. These are "
-        "small trainings on a CPU: a low number says that the layer did not learn the task in so many steps, not that it cannot.",
+        "small trainings on a CPU: a low number says that the layer did not learn the task in so many steps, not that "
+        "it cannot.",
     ]
     devices: set[str] = set()
     for task in arguments.tasks:
