@@ -16,11 +16,15 @@ from longctx.layers.gated_delta import GatedDelta
 from longctx.layers.gla import GLA
 from longctx.layers.lru import LRU
 from longctx.layers.linear_attention import LinearAttention
+from longctx.layers.inplace_ttt import InPlaceTTT
+from longctx.layers.lact import LaCT
 from longctx.layers.mlp import SquaredReLU, SwiGLU
 from longctx.layers.mlstm import MLSTM
 from longctx.layers.retnet import RetNet
 from longctx.layers.rglru import RGLRU
 from longctx.layers.s5 import S5
+from longctx.layers.titans import Titans
+from longctx.layers.ttt_linear import TTTLinear
 
 MIXERS: dict[str, type] = {
     "attention": Attention,
@@ -34,9 +38,14 @@ MIXERS: dict[str, type] = {
     "retnet": RetNet,
     "rglru": RGLRU,
     "s5": S5,
+    "lact": LaCT,
+    "rglru": RGLRU,
+    "titans": Titans,
+    "ttt_linear": TTTLinear,
 }
 
 MLPS: dict[str, type] = {
+    "inplace_ttt": InPlaceTTT,
     "relu2": SquaredReLU,
     "swiglu": SwiGLU,
 }

@@ -48,7 +48,7 @@ def recurrence(op: types.ModuleType, *inputs, parameters: tuple = (), state=None
       parameters: further inputs without batch or time, which come after `inputs`.
       state: before the span; None is the empty state.
       segments: the documents of the span; None is one document, which continues that of the state.
-      static: options of `op.chunked`, such as `chunk`.
+      static: options of `op.chunked`; all but `chunk` are part of the model, and `op.recurrent` has them too.
 
     Returns:
       `(y, state)`: the outputs `[B, T, ...]` and the state after the span.
@@ -185,7 +185,8 @@ def _scan(op, inputs, parameters, state, segments: Segments | None, static):
     """The op on the span, or on each shard from the state that the shards before it leave."""
     batch, length = inputs[0].shape[:2]
     if length == 1:
-        return op.recurrent(*inputs, *parameters, state=state, segment_ids=segments)
+        model = {name: value for name, value in static.items() if name != "chunk"}
+        return op.recurrent(*inputs, *parameters, state=state, segment_ids=segments, **model)
     if not _splits(length):
         return op.chunked(*inputs, *parameters, state=state, segment_ids=segments, **static)
     if state is None:

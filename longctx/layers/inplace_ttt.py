@@ -1,0 +1,81 @@
+"""In-Place TTT (ICLR 2026) as an MLP: a gated MLP that goes on learning its last matrix from the document."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longctx.layers.mlp import SwiGLU
+from longctx.ops import inplace_ttt as ops
+from longctx.parallel import sequence
+from longctx.typing import Segments
+
+
+class InPlaceTTT(nnx.Module):
+    """A SwiGLU whose W_down is the starting point of weights that the document writes, C tokens at a time.
+
+    z = silu(x W_gate) ⊙ (x W_up);  y = z (W_down + ΔW_i) for the tokens of mini-batch i of the document, ΔW_0 = 0;
+    ΔW_{i+1} = decay ΔW_i + clip(η zᵀ v) over mini-batch i, with targets v = conv(x) W_target from within it.
+    The convolution begins as zeros, so that the layer begins as the SwiGLU it continues, to the bit.
+    State: ΔW and the sum of the mini-batch in progress, `[B, F, D]` each, and (W-1)/2 tokens of z and of targets.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        hidden: int = 128  # F
+        minibatch: int = 16  # C, tokens per update; the paper finds 512 to 1,024 best for models of billions
+        conv_width: int = 5  # taps of the targets' convolution, centred: odd
+        rate: float = 0.3  # η
+        clip: float = 0.0  # largest Frobenius norm of an update, 0: any; the paper uses 1e-5 on long inputs
+        decay: float = 1.0  # what an update leaves of ΔW
+
+        def problems(self):
+            if min(self.hidden, self.minibatch, self.conv_width) < 1 or self.conv_width % 2 == 0:
+                yield f"hidden, minibatch and conv_width must be at least 1, and conv_width odd, given {self}"
+            if min(self.rate, self.clip) < 0 or not 0 <= self.decay <= 1:
+                yield f"rate and clip must not be negative, and decay must be from 0 to 1, given {self}"
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        self.options = options
+        mlp = SwiGLU(width, SwiGLU.Config(options.hidden), rngs)
+        self.gate, self.up, self.down = mlp.gate, mlp.up, mlp.down
+        self.taps = nnx.Param(jnp.zeros((options.conv_width, width), jnp.float32), axes=("taps", "embed"))
+        diagonal = 0.02 * jax.random.normal(rngs.params(), (width,), jnp.float32)
+        self.target = nnx.Param(jnp.diag(diagonal), axes=("embed", "width"))
+
+    @classmethod
+    def from_swiglu(cls, mlp: SwiGLU, options: Config, rngs: nnx.Rngs) -> InPlaceTTT:
+        """The layer that computes what `mlp` does until its convolution is trained; parameters are copied.
+
+        Raises:
+          ValueError: `options.hidden` is not the hidden width of `mlp`.
+        """
+        width, hidden = mlp.gate.weight.shape
+        if options.hidden != hidden:
+            raise ValueError(f"hidden is {options.hidden} and that of the MLP is {hidden}; give {hidden}.")
+        layer = cls(width, options, rngs)
+        for name in ("gate", "up", "down"):
+            getattr(layer, name).weight[...] = jnp.array(getattr(mlp, name).weight[...], copy=True)
+        return layer
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: ops.State | None = None):
+        """Returns `(y[B, T, D], State)`."""
+        options = self.options
+        z = jax.nn.silu(self.gate(x)) * self.up(x)
+        static = {name: getattr(options, name) for name in ("minibatch", "rate", "clip", "decay")}
+        y, state = sequence.recurrence(
+            ops, z, x, parameters=(self.taps[...], self.target[...]), state=state, segments=segments, **static
+        )
+        return self.down(z) + y, state
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> ops.State:
+        """Nothing written; `capacity` does not matter."""
+        options, width = self.options, self.taps.shape[1]
+        weights = jnp.zeros((batch, options.hidden, width), jnp.float32)
+        keys = jnp.zeros((batch, options.conv_width // 2, options.hidden), jnp.float32)
+        shares = jnp.zeros((batch, options.conv_width // 2, options.conv_width, width), jnp.float32)
+        return ops.State(weights, weights, keys, shares)

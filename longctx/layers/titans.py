@@ -1,0 +1,121 @@
+"""Titans (Behrouz et al., 2025) as a mixer: a neural memory, alone, before sliding-window attention, or gating it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longctx.layers.attention import Attention, AttentionState
+from longctx.layers.basic import Linear, RMSNorm, ShortConv, l2_normalise, like_queries, undo_values
+from longctx.ops import titans as ops
+from longctx.parallel import sequence
+from longctx.typing import Segments
+
+_AXES = ("heads", "head", None)  # of a matrix per head
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TitansState:
+    """The memory's weights and surprise, float32, the convolution's last inputs, and the window (None without one)."""
+
+    memory: ops.State
+    conv: Float[Array, "B W-1 C"]
+    window: AttentionState | None
+
+
+class Titans(nnx.Module):
+    """An MLP per head that learns the document token by token, with momentum η, forgetting α and rate θ per token.
+
+    m_t = M_t(q_t), S_t = η_t S_{t-1} - θ_t ∇|M(k_t) - v_t|², M_t = (1 - α_t) M_{t-1} + S_t, the gradient at the weights
+    that the mini-batch started from. q, k, v come from a projection, a short convolution and SiLU; q and k are
+    normalised. With m normalised per head, gated by silu(x W_g) and projected, and attention to a window,
+
+        mode "layer" (memory as a layer): y = attention(m), or m itself without a window
+        mode "gate" (memory as a gate):   y = attention(x) ⊙ σ(m)
+
+    State: for each layer of the memory the weights, those at the mini-batch's start, and the surprise, `[B, H, ...]`
+    float32; W-1 inputs of the convolution; and the `KVCache` of the window.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        heads: int = 2  # H
+        head_width: int = 16  # K, of keys and values
+        depth: int = 2  # layers of the memory: 1 or 2
+        hidden: int = 16  # width between the two layers
+        minibatch: int = 16  # C, tokens whose gradients are taken at the same weights
+        rate: float = 0.1  # largest θ
+        conv_width: int = 4  # taps of the convolution
+        mode: str = "layer"  # "layer" or "gate"
+        window: int = 16  # tokens that attention looks back on; 0: no attention
+
+        def problems(self):
+            if min(self.heads, self.head_width, self.hidden, self.minibatch, self.conv_width) < 1:
+                yield f"heads, head_width, hidden, minibatch and conv_width must be at least 1, given {self}"
+            if self.depth not in (1, 2):
+                yield f"depth is {self.depth}; give 1 or 2"
+            if min(self.rate, self.window) < 0:
+                yield f"rate and window must not be negative, given {self}"
+            if self.mode not in ("layer", "gate") or (self.mode == "gate" and not self.window):
+                yield f"mode is '{self.mode}'; give 'layer', or 'gate' with a window"
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        self.options = options
+        heads, size = options.heads, options.head_width
+        channels = heads * size
+        self.query = Linear(width, channels, ("embed", "heads"), rngs)
+        self.key = Linear(width, channels, ("embed", "heads"), rngs, initial=like_queries(self.query, heads, size))
+        self.value = Linear(width, channels, ("embed", "heads"), rngs)
+        self.conv = ShortConv(options.conv_width, [0] * channels + [1] * channels + [0] * channels, rngs)
+        self.forget = Linear(width, heads, ("embed", "heads"), rngs)
+        self.momentum = Linear(width, heads, ("embed", "heads"), rngs, bias=0.0)
+        self.rate = Linear(width, heads, ("embed", "heads"), rngs, bias=0.0)
+        # The heads begin by forgetting over spans of 10 to 1,000 tokens.
+        forget = jnp.geomspace(1e-3, 1e-1, heads)
+        self.forget_bias = nnx.Param(jnp.log(forget) - jnp.log1p(-forget), axes=("heads",))
+        shapes = [(size, size)] if options.depth == 1 else [(size, options.hidden), (options.hidden, size)]
+        normal = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=(0,))
+        first, *second = (nnx.Param(normal(rngs.params(), (heads, *s), jnp.float32), axes=_AXES) for s in shapes)
+        self.memory_in, self.memory_out = first, second[0] if second else None
+        self.norm = RMSNorm(size, ("head",))
+        self.gate = Linear(width, channels, ("embed", "heads"), rngs)
+        self.out = Linear(channels, width, ("heads", "embed"), rngs, initial=undo_values(self.value, heads, size))
+        window = Attention.Config(heads=heads, kv_heads=heads, head_width=size, window=options.window)
+        self.window = Attention(width, window, rngs) if options.window else None
+
+    @property
+    def _initial(self) -> ops.Weights:
+        return tuple(w[...] for w in (self.memory_in, self.memory_out) if w is not None)
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: TitansState | None = None):
+        """Returns `(y[B, T, D], TitansState)`."""
+        options = self.options
+        batch, length, _ = x.shape
+        parts = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
+        parts, tail = self.conv(parts, segments, None if state is None else state.conv)
+        q, k, v = jnp.split(jax.nn.silu(parts).reshape(batch, length, 3 * options.heads, -1), 3, axis=2)
+        log_keep = jax.nn.log_sigmoid(-(self.forget(x).astype(jnp.float32) + self.forget_bias[...]))
+        log_momentum = jax.nn.log_sigmoid(self.momentum(x).astype(jnp.float32))
+        rate = options.rate * jax.nn.sigmoid(self.rate(x).astype(jnp.float32))
+        y, memory = sequence.recurrence(
+            ops, l2_normalise(q), l2_normalise(k), v, rate, log_keep, log_momentum, parameters=(self._initial,),
+            state=None if state is None else state.memory, segments=segments, minibatch=options.minibatch,
+        )  # fmt: skip
+        y = self.out(self.norm(y).reshape(batch, length, -1) * jax.nn.silu(self.gate(x)))
+        window = None
+        if self.window is not None:
+            seen = y if options.mode == "layer" else x
+            near, window = self.window(seen, segments, None if state is None else state.window)
+            y = near if options.mode == "layer" else near * jax.nn.sigmoid(y)
+        return y, TitansState(memory, tail, window)
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> TitansState:
+        """Nothing learned, and an empty window; `capacity` does not matter."""
+        zeros = tuple(jnp.zeros((batch, *w.shape), jnp.float32) for w in self._initial)
+        window = None if self.window is None else self.window.init_state(batch, capacity, dtype)
+        return TitansState(ops.State(zeros, zeros, zeros), self.conv.init_state(batch), window)
