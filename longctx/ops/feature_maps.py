@@ -2,9 +2,9 @@
 
 elu        φ(x) = elu(x) + 1                                       Katharopoulos et al., 2020, equation 7
 relu2      φ(x) = relu(x)²                                         the activation of So et al., "Primer", 2021
-taylor     φ(q)·φ(k) = 1 + s + s²/2,  s = q·k/√K                   Arora et al., "Based", 2024, section 3
+taylor     φ(q)·φ(k) = 1 + s + s²/2,  s = q·k/√K                   Arora et al., "Based", 2024
 performer  φ_i(x) = exp(w_i·x' - |x'|²/2) / √F,  x' = x / K^¼      Choromanski et al., 2021, lemma 1
-hedgehog   φ(x) = softmax([W x, -W x]), W learned                  Zhang et al., "The Hedgehog", 2024, section 4
+hedgehog   φ(x) = softmax([W x, -W x]), W learned                  Zhang et al., "The Hedgehog", 2024
 
 All take `[B, T, H, K]` in any dtype and give `[B, T, H, F]` in float32, no entry of which is negative but for taylor's;
 taylor's kernel is at least 1/2.

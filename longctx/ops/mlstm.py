@@ -24,7 +24,7 @@ Chunk form. With b_i = sum of log_forget up to token i of the chunk, and (C, n, 
 Transition of a span: (f, s), what it leaves of log decay and the state s it makes of the empty one. Two states on one
 memory add after both are divided by the larger scale: s' = s + f (state before), f' = f_1 + f_2.
 
-Reference: Beck et al., "xLSTM: Extended Long Short-Term Memory", 2024, equations 19 to 27 and appendix A.3.
+Reference: Beck et al., "xLSTM: Extended Long Short-Term Memory", 2024, section 2.3 and appendix A.3.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def example():
 
 
 def define(q, k, v, log_input, log_forget):
-    """y, C and n of the paper, equations 19 to 27, in float64; exp(80) is small there."""
+    """y, C and n of the paper, section 2.3, in float64; exp(80) is small there."""
     matrix, normaliser, outputs = np.zeros((B, H, K, V)), np.zeros((B, H, K)), []
     for t in range(q.shape[1]):
         forget, write = np.exp(log_forget[:, t])[..., None], np.exp(log_input[:, t])[..., None]
