@@ -18,6 +18,7 @@ from longctx.layers.lru import LRU
 from longctx.layers.linear_attention import LinearAttention
 from longctx.layers.inplace_ttt import InPlaceTTT
 from longctx.layers.lact import LaCT
+from longctx.layers.mamba import Mamba
 from longctx.layers.mlp import SquaredReLU, SwiGLU
 from longctx.layers.mlstm import MLSTM
 from longctx.layers.retnet import RetNet
@@ -25,6 +26,7 @@ from longctx.layers.rglru import RGLRU
 from longctx.layers.s5 import S5
 from longctx.layers.titans import Titans
 from longctx.layers.ttt_linear import TTTLinear
+from longctx.layers.slstm import SLSTM
 
 MIXERS: dict[str, type] = {
     "attention": Attention,
@@ -42,6 +44,10 @@ MIXERS: dict[str, type] = {
     "rglru": RGLRU,
     "titans": Titans,
     "ttt_linear": TTTLinear,
+    "mamba": Mamba,
+    "rglru": RGLRU,
+    "s5": S5,
+    "slstm": SLSTM,
 }
 
 MLPS: dict[str, type] = {

@@ -2,14 +2,17 @@
 
 causal_conv    y_t = sum_w kernel[-1-w] x_{t-w}                      state: the last W-1 tokens
 linear_scan    s_t = a_t s_{t-1} + x_t                               state: a vector, real or complex
+selective_scan h_t = exp(delta_t A) h_{t-1} + delta_t x_t b_t^T      state: N numbers per channel
 gated_linear   S_t = Diag(a_t) S_{t-1} + k_t v_t^T                   state: a matrix, elementwise decay
 gated_delta    S_t = (I - beta_t k_t k_t^T) Diag(a_t) S_{t-1} + beta_t k_t v_t^T     state: a matrix, dense decay
 mlstm          C_t = f_t C_{t-1} + i_t k_t v_t^T, exponential i_t         state: a matrix, a vector and a scale
 feature_maps   phi of linear attention, phi(q).phi(k) in place of exp(q.k)
+slstm          c_t = f_t c_{t-1} + i_t z_t, gates of h_{t-1} too     state: four vectors, which do not compose
 attention      softmax over the keys that a pattern shows            state: all tokens, or the last W
 patterns       which keys a query may see
 cross_entropy  the loss of a row, its logits never held whole
 
 Each recurrent family is a module of five functions. `recurrent` is the definition, `chunked` the fast form of it;
 `transition` is what a whole span does to any state, `compose` two such one after the other, `apply` one on a state.
+`slstm`, whose states do not compose, has the first two only.
 """

@@ -10,8 +10,9 @@ Chunk form. Within a chunk the state is affine in the state s before it:
 
     s_t = A_t s + b_t,    A_t = a_t A_{t-1},    b_t = a_t b_{t-1} + x_t,    A_0 = 1,    b_0 = 0
 
-so that all chunks step through their C tokens together, and then a scan over the T / C chunks carries the state:
-C + T / C steps in sequence instead of T. Products of decays are only ever multiplied up, never divided.
+so that all chunks step through their C tokens together to (A_C, b_C); a scan over the T / C chunks carries the state;
+and all chunks step through their tokens again, from the state before them: 2 C + T / C steps in sequence instead of T.
+Products of decays are only ever multiplied up, never divided. A long row is cut into spans, which take turns.
 
 Transition of a span: (a, b), s -> a s + b, with (a_2, b_2) after (a_1, b_1) being (a_2 a_1, a_2 b_1 + b_2).
 
@@ -21,6 +22,7 @@ al., "Griffin", 2024, equation 4.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -28,6 +30,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int
 
 from longctx.typing import Segments
+
+NUMBERS = 2**18  # in the states of a span's tokens: about what a CPU's cache holds
 
 
 class Transition(NamedTuple):
@@ -79,15 +83,23 @@ def chunked(
     segment_ids: Int[Array, "B T"] | Segments | None = None,
     chunk: int = 64,
 ) -> tuple[Inexact[Array, "B T N"], Inexact[Array, "B N"]]:
-    """The same as `recurrent`, in C + T / C steps; `chunk` is C."""
-    decays, states = _within(x, log_decay, segment_ids, chunk)
-    s = jnp.zeros_like(states[0, 0]) if state is None else state.astype(states.dtype)
-    s, before = jax.lax.scan(lambda s, last: (last[0] * s + last[1], s), s, (decays[-1], states[-1]))
-    y = decays * before + states
-    y = jnp.transpose(y, (2, 1, 0, 3)).reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]]
+    """The same as `recurrent`, chunks side by side; `chunk` is C."""
+    dtype = x.dtype
+    x, log_decay = _masked(x, log_decay, segment_ids)
+    s = jnp.zeros_like(x[:, 0]) if state is None else state.astype(x.dtype)
+    leaves = cut((x, log_decay), chunk, NUMBERS // (chunk * s.size))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def span(s, leaves):
+        leaves = (leaves[0], jnp.exp(leaves[1]))
+        s, before = jax.lax.scan(lambda s, chunk: (apply(chunk, s), s), s, _ends(*leaves))
+        return s, jax.lax.scan(lambda s, token: (token[1] * s + token[0],) * 2, before, leaves)[1]
+
+    s, y = jax.lax.scan(span, s, leaves)
+    y = join(y, x.shape[1])
     if segment_ids is not None:
         y = jnp.where(Segments.of(segment_ids, *x.shape[:2]).valid[..., None], y, 0)
-    return y.astype(x.dtype), s
+    return y.astype(dtype), s
 
 
 def transition(
@@ -97,10 +109,15 @@ def transition(
     chunk: int = 64,
 ) -> Transition:
     """What the span does to any state."""
-    decays, states = _within(x, log_decay, segment_ids, chunk)
-    nothing = Transition(jnp.ones_like(decays[0, 0]), jnp.zeros_like(states[0, 0]))
-    chunks = Transition(decays[-1], states[-1])
-    return jax.lax.scan(lambda before, chunk: (compose(before, Transition(*chunk)), None), nothing, chunks)[0]
+    x, log_decay = _masked(x, log_decay, segment_ids)
+    nothing = Transition(jnp.ones_like(log_decay[:, 0]), jnp.zeros_like(x[:, 0]))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def span(before, leaves):
+        ends = _ends(leaves[0], jnp.exp(leaves[1]))
+        return jax.lax.scan(lambda before, chunk: (compose(before, chunk), None), before, ends)
+
+    return jax.lax.scan(span, nothing, cut((x, log_decay), chunk, NUMBERS // (chunk * nothing.state.size)))[0]
 
 
 def compose(first: Transition, then: Transition) -> Transition:
@@ -113,28 +130,47 @@ def apply(transition: Transition, state: Inexact[Array, "B N"]) -> Inexact[Array
     return transition.decay * state + transition.state
 
 
-def _within(x, log_decay, segment_ids, chunk):
-    """A_t and b_t of every token, [C, n, B, N]: all chunks step together, from their first token to their last."""
+def cut(leaves, chunk: int, most: int):
+    """`[B, T, ...]` as spans of chunks, `[spans, C, n, B, ...]`: a scan over C steps through n chunks side by side.
+
+    n is at most `most`, and at least 1. The last span is filled up with zeros.
+    """
+    length = leaves[0].shape[1]
+    chunk = min(chunk, length)
+    chunks = -(-length // chunk)
+    spans = -(-chunks // max(1, most))
+    size = -(-chunks // spans)
+
+    def one(leaf):
+        leaf = jnp.pad(leaf, ((0, 0), (0, spans * size * chunk - length)) + ((0, 0),) * (leaf.ndim - 2))
+        return jnp.moveaxis(leaf.reshape(leaf.shape[0], spans, size, chunk, *leaf.shape[2:]), (1, 3, 2), (0, 1, 2))
+
+    return jax.tree.map(one, leaves)
+
+
+def join(y: Inexact[Array, "spans C n B ..."], length: int) -> Inexact[Array, "B T ..."]:
+    """The inverse of `cut` for outputs."""
+    y = jnp.moveaxis(y, (0, 1, 2), (1, 3, 2))
+    return y.reshape(y.shape[0], -1, *y.shape[4:])[:, :length]
+
+
+def _masked(x, log_decay, segment_ids):
+    """What is added and the log decays, so that documents and padding need no more care."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    decay = jnp.exp(log_decay.astype(jnp.promote_types(log_decay.dtype, jnp.float32)))
-    decay = jnp.broadcast_to(decay, x.shape)
+    log_decay = log_decay.astype(jnp.promote_types(log_decay.dtype, jnp.float32))
+    log_decay = jnp.broadcast_to(log_decay, x.shape)
     if segment_ids is not None:
         segments = Segments.of(segment_ids, *x.shape[:2])
         starts, valid = segments.starts[..., None], segments.valid[..., None]
         x = jnp.where(valid, x, 0)
-        decay = jnp.where(valid, jnp.where(starts, 0, decay), 1)
-    batch, length, width = x.shape
-    chunk = min(chunk, length)
-    end = ((0, 0), (0, -length % chunk), (0, 0))
+        log_decay = jnp.where(valid, jnp.where(starts, -jnp.inf, log_decay), 0)
+    return x, log_decay
 
-    def split(leaf, filler):
-        leaf = jnp.pad(leaf, end, constant_values=filler).reshape(batch, -1, chunk, width)
-        return jnp.transpose(leaf, (2, 1, 0, 3))
+
+def _ends(x, decay):
+    """What each chunk of a span does to a state: all chunks step together, from their first token to their last."""
 
     def step(before, token):
-        decay, x = token
-        after = (decay * before[0], decay * before[1] + x)
-        return after, after
+        return Transition(token[1] * before.decay, token[1] * before.state + token[0]), None
 
-    x, decay = split(x, 0), split(decay, 1)
-    return jax.lax.scan(step, (jnp.ones_like(x[0]), jnp.zeros_like(x[0])), (decay, x))[1]
+    return jax.lax.scan(step, Transition(jnp.ones_like(decay[0]), jnp.zeros_like(x[0])), (x, decay))[0]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops import causal_conv, gated_delta, gated_linear, linear_scan
+from longctx.ops import causal_conv, gated_delta, gated_linear, linear_scan, selective_scan
 
 B, H, K, V, N, W = 4, 2, 8, 4, 6, 4
 
@@ -19,11 +19,13 @@ FAMILIES = (
     "causal_conv",
     "linear_scan",
     "linear_scan_complex",
+    "selective_scan",
     "gated_linear",
     "gated_linear_channel",
     "gated_delta",
     "gated_delta_channel",
 )
+PARAMETERS = {causal_conv: 1, selective_scan: 1}  # the last inputs, which have no tokens
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -53,6 +55,10 @@ def example(family, length):
         decay.imag = rng.normal(size=decay.shape)
         state = jnp.asarray(rng.normal(size=(B, N, 2)) @ (1, 1j), jnp.complex64)
         return linear_scan, (jnp.asarray(x, jnp.complex64), jnp.asarray(decay, jnp.complex64)), state
+    elif family == "selective_scan":
+        steps = np.minimum(-log_decays(rng, length, (N,)), 1e3)
+        x, b, c = (rng.normal(size=(B, length, width)) for width in (N, K, K))
+        op, inputs, state = selective_scan, (x, steps, b, c, -np.exp(rng.normal(size=(N, K)))), (B, N, K)
     else:
         op = gated_delta if family.startswith("gated_delta") else gated_linear
         beta = (rng.random((B, length, H)),) if op is gated_delta else ()
@@ -64,9 +70,9 @@ def example(family, length):
 
 
 def cut(op, inputs, start, stop):
-    """The inputs of some tokens; the kernel of a convolution has no tokens."""
-    tokens = inputs[:1] if op is causal_conv else inputs
-    return (*(x[:, start:stop] for x in tokens), *inputs[len(tokens) :])
+    """The inputs of some tokens, and the parameters."""
+    tokens = len(inputs) - PARAMETERS.get(op, 0)
+    return (*(x[:, start:stop] for x in inputs[:tokens]), *inputs[tokens:])
 
 
 def packed(length):
@@ -184,16 +190,16 @@ def test_nothing_leaks(family):
         y, back = jax.vjp(lambda inputs, state: op.chunked(*inputs, state=state, segment_ids=ids)[0], inputs, state)
         return back(jnp.broadcast_to(weight.reshape(1, -1, *(1,) * (y.ndim - 2)), y.shape).astype(y.dtype))
 
-    first = jnp.arange(100) < 40
+    first, tokens = jnp.arange(100) < 40, len(inputs) - PARAMETERS.get(op, 0)
     later, _ = pull(inputs, state, first.astype(jnp.float32))
     earlier, from_state = pull(inputs, state, 1.0 - first)
-    for gradient in cut(op, later, 40, 100)[: 1 if op is causal_conv else None]:
+    for gradient in cut(op, later, 40, 100)[:tokens]:
         assert not np.any(np.asarray(gradient))
-    for gradient in (*cut(op, earlier, 0, 40)[: 1 if op is causal_conv else None], from_state):
+    for gradient in (*cut(op, earlier, 0, 40)[:tokens], from_state):
         assert not np.any(np.asarray(gradient))
 
 
-@pytest.mark.parametrize("family", ["causal_conv", "linear_scan", "gated_linear", "gated_delta"])
+@pytest.mark.parametrize("family", ["causal_conv", "linear_scan", "selective_scan", "gated_linear", "gated_delta"])
 def test_bfloat16(family):
     """The sums are in float32: only the output is rounded, to 2^-8. Fails when the state is kept in bfloat16."""
     op, inputs, state = example(family, 70)

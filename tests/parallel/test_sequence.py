@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from longctx import config
-from longctx.ops import gated_delta, gated_linear, linear_scan
+from longctx.ops import gated_delta, gated_linear, linear_scan, slstm
 from longctx.ops.patterns import Causal, Global, Window
 from longctx.parallel import mesh, rules, sequence
 from longctx.typing import Segments
@@ -36,6 +36,11 @@ def recurrent(op):
     return lambda segments, state, *inputs: sequence.recurrence(op, *inputs, state=state, segments=segments, chunk=16)
 
 
+def in_turn(segments, x, wx, r):
+    state = slstm.State(x, 1 + x**2, jnp.tanh(x), x)
+    return sequence.recurrence(slstm, wx, parameters=(r,), state=state, segments=segments, chunk=16)
+
+
 def attending(pattern, **options):
     return lambda segments, sinks, q, k, v: sequence.attention(q, k, v, pattern, segments, sinks=sinks, **options)
 
@@ -51,6 +56,7 @@ OPS = {
     "linear_scan": (recurrent(linear_scan), [("batch", "mlp")] + [("batch", "time", "mlp")] * 2),
     "gated_linear": (recurrent(gated_linear), [MATRIX, HEAD, HEAD, HEAD, HEAD[:3]]),
     "gated_delta": (recurrent(gated_delta), [MATRIX, HEAD, HEAD, HEAD, HEAD[:3], HEAD[:3]]),
+    "slstm": (in_turn, [MATRIX[:3], (*HEAD[:2], "gates", *HEAD[2:]), ("gates", *MATRIX[1:])]),
     "convolution": (convolving, [("batch", "before", "mlp"), ("batch", "time", "mlp"), ("taps", "mlp")]),
     "window": (attending(Causal() & Window(11)), [("heads",)] + [HEAD] * 3),
     "global": (attending(Causal() & (Window(11) | Global(3)), implementation="blockwise"), [("heads",)] + [HEAD] * 3),
@@ -60,14 +66,14 @@ BOUNDED = [name for name in OPS if name != "full"]
 
 
 def arguments(name, length=LENGTH):
-    sizes = {"batch": BATCH, "time": length, "heads": HEADS, "head": KEYS, "mlp": WIDTH, "taps": TAPS}
+    sizes = {"batch": BATCH, "time": length, "heads": HEADS, "head": KEYS, "mlp": WIDTH, "taps": TAPS, "gates": 4}
     sizes["before"] = TAPS - 1
     axes = OPS[name][1]
     keys = jax.random.split(jax.random.key(0), len(axes))
     arrays = [jax.random.normal(key, [sizes[axis] for axis in each]) for key, each in zip(keys, axes, strict=True)]
     if axes[0] == ("heads",):  # grouped keys and values
         arrays[2:] = [x[:, :, :GROUPS] for x in arrays[2:]]
-    elif name != "convolution":
+    elif name not in ("slstm", "convolution"):
         arrays[-1] = -jnp.abs(arrays[-1])  # log decays
     if name == "gated_delta":
         arrays[2] /= jnp.linalg.norm(arrays[2], axis=-1, keepdims=True)

@@ -1,0 +1,85 @@
+"""Mamba (Gu and Dao, 2023) as a mixer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longctx.layers.basic import Linear, ShortConv
+from longctx.ops import selective_scan as ops
+from longctx.parallel import sequence
+from longctx.typing import Segments
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MambaState:
+    """The recurrent state, float32, and the last inputs of the convolution."""
+
+    hidden: Float[Array, "B I N"]
+    conv: Float[Array, "B W-1 I"]
+
+
+class Mamba(nnx.Module):
+    """A state-space model per channel, whose step, input and output projections depend on the token.
+
+    u = silu(conv(x W_in) + b_conv);  (r, B, C) = u W_x;  Δ = softplus(r W_Δ + b_Δ);  A = -exp(A_log);
+    h_t = exp(Δ A) ⊙ h_{t-1} + (Δ ⊙ u) B^T;  y = (h C + d ⊙ u) ⊙ silu(x W_z) W_out. State: `[B, I, N]` float32, and
+    W-1 inputs of the convolution.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        inner: int = 64  # I, channels; twice the width of the model in the paper
+        state: int = 16  # N, numbers per channel
+        step_rank: int = 4  # of the projection to the steps; a sixteenth of the width of the model in the paper
+        conv_width: int = 4  # taps of the convolution
+
+        def problems(self):
+            if min(self.inner, self.state, self.step_rank, self.conv_width) < 1:
+                yield f"inner, state, step_rank and conv_width must be at least 1, given {self}"
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        self.options = options
+        inner, rank = options.inner, options.step_rank
+        self.input = Linear(width, inner, ("embed", "heads"), rngs)
+        self.gate = Linear(width, inner, ("embed", "heads"), rngs)
+        self.conv = ShortConv(options.conv_width, [0] * inner, rngs)
+        self.conv_bias = nnx.Param(jnp.zeros(inner, jnp.float32), axes=("heads",))
+        self.select = Linear(inner, rank + 2 * options.state, ("heads", "rank"), rngs)
+        uniform = jax.random.uniform(rngs.params(), (rank, inner), minval=-1, maxval=1)
+        self.step = Linear(rank, inner, ("rank", "heads"), rngs, initial=uniform * rank**-0.5)
+        # Steps begin between 1e-3 and 1e-1, uniform in their logarithm: the inverse of softplus.
+        low, high = jnp.log(1e-3), jnp.log(1e-1)
+        step = jnp.exp(jax.random.uniform(rngs.params(), (inner,), minval=low, maxval=high))
+        self.step_bias = nnx.Param(step + jnp.log(-jnp.expm1(-step)), axes=("heads",))
+        rates = jnp.broadcast_to(jnp.arange(1.0, options.state + 1), (inner, options.state))
+        self.log_rate = nnx.Param(jnp.log(rates), axes=("heads", "head"))
+        self.skip = nnx.Param(jnp.ones(inner, jnp.float32), axes=("heads",))
+        self.out = Linear(inner, width, ("heads", "embed"), rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: MambaState | None = None):
+        """Returns `(y[B, T, D], MambaState)`."""
+        options = self.options
+        u, tail = self.conv(self.input(x), segments, None if state is None else state.conv)
+        u = jax.nn.silu(u + self.conv_bias[...].astype(x.dtype))
+        rank, b, c = jnp.split(self.select(u), [options.step_rank, options.step_rank + options.state], axis=-1)
+        delta = jax.nn.softplus(self.step(rank).astype(jnp.float32) + self.step_bias[...])
+        y, hidden = sequence.recurrence(
+            ops,
+            *(u, delta, b, c),
+            parameters=(-jnp.exp(self.log_rate[...]),),
+            state=None if state is None else state.hidden,
+            segments=segments,
+        )
+        y = (y + self.skip[...].astype(x.dtype) * u) * jax.nn.silu(self.gate(x))
+        return self.out(y), MambaState(hidden, tail)
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> MambaState:
+        """The state before any token; `capacity` does not matter."""
+        hidden = jnp.zeros((batch, self.options.inner, self.options.state), jnp.float32)
+        return MambaState(hidden, self.conv.init_state(batch))

@@ -1,0 +1,82 @@
+"""sLSTM of xLSTM (Beck et al., 2024) as a mixer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longctx.layers.basic import Linear, RMSNorm, ShortConv
+from longctx.ops import slstm as ops
+from longctx.parallel import sequence
+from longctx.typing import Segments
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SLSTMState:
+    """Cell, normaliser, output and stabiliser, float32, and the last inputs of the convolution."""
+
+    cell: ops.State
+    conv: Float[Array, "B W-1 D"]
+
+
+class SLSTM(nnx.Module):
+    """A recurrence with memory mixing: the gates of a head see all its last outputs, by matrices R.
+
+    With u = silu(conv(x)), the pre-activations are i: u W_i, f: u W_f, z: x W_z, o: x W_o, each with a bias and
+    h_{t-1} R added; i = exp, f = σ, z = tanh, o = σ of theirs;
+    c_t = f c_{t-1} + i z;  n_t = f n_{t-1} + i;  h_t = o c_t / n_t;  y = norm(h) W, normalised per head.
+    Devices that share a sequence take turns. State: four `[B, H, K]` float32, and W-1 inputs of the convolution.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        heads: int = 4  # H
+        head_width: int = 16  # K
+        conv_width: int = 4  # taps of the convolution in front of the input and forget gates
+
+        def problems(self):
+            if min(self.heads, self.head_width, self.conv_width) < 1:
+                yield f"heads, head_width and conv_width must be at least 1, given {self}"
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        self.options = options
+        heads, head = options.heads, options.head_width
+        self.conv = ShortConv(options.conv_width, [0] * width, rngs)
+        self.write = Linear(width, heads * head, ("embed", "heads"), rngs)
+        self.keep = Linear(width, heads * head, ("embed", "heads"), rngs)
+        self.new = Linear(width, heads * head, ("embed", "heads"), rngs)
+        self.show = Linear(width, heads * head, ("embed", "heads"), rngs)
+        # The heads' memories begin with spans of 10 to 1,000 tokens.
+        forget = jnp.geomspace(1e-3, 1e-1, heads)
+        bias = jnp.zeros((4, heads, head)).at[1].set((jnp.log1p(-forget) - jnp.log(forget))[:, None])
+        self.bias = nnx.Param(bias, axes=(None, "heads", "head"))
+        self.recurrent = nnx.Param(jnp.zeros((4, heads, head, head)), axes=(None, "heads", "block", "block_out"))
+        self.norm = RMSNorm(head, ("head",))
+        self.out = Linear(heads * head, width, ("heads", "embed"), rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: SLSTMState | None = None):
+        """Returns `(y[B, T, D], SLSTMState)`."""
+        batch, length, _ = x.shape
+        u, tail = self.conv(x, segments, None if state is None else state.conv)
+        u = jax.nn.silu(u)
+        parts = [self.write(u), self.keep(u), self.new(x), self.show(x)]
+        parts = [part.reshape(batch, length, self.options.heads, -1).astype(jnp.float32) for part in parts]
+        y, cell = sequence.recurrence(
+            ops,
+            jnp.stack(parts, axis=2) + self.bias[...],
+            parameters=(self.recurrent[...],),
+            state=None if state is None else state.cell,
+            segments=segments,
+        )
+        y = self.norm(y - jnp.mean(y, axis=-1, keepdims=True)).reshape(batch, length, -1)
+        return self.out(y.astype(x.dtype)), SLSTMState(cell, tail)
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> SLSTMState:
+        """The empty memory; `capacity` does not matter."""
+        zeros = jnp.zeros((batch, self.options.heads, self.options.head_width), jnp.float32)
+        return SLSTMState(ops.State(*(zeros,) * 4), self.conv.init_state(batch))
