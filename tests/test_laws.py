@@ -42,6 +42,7 @@ VARIANTS = {
         {"kv_heads": 2, "rope_base": 0.0, "conv_width": 4, "sinks": True, "soft_cap": 5.0, "length_base": 16.0},
     ),
     "s5/bilinear": ("s5", {"discretisation": "bilinear"}),
+    "infini/short": ("infini", {"segment": 7, "rope_base": 0.0}),
     "forgetting/window": ("forgetting", {"window": 11, "kv_heads": 2, "qk_norm": False, "output_gate": False}),
     "linear_attention/hedgehog": ("linear_attention", {"feature_map": "hedgehog", "normalise": False}),
     "inplace_ttt/clip+decay": ("inplace_ttt", {"minibatch": 5, "clip": 0.5, "decay": 0.9}),
@@ -50,7 +51,7 @@ VARIANTS = {
 }
 LAYERS = {name: (name, {}) for name in (*MIXERS, *MLPS)} | VARIANTS
 # Layers whose state holds every token, so that what crosses devices grows with the sequence.
-UNBOUNDED = {"attention", "attention/everything", "forgetting"}
+UNBOUNDED = {"attention", "attention/everything", "forgetting", "path"}
 # Layers whose state has room for every token of the document.
 GROWING_STATE = UNBOUNDED | {"attention/window+global"}
 

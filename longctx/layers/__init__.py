@@ -22,6 +22,9 @@ from longctx.layers.mamba import Mamba
 from longctx.layers.mlp import SquaredReLU, SwiGLU
 from longctx.layers.mlstm import MLSTM
 from longctx.layers.retnet import RetNet
+from longctx.layers.infini import Infini
+from longctx.layers.mlp import SquaredReLU, SwiGLU
+from longctx.layers.path import Path
 from longctx.layers.rglru import RGLRU
 from longctx.layers.s5 import S5
 from longctx.layers.titans import Titans
@@ -38,6 +41,8 @@ MIXERS: dict[str, type] = {
     "linear_attention": LinearAttention,
     "mlstm": MLSTM,
     "retnet": RetNet,
+    "infini": Infini,
+    "path": Path,
     "rglru": RGLRU,
     "s5": S5,
     "lact": LaCT,

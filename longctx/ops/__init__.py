@@ -9,6 +9,8 @@ mlstm          C_t = f_t C_{t-1} + i_t k_t v_t^T, exponential i_t         state:
 feature_maps   phi of linear attention, phi(q).phi(k) in place of exp(q.k)
 slstm          c_t = f_t c_{t-1} + i_t z_t, gates of h_{t-1} too     state: four vectors, which do not compose
 attention      softmax over the keys that a pattern shows            state: all tokens, or the last W
+infini         y_t = M^T f(q_t) / z.f(q_t), M and z of the segments before t's own     state: a matrix twice
+path_attention softmax of q_i^T H_i ... H_{j+1} k_j, H_t = I - beta_t w_t w_t^T     state: all tokens
 patterns       which keys a query may see
 cross_entropy  the loss of a row, its logits never held whole
 

@@ -7,6 +7,7 @@ attention op's part, not the pattern's. With p_q and p_k the two positions,
 
     Causal():   p_k <= p_q
     Window(w):  |p_q - p_k| < w
+    Chunked(n): p_q // n = p_k // n
     Global(n):  p_k < n            (sink tokens; Longformer, arXiv:2004.05150, StreamingLLM, arXiv:2309.17453)
 
 Every pattern answers four questions: its dense `mask` (the definition); its `block_map`, which blocks of keys
@@ -14,8 +15,8 @@ each block of queries touches; whether two ranges of positions are anywhere or e
 (`touches`, `covers`), from which the same map follows when positions are known only at run time; and how far a
 query looks, as three numbers: whatever it sees is a key with `-ahead <= p_q - p_k <= reach` or with
 `p_k < global_tokens`. From those a sharded caller knows which keys to move: a bounded reach is a halo, global
-tokens are a broadcast, an unbounded reach is a ring. A causal pattern (`ahead` is 0) without global tokens is
-exactly the band that its reach describes.
+tokens are a broadcast, an unbounded reach is a ring. Patterns that are exactly the band between `-ahead` and `reach`
+say so (`band`).
 
 Patterns are hashable, so that they can be static arguments of a jitted function.
 """
@@ -43,11 +44,13 @@ class Pattern:
       reach: how many tokens back a query may look, None for all of them, global tokens not counted.
       ahead: how many tokens forward a query may look; 0 for a causal pattern.
       global_tokens: keys at the start of the document that may be visible beyond `reach`.
+      band: whether a query sees all that `reach` and `ahead` allow, and nothing else.
     """
 
     reach: int | None
     ahead: int
     global_tokens: int
+    band: bool
 
     def __and__(self, other: Pattern) -> Pattern:
         return Both(self, other)
@@ -74,8 +77,8 @@ class Pattern:
           length: T, of the row. The last block of each may be shorter.
           block: tokens a block, or (queries a block, keys a block).
           packed: the row holds documents that begin at places not known here. Distances within a document are
-            distances in the row, so the map is still exact for a causal pattern without global tokens; these
-            may lie anywhere, so with them no block is left out on account of `reach`.
+            distances in the row, so the map is still exact for a causal band; global tokens may lie anywhere, so
+            with them no block is left out on account of `reach`.
 
         Returns:
           bool `[query blocks, key blocks]`. Every visible pair of tokens lies in a True block; without `packed`
@@ -104,6 +107,7 @@ class Causal(Pattern):
     reach = None
     ahead = 0
     global_tokens = 0
+    band = True
 
     def mask(self, q_positions, k_positions):
         return k_positions <= q_positions
@@ -121,6 +125,7 @@ class Window(Pattern):
 
     size: int
     global_tokens = 0
+    band = True
 
     def __post_init__(self):
         if self.size < 1:
@@ -145,11 +150,42 @@ class Window(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
+class Chunked(Pattern):
+    """The query's own block of `size` tokens, blocks counted from the document's start."""
+
+    size: int
+    global_tokens = 0
+    band = False
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"Chunked({self.size}) shows a query nothing; give at least 1, the query's own token.")
+
+    @property
+    def reach(self) -> int:
+        return self.size - 1
+
+    @property
+    def ahead(self) -> int:
+        return self.size - 1
+
+    def mask(self, q_positions, k_positions):
+        return q_positions // self.size == k_positions // self.size
+
+    def touches(self, q, k):
+        return (q.first // self.size <= k.last // self.size) & (k.first // self.size <= q.last // self.size)
+
+    def covers(self, q, k):
+        return (q.first // self.size == k.last // self.size) & (k.first // self.size == q.last // self.size)
+
+
+@dataclasses.dataclass(frozen=True)
 class Global(Pattern):
     """The first `tokens` tokens of the document, visible from everywhere."""
 
     tokens: int
     reach = 0
+    band = False
 
     def __post_init__(self):
         if self.tokens < 1:
@@ -179,6 +215,10 @@ class Both(Pattern):
 
     first: Pattern
     second: Pattern
+
+    @property
+    def band(self) -> bool:
+        return self.first.band and self.second.band
 
     @property
     def _nearer(self) -> Pattern:
@@ -213,6 +253,10 @@ class Either(Pattern):
 
     first: Pattern
     second: Pattern
+
+    @property
+    def band(self) -> bool:
+        return self.first.band and self.second.band
 
     @property
     def reach(self) -> int | None:

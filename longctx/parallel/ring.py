@@ -76,7 +76,7 @@ def attention(
             slope = jnp.sum(cotangent.output * (part.output - whole.output), axis=-1) + cotangent.logsumexp
             update = pull(Partial(share[..., None] * cotangent.output, share * slope))
             stay, travel = jax.tree.map(lambda total, x: total + x.astype(jnp.float32), gradients, update)
-            return stay, _onward(travel, axis_name)
+            return stay, onward(travel, axis_name)
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (mine, own))
         gradients = _around(hop, zeros, (own, segments), axis_name)
@@ -91,13 +91,13 @@ def _around(hop, carry, keys, axis_name):
 
     def body(_, both):
         carry, keys = both
-        return hop(carry, keys), _onward(keys, axis_name)
+        return hop(carry, keys), onward(keys, axis_name)
 
     # The last step sends the keys home for nothing, which costs less than a second copy of the hop to compile.
     return jax.lax.fori_loop(0, jax.lax.axis_size(axis_name), body, (carry, keys))[0]
 
 
-def _onward(tree, axis_name):
+def onward(tree, axis_name):
     """What the previous device of the ring holds."""
     devices = jax.lax.axis_size(axis_name)
     pairs = [(i, (i + 1) % devices) for i in range(devices)]

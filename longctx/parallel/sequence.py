@@ -13,6 +13,7 @@ What a device must know of those before it, and the bytes it sends for that:
 | attention of bounded reach   | the last keys and values, by a halo exchange  | those of `reach` tokens         |
 | ... with n global tokens     | also the first of the document, by a scan     | those of ⌈log₂ devices⌉ n       |
 | attention of unbounded reach | all keys and values, round a ring             | those of T tokens               |
+| PaTH attention               | the same, and each shard's product            | those of T tokens               |
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from longctx.ops import attention as attention_ops
-from longctx.ops import causal_conv
+from longctx.ops import causal_conv, path_attention
 from longctx.ops.patterns import Pattern
-from longctx.parallel import halo, mesh, prefix, ring
+from longctx.parallel import halo, mesh, path, prefix, ring
 from longctx.typing import Segments
 
 _WHOLE, _SHARD = PartitionSpec(), PartitionSpec(None, "context")
@@ -119,6 +120,33 @@ def attention(
 
     island = _island(run, (_SHARD, _SHARD, _SHARD, _SHARD, _SHARD, _WHOLE), _SHARD)
     return island(q, k, v, decay, Segments.of(segments, *q.shape[:2]), _float32(sinks))
+
+
+def attention_on_paths(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    w: Float[Array, "B T H K"],
+    beta: Float[Array, "B T H"],
+    state: path_attention.Past | None,
+    segments: Segments | None,
+):
+    """PaTH attention on a span; arguments and what it returns as `longctx.ops.path_attention.chunked`.
+
+    Split over devices only where there is no state, as in training.
+
+    Raises:
+      ValueError: T is not a multiple of the devices along `context`.
+    """
+    inputs = q, k, v, w, beta
+    if q.shape[1] == 1:
+        return path_attention.recurrent(*inputs, state, segments)
+    if state is not None or not _splits(q.shape[1]):
+        return path_attention.chunked(*inputs, state, segments)
+    island = _island(lambda *shards: path.attention(*shards, "context"), (_SHARD,) * 6, _SHARD)
+    y = island(*inputs, Segments.of(segments, *q.shape[:2]))
+    # The keys at the end of the row are for a cache, which training has not: nobody reads them, and they cost nothing.
+    return y, path_attention.chunked(*inputs, None, segments)[1]
 
 
 def _near(q, k, v, pattern: Pattern, segments: Segments, *, decay=None, **options):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from longctx.ops.patterns import Causal, Global, Range, Window
+from longctx.ops.patterns import Causal, Chunked, Global, Range, Window
 
 LENGTH = 50
 EXACT = [
@@ -14,6 +14,8 @@ EXACT = [
     Causal() & (Window(7) | Global(3)),
     (Causal() & Window(5)) | (Causal() & Global(20)),
     Window(7),
+    Chunked(7),
+    Causal() & Chunked(7),
     Global(3),
 ]
 PATTERNS = [
@@ -21,6 +23,7 @@ PATTERNS = [
     Window(7) | Global(3),
     Window(9) & Global(6),
     Causal() | Window(4),
+    Causal() & (Chunked(6) | Global(9)),
     Causal() & (Window(16) | Global(9)) & Window(40),
 ]
 BLOCKS = [1, 4, 16, 64, (16, 4), (4, 16)]
@@ -42,6 +45,7 @@ def by_block(mask, block, reduce):
     [
         (Causal(), lambda q, k: k <= q),
         (Window(7), lambda q, k: abs(q - k) < 7),
+        (Chunked(7), lambda q, k: q // 7 == k // 7),
         (Global(3), lambda q, k: k < 3),
         (Causal() & (Window(7) | Global(3)), lambda q, k: k <= q and (q - k < 7 or k < 3)),
     ],
@@ -65,7 +69,7 @@ def test_block_map_covers_the_mask(pattern, block):
 @pytest.mark.parametrize("block", [4, 16, (16, 4)], ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_packed_block_map_covers_every_packing(pattern, block):
-    """Wherever documents begin; exact for one document without global tokens."""
+    """Wherever documents begin; exact for one document under a causal band."""
     rng = np.random.default_rng(0)
     found = pattern.block_map(LENGTH, block, packed=True)
     for starts in (rng.choice(LENGTH, size, replace=False) for size in (0, 1, 3, 10)):
@@ -74,7 +78,7 @@ def test_packed_block_map_covers_every_packing(pattern, block):
         positions = np.arange(LENGTH) - first
         mask = pattern.mask(positions[:, None], positions[None, :]) & (document[:, None] == document[None, :])
         assert not (by_block(mask, block, np.any) & ~found).any()
-    if pattern.ahead == 0 and not pattern.global_tokens:
+    if pattern.ahead == 0 and pattern.band:
         np.testing.assert_array_equal(found, by_block(dense(pattern), block, np.any))
 
 
@@ -91,12 +95,15 @@ def test_covers_only_what_is_wholly_visible(pattern):
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_reach_bounds_what_is_visible(pattern):
-    """What a query sees lies within reach and ahead, or is a global token; a causal pattern without these is a band."""
+    """What a query sees lies within reach and ahead, or is a global token; a band is all of it.
+
+    Fails if Chunked says that it is a band.
+    """
     q, k = np.indices((LENGTH, LENGTH))
     band = (k - q <= pattern.ahead) & (True if pattern.reach is None else q - k <= pattern.reach)
     mask = dense(pattern)
     assert not (mask & ~(band | (k < pattern.global_tokens))).any()
-    if pattern.ahead == 0 and not pattern.global_tokens:
+    if pattern.band:
         np.testing.assert_array_equal(mask, band)
 
 
@@ -108,6 +115,8 @@ def test_reach_bounds_what_is_visible(pattern):
         (Causal() & (Window(512) | Global(4)), 511, 0, 4),
         (Causal() & Global(4), 0, 0, 4),
         (Window(8), 7, 7, 0),
+        (Chunked(8), 7, 7, 0),
+        (Causal() & Chunked(8), 7, 0, 0),
         (Causal() | Window(8), None, 7, 0),
     ],
 )
@@ -121,7 +130,7 @@ def test_patterns_are_values():
     assert len({Causal() & Window(8), Causal() & Window(8), Causal() & Window(9)}) == 2
 
 
-@pytest.mark.parametrize("make", [lambda: Window(0), lambda: Global(0)])
+@pytest.mark.parametrize("make", [lambda: Window(0), lambda: Chunked(0), lambda: Global(0)])
 def test_empty_patterns_are_refused(make):
     with pytest.raises(ValueError, match="at least 1"):
         make()

@@ -1,0 +1,92 @@
+"""Infini-attention (Munkhdalai et al., 2024) as a mixer: attention within a segment, and a memory of those before."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longctx.layers.attention import attend_with_cache
+from longctx.layers.basic import Linear, like_queries, undo_values
+from longctx.layers.rotary import rotate
+from longctx.memory.cache import KVCache
+from longctx.ops import infini as ops
+from longctx.ops.patterns import Causal, Chunked
+from longctx.parallel import sequence
+from longctx.typing import Segments
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InfiniState:
+    """Keys and values of the segment in progress; the memory of finished segments and of that one, float32."""
+
+    cache: KVCache
+    memory: ops.State
+
+
+class Infini(nnx.Module):
+    """Softmax attention within segments of the document, mixed with what a linear memory holds of all earlier ones.
+
+    y = σ(g) M^T f(q) / (z · f(q)) + (1 - σ(g)) softmax(q K^T / √K) V, with g learned per head and f = ELU + 1; M and z
+    sum f(k) v^T and f(k) over finished segments, which are counted from the document's start. Rotary positions, if any,
+    turn queries and keys of the softmax only. State: a cache of `segment` tokens, and [B, H, K, V+1] float32 twice.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        heads: int = 4  # H
+        head_width: int = 32  # K and V
+        segment: int = 64  # tokens a segment
+        rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions
+
+        def problems(self):
+            if min(self.heads, self.head_width, self.segment) < 1:
+                yield f"heads, head_width and segment must be at least 1, given {self}"
+            if self.rope_base < 0 or (self.rope_base and self.head_width % 2):
+                yield f"rope_base is {self.rope_base}; give 0, or more than 0 and an even head_width"
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        self.options = options
+        keys = options.heads * options.head_width
+        self.query = Linear(width, keys, ("embed", "heads"), rngs)
+        like_query = like_queries(self.query, options.heads, options.head_width)
+        self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
+        self.value = Linear(width, keys, ("embed", "heads"), rngs)
+        self.balance = nnx.Param(jnp.zeros(options.heads), axes=("heads",))
+        back = undo_values(self.value, options.heads, options.head_width)
+        self.out = Linear(keys, width, ("heads", "embed"), rngs, initial=back)
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: InfiniState | None = None):
+        """Returns `(y[B, T, D], InfiniState)`."""
+        batch, length, _ = x.shape
+        options = self.options
+        parts = self.query(x), self.key(x), self.value(x)
+        q, k, v = (part.reshape(batch, length, options.heads, options.head_width) for part in parts)
+        before = None if state is None else state.memory
+        recalled, memory = sequence.recurrence(ops, q, k, v, state=before, segments=segments, segment=options.segment)
+        if options.rope_base:
+            q, k = rotate(q, segments.positions, options.rope_base), rotate(k, segments.positions, options.rope_base)
+        pattern = Causal() & Chunked(options.segment)
+        if state is None:
+            cache = self._empty(batch, x.dtype).append(k, v, segments)
+            near = sequence.attention(q, k, v, pattern, segments)
+        else:
+            cache = state.cache.append(k, v, segments)
+            near = attend_with_cache(q, k, v, pattern, segments, state.cache, cache)
+        share = jax.nn.sigmoid(self.balance[...])[:, None].astype(x.dtype)
+        y = share * recalled + (1 - share) * near
+        return self.out(y.reshape(batch, length, -1)), InfiniState(cache, memory)
+
+    def _empty(self, batch: int, dtype) -> KVCache:
+        options = self.options
+        return KVCache.empty(batch, options.segment, options.heads, options.head_width, options.head_width, dtype)
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> InfiniState:
+        """The state before any token; `capacity` does not matter."""
+        options = self.options
+        empty = jnp.zeros((batch, options.heads, options.head_width, options.head_width + 1), jnp.float32)
+        return InfiniState(self._empty(batch, dtype), ops.State(empty, empty))
