@@ -2,6 +2,7 @@
 
     python benchmarks/capability.py
     python benchmarks/capability.py --mixers=gated_delta,gla --tasks=mqar --rates=1e-3,2e-3,4e-3 --seeds=3
+    python benchmarks/capability.py --mixers=gated_delta:negative_eigenvalues=True --tasks=state_tracking
 
 A cell is one run of an experiment of experiments/, in the size that --size names ("small" is made for CPUs). Each mixer
 has every rate with the first seed, and the rate that is best on validation rows, which neither training nor the table
@@ -13,6 +14,7 @@ their experiment changes; the table, benchmarks/capability.md, is written after 
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -25,7 +27,7 @@ import time
 from typing import Any
 
 import jax
-from ops import processor  # benchmarks/ops.py
+from timing import processor
 
 from longctx import config
 from longctx.data import TASKS
@@ -42,8 +44,11 @@ Cell = dict[str, Any]
 
 
 def experiment_of(task: str, mixer: str, size: str, rate: float, seed: int) -> config.Experiment:
-    """The experiment file's, with this rate and seed, on one device."""
-    tree = runpy.run_path(str(HERE.parent / "experiments" / f"{task}.py"))["get_config"](f"{mixer},{size}")
+    """The experiment file's on one device, with this rate and seed and the options of `mixer`, KIND:OPTION=VALUE...."""
+    kind, *options = mixer.split(":")
+    tree = runpy.run_path(str(HERE.parent / "experiments" / f"{task}.py"))["get_config"](f"{kind},{size}")
+    for name, value in (option.split("=", 1) for option in options):
+        tree.model.blocks.block.mixer[name] = ast.literal_eval(value)
     tree.training.learning_rate, tree.seed = rate, seed
     tree.mesh = {"data": 1, "context": 1, "model": 1}
     return config.parse(tree, MIXERS, MLPS, TASKS)
@@ -191,14 +196,19 @@ def main() -> None:
     def names(known):
         def parse(text):
             given = text.split(",")
-            if unknown := [name for name in given if name not in known]:
+            if unknown := [name for name in given if name.split(":")[0] not in known]:
                 raise argparse.ArgumentTypeError(f"{unknown} not among {', '.join(known)}")
             return given
 
         return parse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mixers", type=names(MIXERS), default=list(MIXERS), help="of the registry; all by default")
+    parser.add_argument(
+        "--mixers",
+        type=names(MIXERS),
+        default=list(MIXERS),
+        help="of the registry, each also with options as KIND:OPTION=VALUE:...; all by default",
+    )
     parser.add_argument("--tasks", type=names(TASKS), default=list(TASKS), help="of the registry; all by default")
     parser.add_argument("--rates", type=lambda text: sorted(map(float, text.split(","))), default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--seeds", type=int, default=3)
