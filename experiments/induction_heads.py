@@ -49,7 +49,7 @@ def get_config(arg: str = "gated_delta") -> ConfigDict:
     config.evaluation.tokens = 2**22  # of the rows of one length, at most: of long rows there are fewer, at least 4
 
     if size == "small":
-        config.training.stages = ((300, 16, 256),)
+        config.training.stages = ((150, 8, 256),)
         config.data.lengths = (64, 256, 1024, 4096)
     if size == "smoke":
         config.training.stages = ((4, 4, 32),)

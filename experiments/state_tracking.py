@@ -46,7 +46,7 @@ def get_config(arg: str = "gated_delta") -> ConfigDict:
     if size == "small":
         config.data.group = "parity"
         config.data.lengths = (16, 32, 64, 128, 256)
-        config.training.stages = ((200, 64, 8), (300, 64, 32))
+        config.training.stages = ((100, 64, 8), (200, 64, 32))
     if size == "smoke":
         config.data.lengths = (32, 64)
         config.training.stages = ((4, 4, 32),)

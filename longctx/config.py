@@ -172,7 +172,7 @@ class Checkpoints:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What the report measures on held-out documents."""
+    """What the report measures: on held-out documents, or in new rows of a synthetic task."""
 
     factors: tuple[int, ...] = (1, 2, 4, 8)  # lengths tested, in multiples of the trained length
     depths: int = 5  # depths of the needle, from the start of the context to its end

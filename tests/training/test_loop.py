@@ -13,6 +13,7 @@ import pytest
 
 import longctx
 from longctx import config
+from longctx.data.synthetic import SelectiveCopying
 from longctx.errors import UsageError
 from longctx.training import loop, metrics
 from longctx.training import workdir as workdirs
@@ -96,6 +97,18 @@ def test_asked_to_stop(straight, tmp_path, parse, corpus, at_step, step):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert loop.train(parse(), tmp_path, corpus)["finished"]
     assert losses(tmp_path) == losses(straight[0])
+
+
+def test_a_synthetic_task_asked_to_stop(tmp_path, parse, cache, at_step):
+    """In the second of two stages; fails if the rows after it are those of the first stage, or of the start."""
+    task = SelectiveCopying(items=4, lengths=(32,))
+    experiment = dataclasses.replace(parse(stages=((2, 4, 16), (3, 4, 16))), data=task)
+    assert loop.train(experiment, tmp_path / "straight", task)["finished"]
+    assert all(answers == 4 * 4 for _, _, answers in losses(tmp_path / "straight"))
+    at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert not loop.train(experiment, tmp_path / "stopped", task)["finished"]
+    assert loop.train(experiment, tmp_path / "stopped", task)["finished"]
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
 
 
 def test_killed(straight, tmp_path, parse, documents, corpus, cache):
