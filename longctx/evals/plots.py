@@ -192,7 +192,7 @@ def _task(figure, style: Style, summary, history) -> None:
     values, errors, guessing = (list(task[name].values()) for name in ("accuracy", "standard_error", "guessing"))
     axes.errorbar(lengths, values, errors, color=style.first, marker="o", capsize=3, elinewidth=1)
     axes.plot(lengths, guessing, color=style.ink, linewidth=1, linestyle=":")
-    axes.set(xlabel="tokens a row", ylabel="accuracy", ylim=(-0.03, 1.03))
+    axes.set(xlabel="tokens a row", ylabel="accuracy", ylim=(-0.03, 1.12), yticks=np.linspace(0, 1, 6))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     _lengths(axes, lengths)
     _trained(axes, style, summary)
