@@ -31,7 +31,8 @@ from jaxtyping import Array, Inexact, Int
 
 from longctx.typing import Segments
 
-NUMBERS = 2**18  # in the states of a span's tokens: about what a CPU's cache holds
+NUMBERS = 2**18  # in the states of a span's tokens: about what a CPU's cache holds;
+CHUNKS = 16  # but at least so many side by side, for fewer steps in sequence
 
 
 class Transition(NamedTuple):
@@ -87,7 +88,7 @@ def chunked(
     dtype = x.dtype
     x, log_decay = _masked(x, log_decay, segment_ids)
     s = jnp.zeros_like(x[:, 0]) if state is None else state.astype(x.dtype)
-    leaves = cut((x, log_decay), chunk, NUMBERS // (chunk * s.size))
+    leaves = cut((x, log_decay), chunk, max(CHUNKS, NUMBERS // (chunk * s.size)))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def span(s, leaves):
@@ -117,7 +118,7 @@ def transition(
         ends = _ends(leaves[0], jnp.exp(leaves[1]))
         return jax.lax.scan(lambda before, chunk: (compose(before, chunk), None), before, ends)
 
-    return jax.lax.scan(span, nothing, cut((x, log_decay), chunk, NUMBERS // (chunk * nothing.state.size)))[0]
+    return jax.lax.scan(span, nothing, cut((x, log_decay), chunk, max(CHUNKS, NUMBERS // (chunk * x[:, 0].size))))[0]
 
 
 def compose(first: Transition, then: Transition) -> Transition:
