@@ -19,6 +19,7 @@ from longctx.layers.linear_attention import LinearAttention
 from longctx.layers.inplace_ttt import InPlaceTTT
 from longctx.layers.lact import LaCT
 from longctx.layers.mamba import Mamba
+from longctx.layers.mamba2 import Mamba2
 from longctx.layers.mlp import SquaredReLU, SwiGLU
 from longctx.layers.mlstm import MLSTM
 from longctx.layers.retnet import RetNet
@@ -39,6 +40,7 @@ MIXERS: dict[str, type] = {
     "gla": GLA,
     "lru": LRU,
     "linear_attention": LinearAttention,
+    "mamba2": Mamba2,
     "mlstm": MLSTM,
     "retnet": RetNet,
     "infini": Infini,
