@@ -15,6 +15,7 @@ from longctx.layers.forgetting import Forgetting
 from longctx.layers.gated_delta import GatedDelta
 from longctx.layers.gla import GLA
 from longctx.layers.lru import LRU
+from longctx.layers.hgrn2 import HGRN2
 from longctx.layers.linear_attention import LinearAttention
 from longctx.layers.inplace_ttt import InPlaceTTT
 from longctx.layers.lact import LaCT
@@ -39,6 +40,7 @@ MIXERS: dict[str, type] = {
     "gated_delta": GatedDelta,
     "gla": GLA,
     "lru": LRU,
+    "hgrn2": HGRN2,
     "linear_attention": LinearAttention,
     "mamba2": Mamba2,
     "mlstm": MLSTM,

@@ -1,0 +1,73 @@
+"""HGRN2 (Qin et al., 2024) as a mixer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longctx.layers.basic import Linear, RMSNorm, like_queries, undo_values
+from longctx.ops import gated_linear as ops
+from longctx.parallel import sequence
+from longctx.typing import Segments
+
+
+class HGRN2(nnx.Module):
+    """A gated linear RNN whose state is expanded by an outer product: what a channel forgets makes room for the input.
+
+    f = β + (1 - β) σ(x W_f) per key channel;  S_t = Diag(f_t) S_{t-1} + (1 - f_t) v_tᵀ;  y_t = S_tᵀ silu(x W_q);
+    v = x W_v; the output is normed. State: `[B, H, K, V]` float32.
+
+    β is learned, per channel, as its log odds. The paper's β of a layer is a sum over the softmax of all layers', so
+    that it rises with depth; here every layer has its own.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        heads: int = 4  # H
+        key_width: int = 32  # K, the expansion of the state
+        value_width: int = 32  # V
+
+        def problems(self):
+            if min(self.heads, self.key_width, self.value_width) < 1:
+                yield f"heads, key_width and value_width must be at least 1, given {self}"
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        self.options = options
+        keys, values = options.heads * options.key_width, options.heads * options.value_width
+        self.query = Linear(width, keys, ("embed", "heads"), rngs)
+        # Keys are σ(-x W_f): they begin like the queries.
+        like_query = like_queries(self.query, options.heads, options.key_width)
+        self.forget = Linear(width, keys, ("embed", "heads"), rngs, initial=-like_query)
+        self.value = Linear(width, values, ("embed", "heads"), rngs)
+        # Where σ is a half, the channels of a head begin with spans of 10 to 1,000 tokens.
+        rate = jnp.tile(2 * jnp.geomspace(1e-3, 1e-1, options.key_width), options.heads)
+        self.bound = nnx.Param(jnp.log1p(-rate) - jnp.log(rate), axes=("heads",))
+        self.norm = RMSNorm(values, ("heads",))
+        back = undo_values(self.value, options.heads, options.value_width)
+        self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: Float[Array, "B H K V"] | None = None):
+        """Returns `(y[B, T, D], state[B, H, K, V])`."""
+        batch, length, _ = x.shape
+
+        def heads(y):
+            return y.reshape(batch, length, self.options.heads, -1)
+
+        forget, bound = self.forget(x).astype(jnp.float32), self.bound[...]
+        # 1 - f and log f, both without a difference of near numbers.
+        k = jax.nn.sigmoid(-bound) * jax.nn.sigmoid(-forget)
+        log_decay = jnp.logaddexp(jax.nn.log_sigmoid(bound), jax.nn.log_sigmoid(-bound) + jax.nn.log_sigmoid(forget))
+        q, v = jax.nn.silu(self.query(x)), self.value(x)
+        y, state = sequence.recurrence(
+            ops, heads(q), heads(k), heads(v), heads(log_decay), state=state, segments=segments
+        )
+        return self.out(self.norm(y.reshape(batch, length, -1))), state
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> Float[Array, "B H K V"]:
+        """The empty memory; `capacity` does not matter."""
+        options = self.options
+        return jnp.zeros((batch, options.heads, options.key_width, options.value_width), jnp.float32)
