@@ -41,7 +41,7 @@ class LaCT(nnx.Module):
         head_width: int = 16  # K, of keys and values
         hidden: int = 16  # M, of each head's MLP
         minibatch: int = 16  # C, tokens per update; the paper uses 2,048 and more
-        rate: float = 1e-3  # r at the beginning
+        rate: float = 0.1  # r at the beginning; the paper has 1e-3, with mini-batches of 2,048 and more
         momentum: bool = False  # updates are carried on, as much as each token says
         orthogonal: bool = False  # updates are orthogonalised (Muon)
         window: int = 16  # tokens that attention looks back on; as many as a mini-batch has, that none be missed

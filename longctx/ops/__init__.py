@@ -8,13 +8,19 @@ gated_delta    S_t = (I - beta_t k_t k_t^T) Diag(a_t) S_{t-1} + beta_t k_t v_t^T
 mlstm          C_t = f_t C_{t-1} + i_t k_t v_t^T, exponential i_t         state: a matrix, a vector and a scale
 feature_maps   phi of linear attention, phi(q).phi(k) in place of exp(q.k)
 slstm          c_t = f_t c_{t-1} + i_t z_t, gates of h_{t-1} too     state: four vectors, which do not compose
+inplace_ttt    W <- W + sum z_s^T v_s once every C tokens            state: a matrix, and the sum in progress
+ttt_linear     a linear model with a norm, trained as it reads       state: its weights, and the gradients in progress
+titans         an MLP trained with momentum and forgetting           state: its weights, twice, and the momentum
+lact           a gated MLP trained on large chunks                   state: its weights, and the gradients in progress
 attention      softmax over the keys that a pattern shows            state: all tokens, or the last W
 infini         y_t = M^T f(q_t) / z.f(q_t), M and z of the segments before t's own     state: a matrix twice
 path_attention softmax of q_i^T H_i ... H_{j+1} k_j, H_t = I - beta_t w_t w_t^T     state: all tokens
 patterns       which keys a query may see
+minibatch      what the fast forms of ttt_linear, titans and lact share
 cross_entropy  the loss of a row, its logits never held whole
 
 Each recurrent family is a module of five functions. `recurrent` is the definition, `chunked` the fast form of it;
 `transition` is what a whole span does to any state, `compose` two such one after the other, `apply` one on a state.
 `slstm`, whose states do not compose, has the first two only.
+Where a span's effect on the state is not closed under composition (ttt_linear, titans, lact) there are the first two.
 """

@@ -8,7 +8,7 @@ from longctx.memory.diagnostics import effective_rank, key_collision
 
 
 def test_key_collision():
-    """Seen to fail: a key compared with itself; cosines with their sign; keys not normalised."""
+    """Seen to fail: a key compared with itself; keys not normalised."""
     eye = jnp.eye(4)
     same, mixed = jnp.ones((4, 4)), jnp.array([[1, 0, 0, 0], [-5, 0, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0]])
     # Of the six pairs in `mixed` one is (anti)parallel, the others orthogonal.

@@ -148,7 +148,10 @@ def as_float32(tree):
 @pytest.mark.parametrize("length", [1, T])
 @pytest.mark.parametrize("family", ["ttt_linear", "titans", "titans_linear", "lact", "lact_orthogonal"])
 def test_definition(family, length):
-    """Both forms are within 2e-5 of the largest output, and gradients are finite."""
+    """Both forms are within 2e-5 of the largest output, and gradients are finite.
+
+    Seen to fail: titans' decays of -inf summed as they are.
+    """
     op, inputs, parameters, define, options = example(family, length)
     own = parameters[:3] if family == "ttt_linear" else parameters  # those of the heads
     heads = [define([x[:, h] for x in inputs], jax.tree.map(lambda p, h=h: p[h], own)) for h in range(H)]
@@ -194,7 +197,10 @@ def inplace_example(length=T):
 @pytest.mark.parametrize("length", [1, T])
 @pytest.mark.parametrize("options", [OPTIONS, {"minibatch": C, "rate": 0.7, "clip": 0.0, "decay": 1.0}])
 def test_inplace_definition(options, length):
-    """Both forms are within 1e-5 of the largest output, with and without clip and decay."""
+    """Both forms are within 1e-5 of the largest output, with and without clip and decay.
+
+    Seen to fail: targets that do not look ahead.
+    """
     z, x, taps, target = inplace_example(length)
     wanted = define_inplace(z, x, taps, target, **options)
     for form in (inplace_ttt.recurrent, inplace_ttt.chunked):
@@ -205,7 +211,8 @@ def test_inplace_definition(options, length):
 def test_inplace_transition():
     """Transitions of single tokens compose, in any order of brackets, to that of the span, clipped updates included.
 
-    The span begins with padding and in the middle of a mini-batch; the state is that of an earlier span.
+    The span begins with padding and in the middle of a mini-batch; the state is that of an earlier span. Seen to fail:
+    the pairs across the edge of two spans left out.
     """
     z, x, *parameters = as_float32(inplace_example())
     z, x = z[None], x[None]
@@ -229,16 +236,23 @@ def test_inplace_transition():
 
 
 def test_inplace_waits_for_the_mini_batch():
-    """An output depends on the inputs of its document's earlier mini-batches, all of them, and on no other."""
+    """An output depends on the inputs of its document's earlier mini-batches, all of them, and on no other.
+
+    The document starts at the row's fourth token. Seen to fail: a target that looks ahead into the next mini-batch.
+    """
     z, x, *parameters = as_float32(inplace_example())
-    jacobian = jax.jacobian(lambda x: inplace_ttt.chunked(z[None], x[None], *parameters, **OPTIONS)[0][0])(x)
-    depends = np.abs(jacobian).sum((1, 3)) > 0
-    batch = np.arange(T) // C
-    np.testing.assert_array_equal(depends, (batch[:, None] > batch) & (np.arange(T) != 1)[:, None])
+    ids = jnp.where(jnp.arange(T) < 3, 1, 2)[None]
+
+    def run(x):
+        return inplace_ttt.chunked(z[None], x[None], *parameters, segment_ids=ids, **OPTIONS)[0][0]
+
+    depends = np.abs(jax.jacobian(run)(x)).sum((1, 3)) > 0
+    batch = (np.arange(T) - 3) // C  # -1 in the first document
+    np.testing.assert_array_equal(depends, (batch[:, None] > batch) & (batch >= 0))
 
 
 def test_inplace_updates_are_clipped():
-    """The weights of a document of n whole mini-batches have a norm of at most n clips. The last key's norm is 1e3."""
+    """One update has the norm that it is clipped to; a key's norm is 1e3. Seen to fail: the clip left out."""
     z, x, *parameters = as_float32(inplace_example(C))
     for clip in (0.5, 1e-5):
         _, state = inplace_ttt.chunked(z[None], x[None], *parameters, minibatch=C, clip=clip)
