@@ -11,6 +11,7 @@ and so is an MLP: most have no state, and return None for it.
 
 from longctx.layers.attention import Attention
 from longctx.layers.delta_net import DeltaNet
+from longctx.layers.block_recurrent import BlockRecurrent
 from longctx.layers.forgetting import Forgetting
 from longctx.layers.gated_delta import GatedDelta
 from longctx.layers.gla import GLA
@@ -35,6 +36,7 @@ from longctx.layers.slstm import SLSTM
 
 MIXERS: dict[str, type] = {
     "attention": Attention,
+    "block_recurrent": BlockRecurrent,
     "forgetting": Forgetting,
     "delta_net": DeltaNet,
     "gated_delta": GatedDelta,

@@ -14,6 +14,7 @@ titans         an MLP trained with momentum and forgetting           state: its 
 lact           a gated MLP trained on large chunks                   state: its weights, and the gradients in progress
 attention      softmax over the keys that a pattern shows            state: all tokens, or the last W
 infini         y_t = M^T f(q_t) / z.f(q_t), M and z of the segments before t's own     state: a matrix twice
+block_recurrent  R vectors that attend to each other and to a block of W tokens     state: they, and W tokens
 path_attention softmax of q_i^T H_i ... H_{j+1} k_j, H_t = I - beta_t w_t w_t^T     state: all tokens
 patterns       which keys a query may see
 minibatch      what the fast forms of ttt_linear, titans and lact share

@@ -48,7 +48,7 @@ def packed(length):
 @every_form
 @pytest.mark.parametrize("segment", [1, 7, 64, 300])
 def test_formula(form, segment):
-    """Within 1e-5 on packed rows. Seen to fail: a segment in progress left out when the next begins."""
+    """Within 1e-5 on packed rows. Seen to fail: a segment not added to the memory when it ends."""
     segments, inputs = packed(200), example(200)
     y, _ = jax.jit(functools.partial(FORMS[form], segment=segment))(*map(jnp.float32, inputs), None, segments)
     expected = formula(*inputs, segment, np.asarray(segments.ids), np.asarray(segments.positions))

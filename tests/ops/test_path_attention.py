@@ -42,7 +42,7 @@ def run(form, inputs, dtype=jnp.float32, **options):
 @every_form
 @pytest.mark.parametrize("length", [1, 70, 130])
 def test_formula(form, length):
-    """Within 1e-5, β at 0, 1 and 2 among others. Seen to fail: the product taken in the other order."""
+    """Within 1e-5, β at 0, 1 and 2 among others. Seen to fail: W and R exchanged between blocks."""
     inputs = example(length)
     np.testing.assert_allclose(run(form, inputs)[0], formula(*inputs), rtol=0, atol=1e-5)
 
@@ -62,7 +62,7 @@ def test_extreme_keys(form, scale):
 
 @every_form
 def test_the_same_direction_again_and_again(form):
-    """β = 2 along one w reflects there and back. Seen to fail: an inverse by powers of all C rows."""
+    """β = 2 along one w reflects there and back. Seen to fail: `inverse` without its last power."""
     q, k, v, w, beta = example(130, beta=2.0)
     w[:] = w[:, :1]
     inputs = q, k, v, w, beta

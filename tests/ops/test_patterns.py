@@ -97,7 +97,7 @@ def test_covers_only_what_is_wholly_visible(pattern):
 def test_reach_bounds_what_is_visible(pattern):
     """What a query sees lies within reach and ahead, or is a global token; a band is all of it.
 
-    Fails if Chunked says that it is a band.
+    Seen to fail: Chunked saying that it is a band.
     """
     q, k = np.indices((LENGTH, LENGTH))
     band = (k - q <= pattern.ahead) & (True if pattern.reach is None else q - k <= pattern.reach)
