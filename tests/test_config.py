@@ -94,15 +94,20 @@ EXPERIMENTS = sorted((pathlib.Path(__file__).parents[1] / "experiments").glob("*
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_an_experiment_file(path):
-    """Every size of it, and of those on synthetic tasks every mixer, is an experiment."""
-    get_config = runpy.run_path(str(path))["get_config"]
-    synthetic = path.stem in TASKS
-    sizes = [f"{kind},{size}" for kind in MIXERS for size in ("", "small", "smoke")] if synthetic else ["", "smoke"]
-    for size in sizes:
-        experiment = config.parse(get_config(size), MIXERS, MLPS, TASKS)
+    """Every argument that it takes gives an experiment: on synthetic tasks every mixer, each in every size."""
+    file = runpy.run_path(str(path))
+    get_config, synthetic = file["get_config"], path.stem in TASKS
+    if synthetic:
+        arguments = [f"{kind},{size}" for kind in MIXERS for size in ("", "small", "smoke")]
+    elif "PATTERNS" in file:
+        arguments = [f"{name}{size}" for name in file["PATTERNS"] for size in ("", ",smoke")]
+    else:
+        arguments = ["", "smoke"]
+    for argument in arguments:
+        experiment = config.parse(get_config(argument), MIXERS, MLPS, TASKS)
         assert experiment.training.steps > 0
         assert experiment.data.kind == (path.stem if synthetic else "corpus")
-    with pytest.raises(ValueError, match=r"give|knows"):
+    with pytest.raises(ValueError, match=r"give|knows|choose"):
         get_config("gated_delta,large")
 
 
