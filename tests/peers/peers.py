@@ -184,12 +184,159 @@ def _recurrent_gemma_weights(get):
     }
 
 
+def _olmo_hybrid():
+    from transformers.models.olmo_hybrid import modeling_olmo_hybrid as peer
+
+    config = peer.OlmoHybridConfig(
+        hidden_size=WIDTH, num_hidden_layers=2, linear_num_value_heads=2, linear_num_key_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=4, linear_conv_kernel_dim=4, linear_allow_neg_eigval=True,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    module = peer.OlmoHybridGatedDeltaNet(config, 0)
+    module.o_norm.variance_epsilon = 1e-6  # ours
+    return module, module
+
+
+def _olmo_hybrid_weights(get):
+    names = {"query": "q", "key": "k", "value": "v", "gate": "g", "beta": "b", "step": "a", "out": "o"}
+    found = {}
+    for ours, theirs in names.items():
+        found |= _linear(get, ours, f"{theirs}_proj")
+    return found | {
+        "conv.kernel": _conv(get, "conv1d"),
+        "log_rate": get("A_log"),
+        "step_bias": get("dt_bias"),
+        "norm.scale": get("o_norm.weight"),
+    }
+
+
+def _kimi_linear():
+    import torch
+    from transformers.models.kimi_linear import modeling_kimi_linear as peer
+
+    config = peer.KimiLinearConfig(
+        hidden_size=WIDTH, num_hidden_layers=1, linear_num_heads=2, linear_head_dim=8, linear_conv_kernel_dim=4,
+        rms_norm_eps=1e-6, layer_types=["linear_attention"],
+    )  # fmt: skip
+    module = peer.KimiLinearDeltaAttention(config, 0)
+    torch.nn.init.normal_(module.forget_gate.A_log, std=0.5)
+    torch.nn.init.normal_(module.forget_gate.dt_bias, mean=-2.0)
+    return module, module
+
+
+def _kimi_linear_weights(get):
+    found = {}
+    for ours, theirs in {
+        "query": "q_proj", "key": "k_proj", "value": "v_proj", "beta": "b_proj", "out": "o_proj",
+        "step_in": "forget_gate.f_a_proj", "step_out": "forget_gate.f_b_proj", "gate_in": "g_a_proj",
+        "gate_out": "g_b_proj",
+    }.items():  # fmt: skip
+        found |= _linear(get, ours, theirs)
+    return found | {
+        "conv.kernel": _conv(get, "conv1d"),
+        "log_rate": get("forget_gate.A_log").reshape(-1),
+        "step_bias": get("forget_gate.dt_bias"),
+        "norm.scale": get("o_norm.weight"),
+    }
+
+
+def _mamba():
+    from transformers.models.mamba import modeling_mamba as peer
+
+    config = peer.MambaConfig(
+        hidden_size=WIDTH, num_hidden_layers=1, state_size=8, expand=2, conv_kernel=4, time_step_rank=4
+    )
+    module = peer.MambaMixer(config, 0)
+    return module, module
+
+
+def _mamba_weights(get):
+    values, gate = np.split(get("in_proj.weight").T, 2, axis=1)
+    return {
+        "input.weight": values,
+        "gate.weight": gate,
+        "conv.kernel": _conv(get, "conv1d"),
+        "conv_bias": get("conv1d.bias"),
+        "select.weight": get("x_proj.weight").T,
+        "step.weight": get("dt_proj.weight").T,
+        "step_bias": get("dt_proj.bias"),
+        "log_rate": get("A_log"),
+        "skip": get("D"),
+        **_linear(get, "out", "out_proj"),
+    }
+
+
+_MAMBA2 = {"heads": 4, "groups": 2, "key_width": 8, "value_width": 8}
+
+
+def _mamba2():
+    from transformers.models.mamba2 import modeling_mamba2 as peer
+
+    config = peer.Mamba2Config(
+        hidden_size=WIDTH, num_hidden_layers=1, num_heads=4, head_dim=8, state_size=8, n_groups=2, expand=2,
+        conv_kernel=4, chunk_size=64,
+    )  # fmt: skip
+    module = peer.Mamba2Mixer(config, 0)
+    return module, module
+
+
+def _mamba2_weights(get):
+    keys, values = 2 * 8, 4 * 8
+    ends = np.cumsum([values, values, keys, keys])
+    gate, value, key, query, step = np.split(get("in_proj.weight").T, ends, axis=1)
+    parts = {"gate": gate, "value": value, "key": key, "query": query, "step": step}
+    return {f"{name}.weight": part for name, part in parts.items()} | {
+        "conv.kernel": _conv(get, "conv1d"),
+        "conv_bias": get("conv1d.bias"),
+        "step_bias": get("dt_bias"),
+        "log_rate": get("A_log"),
+        "skip": get("D"),
+        "norm_scale": get("norm.weight"),
+        **_linear(get, "out", "out_proj"),
+    }
+
+
+def _xlstm():
+    from transformers.models.xlstm import configuration_xlstm
+    from transformers.models.xlstm import modeling_xlstm as peer
+
+    config = configuration_xlstm.xLSTMConfig(
+        hidden_size=WIDTH, num_hidden_layers=1, num_heads=2, qk_dim_factor=0.5, v_dim_factor=1.0,
+        mode="inference", autocast_kernel_dtype="float32",
+    )  # fmt: skip
+    module = peer.xLSTMLayer(config)
+    return module, lambda x: module(x)[0]
+
+
+def _xlstm_weights(get):
+    found = {}
+    for ours, theirs in {
+        "query": "q", "key": "k", "value": "v", "output_gate": "ogate_preact", "input_gate": "igate_preact",
+        "forget_gate": "fgate_preact", "out": "out_proj",
+    }.items():  # fmt: skip
+        found |= _linear(get, ours, theirs)
+    return found | {
+        "input_gate.bias": get("igate_preact.bias"),
+        "forget_gate.bias": get("fgate_preact.bias"),
+        "norm_scale": get("multihead_norm.weight"),
+    }
+
+
 # The peers' biases that our layers do not have.
 ZERO = {"rglru": ("linear_x.bias", "linear_y.bias", "linear_out.bias", "conv_1d.bias")}
 
+_DELTA = {"heads": 2, "key_width": 8, "value_width": 4}
+
 PEERS = {
-    "qwen3_next": Peer("gated_delta", {"heads": 2, "key_width": 8, "value_width": 4}, _qwen3_next, _qwen3_next_weights),
+    "kimi_linear": Peer(
+        "kda", {"heads": 2, "key_width": 8, "value_width": 8, "rank": 8}, _kimi_linear, _kimi_linear_weights
+    ),
+    "mamba": Peer("mamba", {"inner": 32, "state": 8, "step_rank": 4}, _mamba, _mamba_weights),
+    "mamba2": Peer("mamba2", _MAMBA2, _mamba2, _mamba2_weights),
+    "olmo_hybrid": Peer("gated_delta", _DELTA | {"negative_eigenvalues": True}, _olmo_hybrid, _olmo_hybrid_weights),
+    "qwen3_next": Peer("gated_delta", _DELTA, _qwen3_next, _qwen3_next_weights),
     "recurrent_gemma": Peer("rglru", {"hidden": 24, "heads": 4}, _recurrent_gemma, _recurrent_gemma_weights),
+    "xlstm": Peer("mlstm", {"heads": 2, "key_width": 4, "value_width": 8}, _xlstm, _xlstm_weights),
 }
 
 
