@@ -133,9 +133,9 @@ def _span(s, q, k, v, beta, log_decay, segments, chunk):
     k = k if segments is None else jnp.where(segments.valid[..., None, None], k, 0)
     keys, values, clock = split(k, chunk), split(v, chunk), start_clock(log_decay, segments, chunk)
     strength = split(beta[..., None], chunk)
-    solve = inverse(jnp.tril(strength * scores(keys, keys, clock), -1)) * jnp.swapaxes(strength, -1, -2)
-    fresh = einsum("nbhcd,nbhdv->nbhcv", solve, values)
-    erased = einsum("nbhcd,nbhdk->nbhck", solve, decay(clock, BEFORE) * keys)
+    inverse = unit_inverse(jnp.tril(strength * scores(keys, keys, clock), -1)) * jnp.swapaxes(strength, -1, -2)
+    fresh = einsum("nbhcd,nbhdv->nbhcv", inverse, values)
+    erased = einsum("nbhcd,nbhdk->nbhck", inverse, decay(clock, BEFORE) * keys)
     out, total = keys * decay(clock.last, clock), jnp.swapaxes(decay(clock.last, BEFORE), -1, -2)
 
     def step(s, chunk):
@@ -153,7 +153,7 @@ def _span(s, q, k, v, beta, log_decay, segments, chunk):
 
 
 @jax.custom_jvp
-def inverse(n):
+def unit_inverse(n):
     """(I + N)^-1 for strictly lower triangular N [..., C, C], C a power of two.
 
     The two halves of the rows are inverted, and what stands below the first's inverse A is -B N' A, with B that of the
@@ -166,15 +166,15 @@ def inverse(n):
         return _matmul(_matmul(one - n, one + square), one + _matmul(square, square))
     half = size // 2
     blocks = jnp.concatenate([n[..., :half, :half], n[..., half:, half:]])
-    first, second = jnp.split(inverse(blocks), 2)
+    first, second = jnp.split(unit_inverse(blocks), 2)
     below = -_matmul(_matmul(second, n[..., half:, :half]), first)
     return jnp.block([[first, jnp.zeros_like(below)], [below, second]])
 
 
-@inverse.defjvp
-def _inverse_jvp(primals, tangents):
-    value = inverse(*primals)
-    return value, -_matmul(_matmul(value, tangents[0]), value)
+@unit_inverse.defjvp
+def _unit_inverse_jvp(primals, tangents):
+    inverse = unit_inverse(*primals)
+    return inverse, -_matmul(_matmul(inverse, tangents[0]), inverse)
 
 
 def _zeros(k, v):

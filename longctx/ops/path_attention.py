@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from longctx.ops.attention import Partial, merge
-from longctx.ops.gated_delta import inverse
+from longctx.ops.gated_delta import unit_inverse
 from longctx.ops.gated_linear import einsum, split
 from longctx.typing import Segments
 
@@ -186,7 +186,7 @@ def attend(q, k, v, w, beta, past: Past | None, segments: Segments, chunk: int =
 def _prepare(q, k, v, w, beta, ids):
     """What each block knows by itself: queries at its start, keys at its end, attention within; and W and R."""
     strength = jnp.swapaxes(beta, -1, -2)
-    solve = inverse(jnp.tril(beta * einsum("nbhck,nbhdk->nbhcd", w, w), -1)) * strength
+    solve = unit_inverse(jnp.tril(beta * einsum("nbhck,nbhdk->nbhcd", w, w), -1)) * strength
     read = einsum("nbhcd,nbhdk->nbhck", solve, w)
     taken = einsum("nbhcd,nbhde->nbhce", solve, jnp.tril(einsum("nbhck,nbhdk->nbhcd", w, k), -1))
     met = jnp.tril(einsum("nbhck,nbhdk->nbhcd", q, w))

@@ -62,7 +62,7 @@ def test_extreme_keys(form, scale):
 
 @every_form
 def test_the_same_direction_again_and_again(form):
-    """β = 2 along one w reflects there and back. Seen to fail: `inverse` without its last power."""
+    """β = 2 along one w reflects there and back. Seen to fail: `unit_inverse` without its last power."""
     q, k, v, w, beta = example(130, beta=2.0)
     w[:] = w[:, :1]
     inputs = q, k, v, w, beta
