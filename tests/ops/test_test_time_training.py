@@ -15,12 +15,16 @@ from longctx.typing import Segments
 H, K, M, C, T = 2, 8, 6, 5, 23
 
 
+def sigmoid(x):
+    return 0.5 + 0.5 * np.tanh(0.5 * x)
+
+
 def silu(x):
-    return x / (1 + np.exp(-x))
+    return x * sigmoid(x)
 
 
 def silu_slope(x):
-    return (1 + x * (1 - 1 / (1 + np.exp(-x)))) / (1 + np.exp(-x))
+    return sigmoid(x) * (1 + x * (1 - sigmoid(x)))
 
 
 def define_inplace(z, x, taps, target, minibatch, rate, clip, decay):
