@@ -6,6 +6,7 @@ Command, for any mixer of `longctx.layers` (by default gated_delta):
 
 The mixed setting of Zoology (Arora et al. 2023): trained on documents of 64 to 256 tokens with 4 to 64 pairs, tested on
 up to 1,024 tokens with 256 pairs. Zoology's blocks have no MLP and a batch of 256 rows; these have a small MLP.
+Made for a GPU at this size, which was not run; `,small` takes a CPU minutes.
 """
 
 from ml_collections import ConfigDict
