@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -54,8 +55,10 @@ def experiment_of(task: str, mixer: str, size: str, rate: float, seed: int) -> c
     return config.parse(tree, MIXERS, MLPS, TASKS)
 
 
-def digest(experiment: config.Experiment) -> str:
+@functools.cache
+def digest(task: str, mixer: str, size: str, rate: float, seed: int) -> str:
     """Of everything that the result depends on, the code apart."""
+    experiment = experiment_of(task, mixer, size, rate, seed)
     return hashlib.sha256(json.dumps(workdirs.to_dict(experiment), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -99,12 +102,11 @@ class Cells:
 
     def __call__(self, task: str, mixer: str, size: str, rate: float, seed: int, missing: bool = True) -> Cell | None:
         """The cell, run now if need be; with `missing` false, None instead."""
-        experiment = experiment_of(task, mixer, size, rate, seed)
-        key = digest(experiment)
+        key = digest(task, mixer, size, rate, seed)
         if key not in self._found and missing:
             device = f"{os.cpu_count()} cores of {processor()}, {jax.devices()[0].platform}, jax {jax.__version__}"
             names = {"experiment": key, "task": task, "mixer": mixer, "size": size, "rate": rate, "seed": seed}
-            cell = names | run(experiment) | {"device": device}
+            cell = names | run(experiment_of(task, mixer, size, rate, seed)) | {"device": device}
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(cell) + "\n")
             self._found[key] = cell

@@ -66,7 +66,7 @@ def test_cells_are_run_once_and_tabled(capability, tmp_path):
 
 def test_another_experiment_is_another_cell(capability):
     keys = {
-        capability.digest(capability.experiment_of("mqar", mixer, size, rate, seed))
+        capability.digest("mqar", mixer, size, rate, seed)
         for mixer, size, rate, seed in (
             ("gla", "smoke", 1e-3, 0),
             ("rglru", "smoke", 1e-3, 0),
