@@ -23,6 +23,7 @@ from longctx.layers.linear_attention import LinearAttention
 from longctx.layers.lru import LRU
 from longctx.layers.mamba import Mamba
 from longctx.layers.mamba2 import Mamba2
+from longctx.layers.kda import KDA
 from longctx.layers.mlp import SquaredReLU, SwiGLU
 from longctx.layers.mlstm import MLSTM
 from longctx.layers.path import Path
@@ -50,6 +51,7 @@ MIXERS: dict[str, type] = {
     "mlstm": MLSTM,
     "path": Path,
     "retnet": RetNet,
+    "kda": KDA,
     "rglru": RGLRU,
     "s5": S5,
     "slstm": SLSTM,
