@@ -14,6 +14,7 @@ from longctx.layers.block_recurrent import BlockRecurrent
 from longctx.layers.delta_net import DeltaNet
 from longctx.layers.forgetting import Forgetting
 from longctx.layers.gated_delta import GatedDelta
+from longctx.layers.gated_delta_product import GatedDeltaProduct
 from longctx.layers.gla import GLA
 from longctx.layers.hgrn2 import HGRN2
 from longctx.layers.infini import Infini
@@ -40,6 +41,7 @@ MIXERS: dict[str, type] = {
     "delta_net": DeltaNet,
     "forgetting": Forgetting,
     "gated_delta": GatedDelta,
+    "gated_delta_product": GatedDeltaProduct,
     "gla": GLA,
     "hgrn2": HGRN2,
     "infini": Infini,
