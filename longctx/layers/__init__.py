@@ -34,6 +34,7 @@ from longctx.layers.s5 import S5
 from longctx.layers.slstm import SLSTM
 from longctx.layers.titans import Titans
 from longctx.layers.ttt_linear import TTTLinear
+from longctx.layers.rwkv7 import RWKV7
 
 MIXERS: dict[str, type] = {
     "attention": Attention,
@@ -59,6 +60,7 @@ MIXERS: dict[str, type] = {
     "slstm": SLSTM,
     "titans": Titans,
     "ttt_linear": TTTLinear,
+    "rwkv7": RWKV7,
 }
 
 MLPS: dict[str, type] = {

@@ -1,0 +1,115 @@
+"""RWKV-7 (Peng et al., 2025): its time mixing as a mixer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longctx.layers.basic import Linear, l2_normalise, like_queries, undo_values
+from longctx.ops import diagonal_low_rank as ops
+from longctx.parallel import sequence
+from longctx.typing import Segments
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RWKV7State:
+    """The matrix memory and the last input, float32."""
+
+    matrix: Float[Array, "B H K V"]
+    last: Float[Array, "B 1 D"]
+
+
+class RWKV7(nnx.Module):
+    """A matrix memory that decays per channel, removes at one key what it held there, and writes at another.
+
+    Each of r, k, v, w, a, g is a projection of its own mixture of the token with the one before it,
+    x_t + μ (x_{t-1} - x_t). With γ the removal key (k ξ) of norm 1 and k̃ = k (1 + (a - 1) α),
+
+        S_t = Diag(w) S_{t-1} - (a γ) (γᵀ S_{t-1}) + k̃ vᵀ,    y = g (norm(S_tᵀ r) + (r · ρ k̃) v) W
+
+    with log w = -e^-½ σ(tanh(x W₁) W₂ + b), a = σ(x A₁ A₂ + b), g = σ(x G₁) G₂, and norm a layer norm per head. The
+    paper's mixture of each layer's values with those of the first layer is left out: a mixer sees its own input alone.
+    State: `[B, H, K, V]` and the last input, float32.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        heads: int = 4  # H
+        key_width: int = 32  # K
+        value_width: int = 32  # V; the paper has K = V = D / H
+        rank: int = 32  # of the projections to decay, learning rate and gate
+
+        def problems(self):
+            if min(self.heads, self.key_width, self.value_width, self.rank) < 1:
+                yield f"heads, key_width, value_width and rank must be at least 1, given {self}"
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        self.options = options
+        heads, keys, values = options.heads, options.heads * options.key_width, options.heads * options.value_width
+        # Keys begin as those of the token before, all else as of the token itself; in the order r, k, v, w, a, g.
+        mix = jnp.zeros((6, width)).at[1].set(1)
+        self.mix = nnx.Param(mix, axes=(None, "embed"))
+        self.query = Linear(width, keys, ("embed", "heads"), rngs)
+        like_query = like_queries(self.query, heads, options.key_width) * options.key_width**-0.5
+        self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
+        self.value = Linear(width, values, ("embed", "heads"), rngs)
+        self.decay_in = Linear(width, options.rank, ("embed", "rank"), rngs)
+        self.decay_out = Linear(options.rank, keys, ("rank", "heads"), rngs)
+        # The channels' memories begin with spans of 10 to 1,000 tokens.
+        chance = jnp.geomspace(1e-3, 1e-1, options.key_width) * math.exp(0.5)
+        self.decay_bias = nnx.Param(jnp.tile(jnp.log(chance / (1 - chance)), heads), axes=("heads",))
+        self.rate_in = Linear(width, options.rank, ("embed", "rank"), rngs)
+        self.rate_out = Linear(options.rank, keys, ("rank", "heads"), rngs, bias=0.0)
+        self.gate_in = Linear(width, options.rank, ("embed", "rank"), rngs)
+        self.gate_out = Linear(options.rank, values, ("rank", "heads"), rngs)
+        self.removal = nnx.Param(jnp.ones((heads, options.key_width)), axes=("heads", "head"))  # ξ
+        self.replacement = nnx.Param(jnp.ones((heads, options.key_width)), axes=("heads", "head"))  # α
+        self.bonus = nnx.Param(jnp.zeros((heads, options.key_width)), axes=("heads", "head"))  # ρ
+        self.scale = nnx.Param(jnp.ones((heads, options.value_width)), axes=("heads", "head"))
+        self.shift = nnx.Param(jnp.zeros((heads, options.value_width)), axes=("heads", "head"))
+        back = undo_values(self.value, heads, options.value_width)
+        self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: RWKV7State | None = None):
+        """Returns `(y[B, T, D], RWKV7State)`."""
+        batch, length, width = x.shape
+        lag = jnp.ones((2, width), x.dtype).at[1].set(0)
+        before, last = sequence.convolution(x, lag, None if state is None else state.last, segments)
+        mixed = (x + mix * (before - x) for mix in self.mix[...].astype(x.dtype))
+
+        def heads(y):
+            return y.reshape(batch, length, self.options.heads, -1)
+
+        x_r, x_k, x_v, x_w, x_a, x_g = mixed
+        r, k, v = heads(self.query(x_r)), heads(self.key(x_k)).astype(jnp.float32), heads(self.value(x_v))
+        decay = self.decay_out(jnp.tanh(self.decay_in(x_w))).astype(jnp.float32) + self.decay_bias[...]
+        log_decay = heads(-math.exp(-0.5) * jax.nn.sigmoid(decay))
+        rate = heads(jax.nn.sigmoid(self.rate_out(self.rate_in(x_a)).astype(jnp.float32)))
+        removal = l2_normalise(k * self.removal[...])
+        k *= 1 + (rate - 1) * self.replacement[...]
+        y, matrix = sequence.recurrence(
+            ops, r, k, v, -removal, rate * removal, log_decay,
+            state=None if state is None else state.matrix, segments=segments,
+        )  # fmt: skip
+        bonus = jnp.sum(r * k * self.bonus[...], axis=-1, keepdims=True).astype(x.dtype)
+        y = (self._norm(y) + bonus * v).reshape(batch, length, -1)
+        return self.out(y * self.gate_out(jax.nn.sigmoid(self.gate_in(x_g)))), RWKV7State(matrix, last)
+
+    def _norm(self, y: Float[Array, "B T H V"]) -> Float[Array, "B T H V"]:
+        """Layer norm per head, in float32, with the paper's ε of 1e-5 V."""
+        centred = y.astype(jnp.float32) - jnp.mean(y.astype(jnp.float32), axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        scaled = centred * jax.lax.rsqrt(variance + 1e-5 * self.options.value_width)
+        return (scaled * self.scale[...] + self.shift[...]).astype(y.dtype)
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> RWKV7State:
+        """The empty memory; `capacity` does not matter."""
+        options = self.options
+        matrix = jnp.zeros((batch, options.heads, options.key_width, options.value_width), jnp.float32)
+        return RWKV7State(matrix, jnp.zeros((batch, 1, self.mix.shape[1]), jnp.float32))

@@ -1,0 +1,158 @@
+"""Matrix states whose transition is diagonal plus low rank, the core of RWKV-7.
+
+Recurrence, for a matrix state S of K x V per head: the state decays by channel, and what it held at a_t is written to
+b_t, beside the value at k_t,
+
+    S_t = Diag(w_t) S_{t-1} + b_t (S_{t-1}^T a_t)^T + k_t v_t^T,    y_t = S_t^T q_t,    w_t = exp(log_decay_t)
+
+Note that a_t reads the state before it decays, while the delta rule (`gated_delta`) reads it after. In the paper states
+are transposed: S_t = S_{t-1} (Diag(w_t) + a_t b_t^T) + v_t k_t^T.
+
+Chunk form. With c_i = sum of log_decay up to token i of the chunk, c_0 = 0, S the state before the chunk, and
+
+    N_ij = sum_k a_ik b_jk exp(c_{i-1,k} - c_jk),  G_ij = sum_k a_ik k_jk exp(c_{i-1,k} - c_jk) for j < i, 0 elsewhere,
+    A_ij = sum_k q_ik b_jk exp(c_ik - c_jk),       E_ij = sum_k q_ik k_jk exp(c_ik - c_jk) for j <= i, 0 elsewhere,
+
+the rows R that the chunk reads at its a, R_i = S_{i-1}^T a_i, solve R = N R + G V + (exp(c_{i-1}) * a) S, so that with
+T = (I - N)^-1 they are U + W S, where U = T G V and W = T (exp(c_{i-1}) * a), and
+
+    y = (exp(c) * q) S + A R + E V,    S' = Diag(exp(c_C)) S + (exp(c_C - c) * b)^T R + (exp(c_C - c) * k)^T V.
+
+Transition of a span: (M, B), S -> M S + B, as in `gated_delta`.
+
+Reference: Peng et al., "RWKV-7 'Goose' with Expressive Dynamic State Evolution", 2025, section on time mixing.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from longctx.ops.gated_delta import Transition, apply, compose, unit_inverse
+from longctx.ops.gated_linear import BEFORE, Clock, by_spans, decay, einsum, join, scores, split, start_clock
+from longctx.typing import Segments
+
+__all__ = ["Transition", "apply", "chunked", "compose", "recurrent", "transition"]
+
+
+def recurrent(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    log_decay: Float[Array, "B T H K"],
+    state: Float[Array, "B H K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | Segments | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """The definition, token by token.
+
+    Args:
+      q: what is read from the state; neither scaled nor normalised here.
+      k: where v is written.
+      v: what is written.
+      a: what is read from the state before it decays, to be written at b.
+      b: where it is written. Diag(w) + b a^T must not expand, or the state may diverge.
+      log_decay: at most 0; -inf is a decay of exactly 0.
+      state: before the span, None for zeros.
+      segment_ids: documents of a packed row. A document's start forgets everything before it; padding leaves the
+        state unchanged and gives 0.
+
+    Returns:
+      y in the dtype of v, and the state after the span, float32.
+    """
+    segments = Segments.of(segment_ids, *k.shape[:2])
+
+    def step(s, token):
+        q, k, v, a, b, decay, start, valid = token
+        before = jnp.where(start[..., None], 0, s)
+        read = jnp.sum(a[..., None] * before, axis=-2)
+        after = decay[..., None] * before + b[..., None] * read[..., None, :] + k[..., None] * v[..., None, :]
+        s = jnp.where(valid[..., None], after, s)
+        return s, jnp.where(valid, jnp.sum(q[..., None] * s, axis=-2), 0)
+
+    tokens = (*(leaf.astype(jnp.float32) for leaf in (q, k, v, a, b)), jnp.exp(log_decay.astype(jnp.float32)))
+    tokens += (segments.starts[..., None, None], segments.valid[..., None, None])
+    s = _zeros(k, v) if state is None else state.astype(jnp.float32)
+    s, y = jax.lax.scan(step, s, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
+    return jnp.moveaxis(y, 0, 1).astype(v.dtype), s
+
+
+def chunked(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    log_decay: Float[Array, "B T H K"],
+    state: Float[Array, "B H K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | Segments | None = None,
+    chunk: int = 64,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """The same as `recurrent`, chunk by chunk in matrix products; `chunk` is C, a power of two."""
+    s = _zeros(k, v) if state is None else state.astype(jnp.float32)
+    return by_spans(_span, s, (q, k, v, a, b, log_decay), segment_ids, chunk)
+
+
+def transition(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    log_decay: Float[Array, "B T H K"],
+    segment_ids: Int[Array, "B T"] | Segments | None = None,
+    chunk: int = 64,
+) -> Transition:
+    """What the span does to any state. `q` is not read: it is there so that all functions take the same inputs.
+
+    M is carried as K more columns of the state, which start as the identity and are written with zeros.
+    """
+    width = k.shape[-1]
+    values = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (width, 0)))
+    columns = _zeros(k, values) + jnp.eye(width, values.shape[-1])
+    _, s = by_spans(_span, columns, (None, k, values, a, b, log_decay), segment_ids, chunk)
+    return Transition(s[..., :width], s[..., width:])
+
+
+def _span(s, q, k, v, a, b, log_decay, segments, chunk):
+    """A few chunks: the state after them, and y."""
+    if segments is not None:
+        valid, starts = segments.valid[..., None, None], segments.starts[..., None, None]
+        k, b, a = jnp.where(valid, k, 0), jnp.where(valid, b, 0), jnp.where(starts, 0, a)
+    keys, values, back = split(k, chunk), split(v, chunk), split(b, chunk)
+    reads, clock = split(a, chunk), start_clock(log_decay, segments, chunk)
+    # a_i meets the state after token i-1: its row stands there, and is moved down when its products are taken.
+    ahead = jnp.pad(reads[..., 1:, :], ((0, 0),) * 3 + ((0, 1), (0, 0)))
+    rows = [ahead, ahead] if q is None else [ahead, ahead, *[split(q, chunk)] * 2]
+    columns = [back, keys] * (len(rows) // 2)
+    times = Clock(*(jnp.concatenate([leaf] * len(rows)) for leaf in clock))
+    products = jnp.split(scores(jnp.concatenate(rows), jnp.concatenate(columns), times), len(rows))
+    inverse = unit_inverse(-_down(products[0]))
+    from_start = decay(clock, BEFORE)
+    fresh = einsum("nbhcd,nbhde,nbhev->nbhcv", inverse, _down(products[1]), values)
+    held = einsum("nbhcd,nbhdk->nbhck", inverse, reads * _down(from_start, 1))
+    left, total = decay(clock.last, clock), jnp.swapaxes(decay(clock.last, BEFORE), -1, -2)
+    written = einsum("nbhck,nbhcv->nbhkv", keys * left, values)
+
+    def step(s, chunk):
+        fresh, held, out, written, total = chunk
+        read = fresh + einsum("bhck,bhkv->bhcv", held, s)
+        return total * s + einsum("bhck,bhcv->bhkv", out, read) + written, (s, read)
+
+    s, (before, read) = jax.lax.scan(step, s, (fresh, held, back * left, written, total))
+    if q is None:
+        return s, None
+    y = einsum("nbhck,nbhkv->nbhcv", rows[2] * from_start, before)
+    y += einsum("nbhcd,nbhdv->nbhcv", products[2], read) + einsum("nbhcd,nbhdv->nbhcv", products[3], values)
+    return s, join(y, v, segments)
+
+
+def _down(x, filler=0):
+    """Each row in the place of the next; `filler` in the first."""
+    return jnp.pad(x[..., :-1, :], ((0, 0),) * 3 + ((1, 0), (0, 0)), constant_values=filler)
+
+
+def _zeros(k, v):
+    return jnp.zeros((k.shape[0], k.shape[2], k.shape[3], v.shape[3]))
