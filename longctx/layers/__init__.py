@@ -25,6 +25,8 @@ from longctx.layers.lru import LRU
 from longctx.layers.mamba import Mamba
 from longctx.layers.mamba2 import Mamba2
 from longctx.layers.kda import KDA
+from longctx.layers.log_linear_gated_delta import LogLinearGatedDelta
+from longctx.layers.log_linear_mamba2 import LogLinearMamba2
 from longctx.layers.mlp import SquaredReLU, SwiGLU
 from longctx.layers.mlstm import MLSTM
 from longctx.layers.path import Path
@@ -55,6 +57,8 @@ MIXERS: dict[str, type] = {
     "path": Path,
     "retnet": RetNet,
     "kda": KDA,
+    "log_linear_gated_delta": LogLinearGatedDelta,
+    "log_linear_mamba2": LogLinearMamba2,
     "rglru": RGLRU,
     "s5": S5,
     "slstm": SLSTM,

@@ -14,6 +14,7 @@ titans         an MLP trained with momentum and forgetting           state: its 
 lact           a gated MLP trained on large chunks                   state: its weights, and the gradients in progress
 gated_delta_product    n such steps per token                      state: a matrix, dense decay
 diagonal_low_rank      S_t = (Diag(w_t) + b_t a_t^T) S_{t-1} + k_t v_t^T            state: a matrix, dense decay
+log_linear     gated_linear or gated_delta, a matrix per scale of the past          state: a matrix per scale
 attention      softmax over the keys that a pattern shows            state: all tokens, or the last W
 infini         y_t = M^T f(q_t) / z.f(q_t), M and z of the segments before t's own     state: a matrix twice
 block_recurrent  R vectors that attend to each other and to a block of W tokens     state: they, and W tokens
