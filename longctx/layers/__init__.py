@@ -19,24 +19,24 @@ from longctx.layers.gla import GLA
 from longctx.layers.hgrn2 import HGRN2
 from longctx.layers.infini import Infini
 from longctx.layers.inplace_ttt import InPlaceTTT
+from longctx.layers.kda import KDA
 from longctx.layers.lact import LaCT
 from longctx.layers.linear_attention import LinearAttention
+from longctx.layers.log_linear_gated_delta import LogLinearGatedDelta
+from longctx.layers.log_linear_mamba2 import LogLinearMamba2
 from longctx.layers.lru import LRU
 from longctx.layers.mamba import Mamba
 from longctx.layers.mamba2 import Mamba2
-from longctx.layers.kda import KDA
-from longctx.layers.log_linear_gated_delta import LogLinearGatedDelta
-from longctx.layers.log_linear_mamba2 import LogLinearMamba2
 from longctx.layers.mlp import SquaredReLU, SwiGLU
 from longctx.layers.mlstm import MLSTM
 from longctx.layers.path import Path
 from longctx.layers.retnet import RetNet
 from longctx.layers.rglru import RGLRU
+from longctx.layers.rwkv7 import RWKV7
 from longctx.layers.s5 import S5
 from longctx.layers.slstm import SLSTM
 from longctx.layers.titans import Titans
 from longctx.layers.ttt_linear import TTTLinear
-from longctx.layers.rwkv7 import RWKV7
 
 MIXERS: dict[str, type] = {
     "attention": Attention,
@@ -48,23 +48,23 @@ MIXERS: dict[str, type] = {
     "gla": GLA,
     "hgrn2": HGRN2,
     "infini": Infini,
+    "kda": KDA,
     "lact": LaCT,
     "linear_attention": LinearAttention,
+    "log_linear_gated_delta": LogLinearGatedDelta,
+    "log_linear_mamba2": LogLinearMamba2,
     "lru": LRU,
     "mamba": Mamba,
     "mamba2": Mamba2,
     "mlstm": MLSTM,
     "path": Path,
     "retnet": RetNet,
-    "kda": KDA,
-    "log_linear_gated_delta": LogLinearGatedDelta,
-    "log_linear_mamba2": LogLinearMamba2,
     "rglru": RGLRU,
+    "rwkv7": RWKV7,
     "s5": S5,
     "slstm": SLSTM,
     "titans": Titans,
     "ttt_linear": TTTLinear,
-    "rwkv7": RWKV7,
 }
 
 MLPS: dict[str, type] = {
