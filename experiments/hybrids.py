@@ -28,12 +28,12 @@ PATTERNS = {
 
 MIXERS = {
     "rglru": {"kind": "rglru", "hidden": 128, "heads": 2},
-    "mamba": {"kind": "mamba"},
+    "mamba": {"kind": "mamba", "inner": 256, "state": 16, "step_rank": 8},
     "kda": {"kind": "kda", "heads": 2, "key_width": 64, "value_width": 64},
     "window": {"kind": "attention", "heads": 2, "kv_heads": 1, "head_width": 64, "window": 128, "conv_width": 4},
     "full": {"kind": "attention", "heads": 2, "kv_heads": 2, "head_width": 64, "rope_base": 0.0, "conv_width": 4},
-    "block_recurrent": {"kind": "block_recurrent"},
-    "infini": {"kind": "infini"},
+    "block_recurrent": {"kind": "block_recurrent", "heads": 2, "head_width": 64, "block": 128, "vectors": 32},
+    "infini": {"kind": "infini", "heads": 2, "head_width": 64, "segment": 128},
 }
 
 
