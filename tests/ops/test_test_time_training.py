@@ -154,7 +154,8 @@ def as_float32(tree):
 def test_definition(family, length):
     """Both forms are within 2e-5 of the largest output, and gradients are finite.
 
-    Seen to fail: titans' decays of -inf summed as they are.
+    Seen to fail: titans' decays of -inf summed as they are; TTT-Linear's update with the first token's discount; LaCT's
+    gradient without the slope of silu.
     """
     op, inputs, parameters, define, options = example(family, length)
     own = parameters[:3] if family == "ttt_linear" else parameters  # those of the heads
