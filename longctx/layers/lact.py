@@ -37,7 +37,7 @@ class LaCT(nnx.Module):
 
     @dataclasses.dataclass(frozen=True)
     class Config:
-        heads: int = 2  # H
+        heads: int = 4  # H
         head_width: int = 16  # K, of keys and values
         hidden: int = 16  # M, of each head's MLP
         minibatch: int = 16  # C, tokens per update; the paper uses 2,048 and more
