@@ -27,13 +27,13 @@ def build(name):
     return cls(D, cls.Config(**({"heads": HEADS} if "heads" in fields else {})), nnx.Rngs(params=0))
 
 
-def state_shapes(layer, capacity):
-    return [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(lambda: layer.init_state(1, capacity, jnp.float32)))]
+def state_shapes(name, capacity):
+    state = jax.eval_shape(lambda: build(name).init_state(1, capacity, jnp.float32))
+    return [leaf.shape for leaf in jax.tree.leaves(state)]
 
 
 def bounded(name):
-    layer = nnx.eval_shape(functools.partial(build, name))
-    return state_shapes(layer, TOKENS) == state_shapes(layer, 2 * TOKENS)
+    return state_shapes(name, TOKENS) == state_shapes(name, 2 * TOKENS)
 
 
 def peak_bytes():

@@ -19,7 +19,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("name", (*MIXERS, *MLPS))
+@pytest.mark.parametrize("name", [*MIXERS, *MLPS])
 def test_a_layer_and_its_state(name):
     """Seen to fail: a layer's row removed; a state of twice the size."""
     cells = next((row for row in ROWS if name in re.findall(r"`(\w+)`", row[0])), None)
