@@ -46,7 +46,6 @@ VARIANTS = {
     "forgetting/window": ("forgetting", {"window": 11, "kv_heads": 2, "qk_norm": False, "output_gate": False}),
     "linear_attention/hedgehog": ("linear_attention", {"feature_map": "hedgehog", "normalise": False}),
     "inplace_ttt/clip+decay": ("inplace_ttt", {"minibatch": 5, "clip": 0.5, "decay": 0.9}),
-    "lact/momentum+orthogonal": ("lact", {"momentum": True, "orthogonal": True, "minibatch": 12}),
     "titans/gate": ("titans", {"mode": "gate", "depth": 1, "minibatch": 7}),
 }
 LAYERS = {name: (name, {}) for name in (*MIXERS, *MLPS)} | VARIANTS

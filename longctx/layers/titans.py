@@ -49,7 +49,7 @@ class Titans(nnx.Module):
         depth: int = 2  # layers of the memory: 1 or 2
         hidden: int = 16  # width between the two layers
         minibatch: int = 16  # C, tokens whose gradients are taken at the same weights
-        rate: float = 0.1  # largest θ
+        rate: float = 0.02  # largest θ; repeated keys may diverge where C θ / (1 - η) is above 1
         conv_width: int = 4  # taps of the convolution
         mode: str = "layer"  # "layer" or "gate"
         window: int = 16  # tokens that attention looks back on; 0: no attention
