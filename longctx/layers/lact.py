@@ -43,7 +43,9 @@ class LaCT(nnx.Module):
         minibatch: int = 16  # C, tokens per update; the paper uses 2,048 and more
         rate: float = 0.1  # r at the beginning; the paper has 1e-3, with mini-batches of 2,048 and more
         momentum: bool = False  # updates are carried on, as much as each token says
-        orthogonal: bool = False  # updates are orthogonalised (Muon)
+        # Updates are orthogonalised (Muon). With fewer tokens than directions, those that no token wrote are rounding
+        # errors blown up to the size of the rest, and the layer is chaos.
+        orthogonal: bool = False
         window: int = 16  # tokens that attention looks back on; as many as a mini-batch has, that none be missed
 
         def problems(self):
@@ -51,6 +53,11 @@ class LaCT(nnx.Module):
                 yield f"heads, head_width, hidden, minibatch and window must be at least 1, given {self}"
             if self.rate <= 0:
                 yield f"rate is {self.rate}; it must be above 0"
+            if self.orthogonal and self.minibatch < max(self.head_width, self.hidden):
+                yield (
+                    f"minibatch is {self.minibatch}; with orthogonal updates it must be at least head_width and hidden, "
+                    f"{max(self.head_width, self.hidden)}"
+                )
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options

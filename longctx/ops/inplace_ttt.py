@@ -18,7 +18,7 @@ is to forget the state beforehand. So a run's tokens read W, or W after one upda
 Transition of a span. The mini-batch in progress at its start is completed by the span with a sum `head` and by pairs
 across its edge; it can be clipped only once it is whole. What follows is that update, decayed, and those of whole
 mini-batches. `compose` joins pending of the one, pairs across, and head of the other into a whole mini-batch: the
-transitions are a monoid, clipped or not.
+transitions are a monoid, clipped or not. Below T = D F / (D + F) the tokens themselves are fewer numbers (`gathers`).
 
 Reference: "In-Place Test-Time Training", ICLR 2026 (arXiv:2604.06169), section 3.
 """
@@ -201,6 +201,11 @@ def transition(
     nothing = _as_transition(state)._replace(kept=jnp.ones(batch), open=jnp.ones(batch, bool), first=first)
     nothing = nothing._replace(keys=nothing.keys._replace(keep=keep), shares=nothing.shares._replace(keep=keep))
     return _by_runs(step, nothing, z, x, segment_ids, minibatch)[1]
+
+
+def gathers(z: Float[Array, "B T F"], x: Float[Array, "B T D"], *parameters) -> bool:
+    """Whether a span's tokens are fewer numbers than its sums, T (D + F) < D F: then devices exchange the tokens."""
+    return z.shape[1] * (z.shape[2] + x.shape[2]) < z.shape[2] * x.shape[2]
 
 
 def compose(first: Transition, then: Transition) -> Transition:

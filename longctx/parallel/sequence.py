@@ -9,6 +9,7 @@ What a device must know of those before it, and the bytes it sends for that:
 | op                           | moves                                         | bytes a device sends            |
 |------------------------------|-----------------------------------------------|---------------------------------|
 | recurrence, convolution      | transitions, by an exclusive prefix scan      | ⌈log₂ devices⌉ transitions      |
+| ... of In-Place TTT, briefly | the tokens, where they are fewer numbers      | those of its tokens             |
 | recurrence, not associative  | the state, device after device in turn        | devices - 1 states              |
 | attention of bounded reach   | the last keys and values, by a halo exchange  | those of `reach` tokens         |
 | ... with n global tokens     | also the first of the document, by a scan     | those of ⌈log₂ devices⌉ n       |
@@ -41,7 +42,8 @@ def recurrence(op: types.ModuleType, *inputs, parameters: tuple = (), state=None
     """A family of recurrences on a span.
 
     Where the family has no `transition`, its states do not compose, and the devices take turns: each waits for the
-    state that the one before it leaves, so that the span takes as long as on one device.
+    state that the one before it leaves, so that the span takes as long as on one device. Where its `gathers` says that
+    a shard's tokens are less to send than a transition, every device gathers them and runs those before its own.
 
     Args:
       op: the family's module, such as `longctx.ops.gated_delta`.
@@ -226,7 +228,9 @@ def _scan(op, inputs, parameters, state, segments: Segments | None, static):
             return op.chunked(*inputs, *parameters, state=state, segment_ids=segments, **static)
 
         device, last = jax.lax.axis_index("context"), jax.lax.axis_size("context") - 1
-        if hasattr(op, "transition"):
+        if hasattr(op, "gathers") and op.gathers(*inputs, *parameters):
+            entering = _from_all_before(op, inputs, parameters, state, segments, static)
+        elif hasattr(op, "transition"):
             transition = op.transition(*inputs, *parameters, segment_ids=segments, **static)
             before = op.apply(prefix.exclusive(op.compose, transition, "context"), state)
             entering = jax.tree.map(lambda given, come: jnp.where(device == 0, given, come), state, before)
@@ -237,6 +241,15 @@ def _scan(op, inputs, parameters, state, segments: Segments | None, static):
 
     island = _island(shard, (_SHARD, _WHOLE, _WHOLE, _SHARD), (_SHARD, _WHOLE))
     return island(inputs, _float32(parameters), _float32(state), Segments.of(segments, batch, length))
+
+
+def _from_all_before(op, inputs, parameters, state, segments: Segments, static):
+    """The state that enters a device's shard, by running all tokens before it, gathered, on every device."""
+    length = segments.ids.shape[1]
+    inputs, whole = jax.tree.map(lambda x: jax.lax.all_gather(x, "context", axis=1, tiled=True), (inputs, segments))
+    before = jnp.arange(whole.ids.shape[1]) < jax.lax.axis_index("context") * length
+    past = Segments(jnp.where(before, whole.ids, 0), whole.positions, whole.starts & before)
+    return op.chunked(*inputs, *parameters, state=state, segment_ids=past, **static)[1]
 
 
 def _in_turn(run: Callable, state, axis_name: str):
