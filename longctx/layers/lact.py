@@ -55,8 +55,8 @@ class LaCT(nnx.Module):
                 yield f"rate is {self.rate}; it must be above 0"
             if self.orthogonal and self.minibatch < max(self.head_width, self.hidden):
                 yield (
-                    f"minibatch is {self.minibatch}; with orthogonal updates it must be at least head_width and hidden, "
-                    f"{max(self.head_width, self.hidden)}"
+                    f"minibatch is {self.minibatch}; orthogonal updates want at least as many tokens as head_width and "
+                    f"hidden: {max(self.head_width, self.hidden)}"
                 )
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
