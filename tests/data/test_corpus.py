@@ -17,7 +17,7 @@ def test_folder_is_read_recursively_in_order(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "two.md").write_text("two")
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")  # a byte order mark is no text
-    (tmp_path / "c.rst.gz").write_bytes(gzip.compress(b"three"))
+    (tmp_path / "c.rst.gz").write_bytes(gzip.compress(b"three", mtime=0))
     (tmp_path / "d.jsonl").write_text('{"text": "four", "id": 1}\n\n"five\\u2028"\n')
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0")
@@ -91,7 +91,7 @@ def test_a_lone_document_is_cut():
         ("a.txt", b"abc\xff", ["not UTF-8", "0xff at 3"]),
         ("a.txt", b"ab\0c", ["NUL at character 2"]),
         ("a.txt.gz", b"plain", ["cannot be read"]),
-        ("a.txt.gz", gzip.compress(b"long enough to be cut")[:-9], ["cannot be read"]),
+        ("a.txt.gz", gzip.compress(b"long enough to be cut", mtime=0)[:-9], ["cannot be read"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["line 2", "not JSON"]),
         ("a.jsonl", b'"a"\n\n{"content": "a"}', ["line 3", "an object with ['content']", '"text"']),
         ("a.jsonl", b"[1, 2]", ["line 1", "is [1, 2]"]),
