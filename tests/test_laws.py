@@ -1,8 +1,9 @@
 """The laws that every registered layer keeps (see the README): one module, parametrised over the registries.
 
 A layer that is added to `MIXERS` or `MLPS` is under all of them with its default options; `VARIANTS` adds options
-that take another path through the code. Outputs, gradients and what the state does to tokens that follow are
-compared in float32, with errors relative to the largest entry: 1e-4 for outputs, 5e-4 for gradients.
+that take another path through the code (those of attention in every run, the rest by `pytest -m slow`). Outputs,
+gradients and what the state does to tokens that follow are compared in float32, with errors relative to the largest
+entry: 1e-4 for outputs, 5e-4 for gradients.
 
 Each law's docstring ends with how the code was broken to see it fail.
 """
@@ -55,12 +56,14 @@ UNBOUNDED = {"attention", "attention/everything", "forgetting", "path"}
 # Layers whose state has room for every token of the document.
 GROWING_STATE = UNBOUNDED | {"attention/window+global"}
 
-layers = pytest.mark.parametrize("name", LAYERS)
-
 
 def slow(*values):
     """Cases left to `pytest -m slow`: each of the default ones takes another path through the code than these."""
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+OFTEN = [*MIXERS, *MLPS, *(name for name in VARIANTS if name.startswith("attention"))]
+layers = pytest.mark.parametrize("name", [*OFTEN, *slow(*(name for name in LAYERS if name not in OFTEN))])
 
 
 def make(name):
