@@ -34,6 +34,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from longctx.ops import causal_conv
 from longctx.ops.gated_linear import einsum
+from longctx.ops.minibatch import along
 from longctx.typing import Segments
 
 
@@ -118,23 +119,23 @@ def recurrent(
 
     def step(state, token):
         z, x, start, valid, place = token
-        weights, pending, keys, shares = jax.tree.map(lambda a: jnp.where(_as(start, a), 0, a), state)
+        weights, pending, keys, shares = jax.tree.map(lambda a: jnp.where(along(start, a), 0, a), state)
         y = jnp.sum(z[..., None] * weights, axis=1)
         share = rate * jnp.matmul(taps * x[:, None], target, precision="highest")
         pending += z[..., None] * share[:, reach, None]
         for lag in range(1, reach + 1):
             pairs = z[..., None] * shares[:, -lag, reach - lag, None]
             pairs += keys[:, -lag, :, None] * share[:, reach + lag, None]
-            pending += jnp.where(_as(place >= lag, pairs), pairs, 0)
+            pending += jnp.where(along(place >= lag, pairs), pairs, 0)
         norm = jnp.sqrt(jnp.maximum(jnp.sum(pending**2, axis=(1, 2), keepdims=True), 1e-30))
         update = pending * jnp.minimum(1, clip / norm) if clip else pending
-        done = _as(place == minibatch - 1, pending)
+        done = along(place == minibatch - 1, pending)
         weights = jnp.where(done, decay * weights + update, weights)
         pending = jnp.where(done, 0, pending)
         keys = jnp.concatenate([keys, z[:, None]], axis=1)[:, 1:]
         shares = jnp.concatenate([shares, share[:, None]], axis=1)[:, 1:]
         after = State(weights, pending, keys, shares)
-        state = jax.tree.map(lambda new, old: jnp.where(_as(valid, new), new, old), after, state)
+        state = jax.tree.map(lambda new, old: jnp.where(along(valid, new), new, old), after, state)
         return state, jnp.where(valid[:, None], y, 0)
 
     tokens = (z.astype(jnp.float32), x.astype(jnp.float32), segments.starts, segments.valid)
@@ -162,7 +163,7 @@ def chunked(
     def step(state, z, x, segments):
         run = _run(z, x, segments, taps, target, minibatch, rate, clip, decay)
         start = segments.starts[:, 0]
-        state = jax.tree.map(lambda a: jnp.where(_as(start, a), 0, a), state)
+        state = jax.tree.map(lambda a: jnp.where(along(start, a), 0, a), state)
         before = _as_transition(state)
         update = _clipped(_meeting(before, run.transition) + run.head, run.transition.clip)
         y = einsum("btf,bfd->btd", z * run.before[..., None], state.weights)
@@ -191,7 +192,7 @@ def transition(
     def step(first, z, x, segments):
         then = _run(z, x, segments, taps, target, minibatch, rate, clip, decay).transition
         start = segments.starts[:, 0]
-        forgotten = jax.tree.map(lambda a: jnp.where(_as(start, a), jnp.zeros_like(a), a), first)
+        forgotten = jax.tree.map(lambda a: jnp.where(along(start, a), jnp.zeros_like(a), a), first)
         return compose(forgotten, then), None
 
     batch, reach = z.shape[0], taps.shape[0] // 2
@@ -213,14 +214,14 @@ def compose(first: Transition, then: Transition) -> Transition:
     meeting = _meeting(first, then)
     whole = meeting + then.head
     completes = first.open & ~then.open
-    update = jnp.where(_as(first.open, whole), 0, _as(then.late, whole) * _clipped(whole, then.clip))
+    update = jnp.where(along(first.open, whole), 0, along(then.late, whole) * _clipped(whole, then.clip))
     return Transition(
         first.kept * then.kept,
         jnp.where(first.open, then.late, first.late * then.kept),
         first.open & then.open,
-        jnp.where(_as(completes, whole), whole, first.head),
-        _as(then.kept, whole) * first.weights + update + then.weights,
-        jnp.where(_as(then.open, meeting), meeting, 0) + then.pending,
+        jnp.where(along(completes, whole), whole, first.head),
+        along(then.kept, whole) * first.weights + update + then.weights,
+        jnp.where(along(then.open, meeting), meeting, 0) + then.pending,
         _first(first.first, then.first),
         causal_conv.compose(first.keys, then.keys),
         causal_conv.compose(first.shares, then.shares),
@@ -289,7 +290,7 @@ def _run(z, x, segments: Segments, taps, target, minibatch, rate, clip, decay) -
             jnp.where(fresh, 0.0, jnp.where(done, decay, 1.0)),
             alive.astype(jnp.float32),
             ~done & ~fresh,
-            jnp.where(_as(alive, head), head, 0),
+            jnp.where(along(alive, head), head, 0),
             jnp.zeros_like(head),
             pending,
             Tokens(z_first, share(x_first), place_first, number),
@@ -346,7 +347,7 @@ def _as_transition(state: State) -> Transition:
 def _clipped(update, clip):
     """`update`, scaled down to a Frobenius norm of at most `clip` where that is above 0."""
     norm = jnp.sqrt(jnp.maximum(jnp.sum(update**2, axis=(1, 2)), 1e-30))
-    return update * _as(jnp.where(clip > 0, clip / jnp.maximum(norm, clip), 1), update)
+    return update * along(jnp.where(clip > 0, clip / jnp.maximum(norm, clip), 1), update)
 
 
 def _by_runs(step, carry, z, x, segment_ids, minibatch: int):
@@ -368,11 +369,6 @@ def _by_runs(step, carry, z, x, segment_ids, minibatch: int):
     if y is not None:
         y = jnp.moveaxis(y, 0, 1).reshape(batch, runs * size, *y.shape[3:])[:, :length]
     return y, carry
-
-
-def _as(a, like):
-    """`a[B]`, to be broadcast with `like[B, ...]`."""
-    return a.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def _zeros(z, taps):
