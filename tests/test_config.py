@@ -99,8 +99,8 @@ def test_an_experiment_file(path):
     get_config, synthetic = file["get_config"], path.stem in TASKS
     if synthetic:
         arguments = [f"{kind},{size}" for kind in MIXERS for size in ("", "small", "smoke")]
-    elif "PATTERNS" in file:
-        arguments = [f"{name}{size}" for name in file["PATTERNS"] for size in ("", ",smoke")]
+    elif names := file.get("PATTERNS") or file.get("MLPS"):
+        arguments = [f"{name}{size}" for name in names for size in ("", ",smoke")]
     else:
         arguments = ["", "smoke"]
     for argument in arguments:

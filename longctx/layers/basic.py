@@ -109,16 +109,16 @@ def l2_normalise(x: Float[Array, "... K"]) -> Float[Array, "... K"]:
     return (y * jax.lax.rsqrt(jnp.sum(jnp.square(y), axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
-def delta_inputs(parts: Float[Array, "B T C"], heads: int, key_width: int):
+def delta_inputs(parts: Float[Array, "B T C"], heads: int, key_width: int, activation=jax.nn.silu):
     """Queries, keys and values of the delta rules from what the convolution gives, C = H (2 K + V).
 
     Returns:
-      `(q[B, T, H, K], k[B, T, H, K], v[B, T, H, V])` after SiLU; q and k of norm 1, and q scaled by 1/√K.
+      `(q[B, T, H, K], k[B, T, H, K], v[B, T, H, V])`: q and k after `activation`, of norm 1, and q scaled by 1/√K; v
+      after SiLU.
     """
     keys = heads * key_width
-    split = jnp.split(jax.nn.silu(parts), [keys, 2 * keys], axis=-1)
-    q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in split)
-    return l2_normalise(q) * key_width**-0.5, l2_normalise(k), v
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in jnp.split(parts, [keys, 2 * keys], axis=-1))
+    return l2_normalise(activation(q)) * key_width**-0.5, l2_normalise(activation(k)), jax.nn.silu(v)
 
 
 def slow_steps(count: int) -> Float[Array, " count"]:

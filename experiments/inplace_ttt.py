@@ -1,0 +1,64 @@
+"""In-Place TTT next to the SwiGLU that it continues, on the same text: does it read better, the more context it has?
+
+Commands, each for the same parameters (to 0.1 %) and the same tokens in the same order:
+
+    python -m longctx.train --config=experiments/inplace_ttt.py:inplace_ttt --workdir=runs/inplace_ttt
+    python -m longctx.train --config=experiments/inplace_ttt.py:swiglu --workdir=runs/swiglu
+
+Attention sees the last 64 tokens alone, so whatever lies further back reaches the final block through the MLPs'
+fast weights or not at all. Compare the report's perplexity of the fixed final block by context (the measurement of the
+paper, arXiv 2604.06169, section 4); other seeds by `--config.seed=1`.
+"""
+
+from ml_collections import ConfigDict
+
+MLPS = {
+    # Mini-batches no longer than the window: what has left it has been written.
+    "inplace_ttt": {"kind": "inplace_ttt", "hidden": 256, "minibatch": 64},
+    # 44 more hidden units have as many parameters as the targets' projection and convolution.
+    "swiglu": {"kind": "swiglu", "hidden": 300},
+}
+
+
+def get_config(arg: str = "inplace_ttt") -> ConfigDict:
+    """`inplace_ttt` or `swiglu`, either with `,smoke` after it for a test of the machinery."""
+    kind, _, size = arg.partition(",")
+    if kind not in MLPS or size not in ("", "smoke"):
+        raise ValueError(f"the MLP is '{arg}'; give 'inplace_ttt' or 'swiglu', and ',smoke' after it or nothing")
+    config = ConfigDict()
+    config.seed = 0  # of the parameters and the order of the rows
+
+    config.data = ConfigDict()
+    config.data.kind = "corpus"
+    config.data.path = ""  # a file or folder of your own documents; empty: the interpreter's standard library
+    config.data.vocab_size = 2048  # entries of the byte-pair vocabulary
+    config.data.heldout = 0.1  # fraction of the documents kept for evaluation
+    config.data.needles = ConfigDict()
+    config.data.needles.rows = 0.0  # no planted facts: perplexity alone is compared
+
+    config.model = ConfigDict()
+    config.model.width = 128  # D
+    config.model.pattern = ("block",)
+    config.model.repeats = 3
+    config.model.blocks = ConfigDict()
+    config.model.blocks.block = {
+        "mixer": {"kind": "attention", "heads": 2, "kv_heads": 2, "head_width": 64, "window": 64, "conv_width": 4},
+        "mlp": MLPS[kind],
+    }
+
+    config.training = ConfigDict()
+    config.training.stages = ((100, 16, 128), (400, 4, 1024))  # (steps, rows, tokens a row)
+    config.training.learning_rate = 4e-3
+    config.training.warmup_steps = 50
+
+    config.evaluation = ConfigDict()
+    config.evaluation.factors = (1, 2, 4)  # lengths tested, in multiples of the trained length
+    config.evaluation.final_block = 128  # tokens of the fixed final block
+    config.evaluation.documents = 96  # held-out windows
+
+    if size == "smoke":
+        config.model.width = 32
+        config.training.stages = ((6, 4, 64), (6, 2, 96))
+        config.evaluation.factors = (1, 2)
+        config.evaluation.documents = 4
+    return config
