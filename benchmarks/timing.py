@@ -13,22 +13,27 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def best(*calls: Callable[[], object], repeats: int = 5) -> list[float]:
-    """The least seconds of each call; they take turns, after one call each to warm up."""
-    seconds = [float("inf")] * len(calls)
-    for repeat in range(repeats + 1):
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            if repeat:
-                seconds[i] = min(seconds[i], time.perf_counter() - start)
-    return seconds
+def best(*calls: Callable[[], object], repeats: int = 5, limit: float = float("inf")) -> list[float]:
+    """The least seconds of each call; they take turns, after one call each to warm up.
+
+    No round begins after `limit` seconds. A first round that takes longer is the only one, and counts.
+    """
+    begin, rounds = time.perf_counter(), []
+    while len(rounds) <= repeats and (not rounds or time.perf_counter() - begin < limit):
+        rounds.append([seconds(call) for call in calls])
+    return [min(times) for times in zip(*(rounds[1:] or rounds), strict=True)]
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def compiled(function: Callable, *arguments) -> Callable[[], object]:
-    """A call of the jitted function that waits for its result."""
-    jitted = jax.jit(function)
-    return lambda: jax.block_until_ready(jitted(*arguments))
+    """A call of the compiled function that waits for its result."""
+    program = jax.jit(function).lower(*arguments).compile()
+    return lambda: jax.block_until_ready(program(*arguments))
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
