@@ -63,7 +63,11 @@ def digest(task: str, mixer: str, size: str, rate: float, seed: int) -> str:
 
 
 def run(experiment: config.Experiment) -> Cell:
-    """Trains and measures; a run whose loss is not finite has no accuracy."""
+    """Trains and measures; a run whose loss is not finite has no accuracy.
+
+    Raises:
+      SystemExit: a signal stopped the training.
+    """
     task, stage = experiment.data, experiment.training.stages[-1]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -72,6 +76,8 @@ def run(experiment: config.Experiment) -> Cell:
             trained = loop.train(experiment, workdir, task)
         except FloatingPointError as error:
             return {"diverged": str(error).split(";")[0]}
+        if not trained["finished"]:
+            raise SystemExit("stopped before the end of a training; the same command goes on from the last cell")
         model, _ = workdirs.load_model(workdirs.open_run(workdir))
     options = experiment.evaluation
     with jax.set_mesh(meshes.make(experiment.mesh)):

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 # nothing where the answer is read: exactly nothing, which ReLU's zeros allow and training at 256 tokens finds.
 OPTIONS = {
     "attention": {"rope_base": 0.0, "conv_width": 4},  # positions would not reach beyond the trained length
-    "delta_net": {"activation": "relu"},
+    "delta_net": {"activation": "relu2"},
     "linear_attention": {"feature_map": "relu2", "conv_width": 4},
 }
 

@@ -12,12 +12,19 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def capability(monkeypatch):
-    """The script as a module, whose cells are made up: the higher the rate the better, until it diverges at 4e-3."""
+def script(monkeypatch):
+    """The script as a module."""
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
     spec = importlib.util.spec_from_file_location("capability", BENCHMARKS / "capability.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def capability(script, monkeypatch):
+    """The script, whose cells are made up: the higher the rate the better, until it diverges at 4e-3."""
+    module = script
     module.ran = []
 
     def run(experiment):
@@ -77,3 +84,11 @@ def test_another_experiment_is_another_cell(capability):
         )
     }
     assert len(keys) == 6
+
+
+def test_a_stopped_training_is_no_cell(script, monkeypatch, tmp_path):
+    """Recorded, it would stand in the table for a layer that cannot learn the task."""
+    monkeypatch.setattr(script.loop, "train", lambda *_: {"finished": False, "seconds": 1.0})
+    with pytest.raises(SystemExit, match="stopped"):
+        script.Cells(tmp_path / "cells.jsonl")("mqar", "gla", "smoke", 1e-3, 0)
+    assert not (tmp_path / "cells.jsonl").exists()

@@ -75,7 +75,15 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         y = x.astype(jnp.float32)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
-        return (y * self.scale[...]).astype(x.dtype)
+        return scaled(y, self.scale[...]).astype(x.dtype)
+
+
+def scaled(x: Float[Array, "... D"], scale: Float[Array, " D"]) -> Float[Array, "... D"]:
+    """`x · scale`, float32. Spread over the tokens by a matrix product, the scale gets its gradient by one too: on a
+    CPU in a quarter of the time of sums over tokens.
+    """
+    ones = jnp.ones((*x.shape[:-1], 1))
+    return x * jnp.matmul(ones, scale[None], precision=jax.lax.Precision.HIGHEST)
 
 
 class ShortConv(nnx.Module):

@@ -10,9 +10,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, RMSNorm, ShortConv, delta_inputs, like_queries, undo_values
+from longctx.ops import feature_maps
 from longctx.ops import gated_delta as ops
 from longctx.parallel import sequence
 from longctx.typing import Segments
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "relu2": feature_maps.relu2}
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +32,7 @@ class DeltaNet(nnx.Module):
 
     S_t = (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ, y_t = S_tᵀ q_t. q, k, v come from a projection, a short
     convolution and SiLU; q and k are normalised, q scaled by 1/√K; β = σ(x W_β); the output is normalised per head.
-    With ReLU for q and k, keys may be exactly orthogonal, and what one writes then never wears off the other's value.
+    With squared ReLU for q and k, keys may be exactly orthogonal, and writing under one leaves the other's value alone.
     State: `[B, H, K, V]` float32 and W-1 inputs of the convolution.
     """
 
@@ -39,13 +42,13 @@ class DeltaNet(nnx.Module):
         key_width: int = 32  # K
         value_width: int = 32  # V
         conv_width: int = 4  # taps of the convolution
-        activation: str = "silu"  # of queries and keys: "silu" or "relu"
+        activation: str = "silu"  # of queries and keys: "silu" or "relu2"
 
         def problems(self):
             if min(self.heads, self.key_width, self.value_width, self.conv_width) < 1:
                 yield f"heads, key_width, value_width and conv_width must be at least 1, given {self}"
-            if self.activation not in ("silu", "relu"):
-                yield f"activation is '{self.activation}'; give 'silu' or 'relu'"
+            if self.activation not in _ACTIVATIONS:
+                yield f"activation is '{self.activation}'; choose one of {', '.join(_ACTIVATIONS)}"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options
@@ -66,7 +69,7 @@ class DeltaNet(nnx.Module):
         batch, length, _ = x.shape
         parts = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
         parts, tail = self.conv(parts, segments, None if state is None else state.conv)
-        q, k, v = delta_inputs(parts, options.heads, options.key_width, getattr(jax.nn, options.activation))
+        q, k, v = delta_inputs(parts, options.heads, options.key_width, _ACTIVATIONS[options.activation])
         beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
         y, matrix = sequence.recurrence(
             ops, q, k, v, beta, jnp.zeros_like(beta), state=None if state is None else state.matrix, segments=segments

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, ShortConv, like_queries, undo_values
+from longctx.layers.basic import Linear, ShortConv, like_queries, scaled, undo_values
 from longctx.ops import gated_linear as ops
 from longctx.parallel import sequence
 from longctx.typing import Segments
@@ -100,7 +100,7 @@ class Mamba2(nnx.Module):
         y = (y + self.skip[...][:, None] * v).reshape(batch, length, -1) * jax.nn.silu(self.gate(x))
         y = y.reshape(batch, length, options.groups, -1)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + options.norm_epsilon)
-        y = y.reshape(batch, length, -1) * self.norm_scale[...]
+        y = scaled(y.reshape(batch, length, -1), self.norm_scale[...])
         return self.out(y.astype(x.dtype)), Mamba2State(matrix, tail)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> Mamba2State:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, like_queries, undo_values
+from longctx.layers.basic import Linear, like_queries, scaled, undo_values
 from longctx.ops import mlstm as ops
 from longctx.parallel import sequence
 from longctx.typing import Segments
@@ -73,7 +73,7 @@ class MLSTM(nnx.Module):
         y, state = sequence.recurrence(ops, q, k, v, gate(self.input_gate), log_forget, state=state, segments=segments)
         y -= jnp.mean(y, axis=-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
-        y = y.reshape(batch, length, -1) * self.norm_scale[...]
+        y = scaled(y.reshape(batch, length, -1), self.norm_scale[...])
         return self.out(y.astype(x.dtype) * jax.nn.sigmoid(self.output_gate(x))), state
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> ops.State:
