@@ -1,10 +1,12 @@
 """Eight simulated devices, set before jax starts, so that every sharding law runs on a laptop's CPU.
 
-The compiler's back end leaves out its optimisations, and where jaxlib still has them, the older of its two emitters of
-fused loops are used: a test runs a program once, and so compiles it in a fifth of the time.
-Compiled programs are dropped now and then: those of all tests together would fill a laptop's memory.
+The compiler's back end leaves out its optimisations, and where jaxlib still has it, the older of its two emitters of
+fused loops is used: a test runs a program once, and so compiles it in a fifth of the time.
+Compiled programs are dropped now and then: those of all tests together would fill a laptop's memory. Python looks for
+garbage less often than it would: tracing makes objects by the hundred thousand, few of them garbage.
 """
 
+import gc
 import itertools
 import os
 from importlib import metadata
@@ -21,6 +23,8 @@ if metadata.version("jaxlib").startswith("0.10."):  # an unknown flag ends the p
     FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
+gc.set_threshold(100_000, 10, 10)
+
 _TESTS = itertools.count(1)
 
 
@@ -31,3 +35,4 @@ def _drop_programs():
         import jax
 
         jax.clear_caches()
+        gc.collect()
