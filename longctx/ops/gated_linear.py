@@ -220,9 +220,9 @@ def elapsed(now: Clock, since: Clock) -> Float[Array, ...]:
 def scores(x: Float[Array, "n B H C K"], k: Float[Array, "n B H C K"], clock: Clock) -> Float[Array, "n B H C C"]:
     """sum_k x_ik k_jk exp(b_ik - b_jk) for j <= i in one document, 0 elsewhere.
 
-    With a decay per head the exponential leaves the sum. With a decay per channel the chunk is halved until one token
-    is left: at each halving, queries in the second half meet keys in the first, and the decay between them is that up
-    to the middle times that after it, neither above 1.
+    With a decay per head the exponential leaves the sum. With a decay per channel the chunk is halved until eight
+    tokens are left, which meet pair by pair: at each halving, queries in the second half meet keys in the first, and
+    the decay between them is that up to the middle times that after it, neither above 1.
     """
     size = x.shape[-2]
     if clock.whole.shape[-1] == 1:
@@ -230,16 +230,17 @@ def scores(x: Float[Array, "n B H C K"], k: Float[Array, "n B H C K"], clock: Cl
         log = (clock.whole - row.whole) + (clock.rest - row.rest)
         seen = jnp.tril(clock.run == row.run)
         return einsum("...ck,...dk->...cd", x, k) * jnp.exp(jnp.where(seen, log, -jnp.inf))
-    if size == 1:
-        return jnp.sum(x * k, axis=-1, keepdims=True)
-    first, second = slice(None, size // 2), slice(size // 2, None)
-    halves = [jnp.concatenate([leaf[..., first, :], leaf[..., second, :]]) for leaf in (x, k, *clock)]
-    near = jnp.split(scores(*halves[:2], Clock(*halves[2:])), 2)
-    middle = clock.part(slice(size // 2 - 1, size // 2))
-    after = x[..., second, :] * decay(clock.part(second), middle)
-    up_to = k[..., first, :] * decay(middle, clock.part(first))
-    far = einsum("...ck,...dk->...cd", after, up_to)
-    return jnp.block([[near[0], jnp.zeros_like(far)], [far, near[1]]])
+    if size <= 8:
+        now, since = (Clock(*(jnp.expand_dims(leaf, axis) for leaf in clock)) for axis in (-2, -3))
+        seen = jnp.tril(jnp.ones((size, size), bool))[..., None]
+        left = jnp.exp(jnp.where(seen, elapsed(now, since), -jnp.inf))
+        return jnp.sum(x[..., :, None, :] * k[..., None, :, :] * left, axis=-1)
+    halves = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:-2], 2, size // 2, leaf.shape[-1]), (x, k, clock))
+    near = scores(*halves)
+    _, k, first = jax.tree.map(lambda leaf: leaf[..., 0, :, :], halves)
+    x, _, second = jax.tree.map(lambda leaf: leaf[..., 1, :, :], halves)
+    far = einsum("...ck,...dk->...cd", x * decay(second, first.last), k * decay(first.last, first))
+    return jnp.block([[near[..., 0, :, :], jnp.zeros_like(far)], [far, near[..., 1, :, :]]])
 
 
 def _span(s, q, k, v, log_decay, segments, chunk):
