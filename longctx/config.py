@@ -125,10 +125,10 @@ class Training:
     weight_decay: float = 0.1  # on matrices only
     beta1: float = 0.9
     beta2: float = 0.95
-    epsilon: float = 1e-8  # added to the root of the second moment; gradients well below it hardly move a parameter
     clip_norm: float = 1.0  # of the global gradient
     accumulate: int = 1  # micro-batches a step
     answer_weight: float = 1.0  # weight of a retrieval answer in the loss; any other token weighs 1
+    label_smoothing: float = 0.0  # part of a target that is shared by the whole vocabulary
     log_every: int = 20  # steps between scalars
 
     def problems(self):
@@ -149,8 +149,8 @@ class Training:
         for name in ("warmup_steps", "weight_decay", "final_learning_rate", "answer_weight"):
             if getattr(self, name) < 0:
                 yield f"{name} is {getattr(self, name)}; it must not be negative"
-        if self.epsilon <= 0:
-            yield f"epsilon is {self.epsilon}; it must be above 0"
+        if not 0 <= self.label_smoothing < 1:
+            yield f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1"
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"{name} is {getattr(self, name)}; it must be at least 0 and below 1"

@@ -45,7 +45,7 @@ VARIANTS = {
     "infini/short": ("infini", {"segment": 7, "rope_base": 0.0}),
     "forgetting/window": ("forgetting", {"window": 11, "kv_heads": 2, "qk_norm": False, "output_gate": False}),
     "linear_attention/hedgehog": ("linear_attention", {"feature_map": "hedgehog", "normalise": False, "conv_width": 4}),
-    "delta_net/relu2": ("delta_net", {"activation": "relu2"}),
+    "delta_net/relu": ("delta_net", {"activation": "relu"}),
     "inplace_ttt/clip+decay": ("inplace_ttt", {"minibatch": 5, "clip": 0.5, "decay": 0.9}),
     "titans/gate": ("titans", {"mode": "gate", "depth": 1, "minibatch": 7}),
     "lact/momentum+orthogonal": ("lact", {"momentum": True, "orthogonal": True, "minibatch": 40}),

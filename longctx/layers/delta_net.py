@@ -10,12 +10,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, RMSNorm, ShortConv, delta_inputs, like_queries, undo_values
-from longctx.ops import feature_maps
 from longctx.ops import gated_delta as ops
 from longctx.parallel import sequence
 from longctx.typing import Segments
 
-_ACTIVATIONS = {"silu": jax.nn.silu, "relu2": feature_maps.relu2}
+_ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu}
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +31,7 @@ class DeltaNet(nnx.Module):
 
     S_t = (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ, y_t = S_tᵀ q_t. q, k, v come from a projection, a short
     convolution and SiLU; q and k are normalised, q scaled by 1/√K; β = σ(x W_β); the output is normalised per head.
-    With squared ReLU for q and k, keys may be exactly orthogonal, and writing under one leaves the other's value alone.
+    With ReLU for q and k, keys may be exactly orthogonal, and writing under one leaves the other's value alone.
     State: `[B, H, K, V]` float32 and W-1 inputs of the convolution.
     """
 
@@ -42,7 +41,7 @@ class DeltaNet(nnx.Module):
         key_width: int = 32  # K
         value_width: int = 32  # V
         conv_width: int = 4  # taps of the convolution
-        activation: str = "silu"  # of queries and keys: "silu" or "relu2"
+        activation: str = "silu"  # of queries and keys: "silu" or "relu"
 
         def problems(self):
             if min(self.heads, self.key_width, self.value_width, self.conv_width) < 1:

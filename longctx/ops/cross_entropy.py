@@ -6,8 +6,11 @@ For a token with hidden vector h (width D), target y and unembedding E[V, D]:
     loss    l = log sum_v exp(z_v) - z_y           (nats)
     total     = sum over tokens of weight * l
 
+With label smoothing s the total's target is not y alone, but t = (1 - s) onehot(y) + s / V (Szegedy et al., 2016):
+z_y gives way to t . z. The best logits then are finite ones, and loss remains wherever they vary.
+
 The row is cut into chunks and a `lax.scan` goes over them. Since `total` is one number, its gradient is known up to
-that number's cotangent as soon as the loss is: with p = softmax(z) and g = weight (p - onehot(y)),
+that number's cotangent as soon as the loss is: with p = softmax(z) and g = weight (p - t),
 
     d total / d h = E^T g,    d total / d E = sum over tokens of g h^T
 
@@ -37,7 +40,7 @@ class CrossEntropy(NamedTuple):
     """What `cross_entropy` returns.
 
     Attributes:
-      total: the sum of `weights * losses`, float32.
+      total: the sum of `weights * losses`, float32; with label smoothing, of the smoothed losses.
       losses: `[B, T]` float32, -log p(target) in nats, not weighted.
       correct: `[B, T]` bool, true where no logit is larger than the target's.
     """
@@ -53,6 +56,7 @@ def cross_entropy(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     *,
+    smoothing: float = 0.0,
     chunk: int | None = None,
 ) -> CrossEntropy:
     """Cross-entropy of `hidden @ unembedding.T` against `targets`.
@@ -62,6 +66,7 @@ def cross_entropy(
       unembedding: one row per vocabulary entry.
       targets: below V; where the weight is 0 any value in range will do.
       weights: weight of each token in `total`.
+      smoothing: s, from 0 to below 1, of the total's targets.
       chunk: tokens of each row whose logits are held at once; a multiple of the devices that the row is sharded
         over. None holds at most `HELD` logits at once.
 
@@ -73,30 +78,30 @@ def cross_entropy(
     if chunk is None:
         chunk = max(1, HELD // (batch * unembedding.shape[0]))
     chunk = min(chunk, length)
-    found = _scan(chunk, hidden, unembedding.astype(hidden.dtype), targets, weights.astype(jnp.float32))
+    found = _scan(chunk, smoothing, hidden, unembedding.astype(hidden.dtype), targets, weights.astype(jnp.float32))
     return CrossEntropy(found.total, *jax.lax.stop_gradient((found.losses, found.correct)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(chunk, hidden, matrix, targets, weights) -> CrossEntropy:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(chunk, smoothing, hidden, matrix, targets, weights) -> CrossEntropy:
     def step(total, inputs):
-        losses, correct, _ = _chunk(matrix, *inputs[:2])
-        return total + jnp.sum(inputs[2] * losses), (losses, correct)
+        smoothed, losses, correct, _ = _chunk(smoothing, matrix, *inputs[:2])
+        return total + jnp.sum(inputs[2] * smoothed), (losses, correct)
 
     inputs = (_strided(x, chunk) for x in (hidden, targets, weights))
     total, (losses, correct) = jax.lax.scan(step, jnp.zeros((), jnp.float32), tuple(inputs))
     return CrossEntropy(total, _whole(losses, targets), _whole(correct, targets))
 
 
-def _forward(chunk, hidden, matrix, targets, weights):
+def _forward(chunk, smoothing, hidden, matrix, targets, weights):
     def step(carry, inputs):
         total, d_matrix = carry
         hidden, targets, weights = inputs
-        losses, correct, (probabilities, here) = _chunk(matrix, hidden, targets)
-        slopes = weights[..., None] * (probabilities - here)
+        smoothed, losses, correct, slopes = _chunk(smoothing, matrix, hidden, targets)
+        slopes *= weights[..., None]
         d_hidden = _product("bcv,vd->bcd", slopes.astype(matrix.dtype), matrix)
         d_matrix += _product("bcv,bcd->vd", slopes.astype(hidden.dtype), hidden)
-        return (total + jnp.sum(weights * losses), d_matrix), (losses, correct, d_hidden.astype(hidden.dtype))
+        return (total + jnp.sum(weights * smoothed), d_matrix), (losses, correct, d_hidden.astype(hidden.dtype))
 
     inputs = (_strided(x, chunk) for x in (hidden, targets, weights))
     start = jnp.zeros((), jnp.float32), jnp.zeros(matrix.shape, jnp.float32)
@@ -105,8 +110,8 @@ def _forward(chunk, hidden, matrix, targets, weights):
     return found, (_whole(d_hidden, targets), d_matrix.astype(matrix.dtype))
 
 
-def _backward(chunk, slopes, cotangents):
-    del chunk
+def _backward(chunk, smoothing, slopes, cotangents):
+    del chunk, smoothing
     d_hidden, d_matrix = (slope * cotangents.total.astype(slope.dtype) for slope in slopes)
     return d_hidden, d_matrix, None, None
 
@@ -114,8 +119,8 @@ def _backward(chunk, slopes, cotangents):
 _scan.defvjp(_forward, _backward)
 
 
-def _chunk(matrix, hidden, targets):
-    """Losses and hits of `[B, chunk]` tokens; and their probabilities and one-hot targets `[B, chunk, V]`."""
+def _chunk(smoothing, matrix, hidden, targets):
+    """Of `[B, chunk]` tokens: smoothed losses, losses, hits, and the smoothed losses' slopes in the logits."""
     logits = _product("bcd,vd->bcv", hidden, matrix)
     # A comparison with iota, not a gather: it stays local where the vocabulary is sharded.
     here = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
@@ -124,7 +129,9 @@ def _chunk(matrix, hidden, targets):
     exponentials = jnp.exp(logits - peak)
     mass = jnp.sum(exponentials, axis=-1, keepdims=True)
     losses = jnp.log(mass[..., 0]) + peak[..., 0] - found
-    return losses, found >= peak[..., 0], (exponentials / mass, here)
+    smoothed = losses + smoothing * (found - jnp.mean(logits, axis=-1)) if smoothing else losses
+    slopes = exponentials / mass - (1 - smoothing) * here - smoothing / logits.shape[-1]
+    return smoothed, losses, found >= peak[..., 0], slopes
 
 
 _product = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)

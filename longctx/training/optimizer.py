@@ -55,7 +55,6 @@ def make(training: config.Training, params: nnx.State) -> optax.GradientTransfor
             lambda step: learning_rate(training, step),
             b1=training.beta1,
             b2=training.beta2,
-            eps=training.epsilon,
             weight_decay=training.weight_decay,
             mask=decayed(params),
         ),

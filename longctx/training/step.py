@@ -48,7 +48,7 @@ class Sums(NamedTuple):
     answers: Array  # int32: retrieval answers
 
 
-def loss_sums(model: LanguageModel, batch: Batch, answer_weight: float) -> Sums:
+def loss_sums(model: LanguageModel, batch: Batch, answer_weight: float, label_smoothing: float = 0.0) -> Sums:
     """The sums of one (micro-)batch, split over the ambient mesh.
 
     A token weighs what the batch's `weights` say, and a retrieval answer `answer_weight` times that.
@@ -58,7 +58,7 @@ def loss_sums(model: LanguageModel, batch: Batch, answer_weight: float) -> Sums:
     weights = token_weights(batch, answer_weight)
 
     def own_tokens(*arrays):
-        found = cross_entropy(*arrays)
+        found = cross_entropy(*arrays, smoothing=label_smoothing)
         return found.total[None, None], found.correct
 
     if meshes.size("data") * meshes.size("context") > 1:
@@ -181,7 +181,8 @@ class Program:
 
     def _gradient(self, params: Any, batch: Batch, weight: Array) -> tuple[Any, Sums]:
         """Of the mean loss of the whole batch, summed over its micro-batches one after another."""
-        count = self.experiment.training.accumulate
+        options = self.experiment.training
+        count = options.accumulate
 
         def micro_batches(x):
             # Every count-th row, not a run of rows: each device keeps the rows it holds.
@@ -190,7 +191,9 @@ class Program:
 
         def add(before, batch):
             def mean(params):
-                sums = loss_sums(nnx.merge(self.graphdef, params), batch, self.experiment.training.answer_weight)
+                sums = loss_sums(
+                    nnx.merge(self.graphdef, params), batch, options.answer_weight, options.label_smoothing
+                )
                 return sums.loss / weight, sums
 
             after = jax.grad(mean, has_aux=True)(params)

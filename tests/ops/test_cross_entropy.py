@@ -20,34 +20,40 @@ def inputs(batch=2, length=24, width=8, vocabulary=19, dtype=jnp.float32):
     )
 
 
-def definition(hidden, unembedding, targets, weights):
-    """-log softmax, token by token, in float64."""
+def definition(hidden, unembedding, targets, weights, smoothing=0.0):
+    """-log softmax, token by token, in float64; in the total, of smoothed targets."""
     logits = np.asarray(hidden, np.float64) @ np.asarray(unembedding, np.float64).T
     largest = logits.max(-1, keepdims=True)
     log_p = logits - largest - np.log(np.exp(logits - largest).sum(-1, keepdims=True))
     losses = -np.take_along_axis(log_p, np.asarray(targets)[..., None], -1)[..., 0]
-    return (losses * np.asarray(weights)).sum(), losses, logits.argmax(-1) == np.asarray(targets)
+    smoothed = (1 - smoothing) * losses - smoothing * log_p.mean(-1)
+    return (smoothed * np.asarray(weights)).sum(), losses, logits.argmax(-1) == np.asarray(targets)
 
 
-@pytest.mark.parametrize("chunk", [1, 6, 7, 24, 100, None])
-def test_equals_the_definition(chunk):
+@pytest.mark.parametrize(("chunk", "smoothing"), [(1, 0), (6, 0.1), (7, 0), (24, 0), (100, 0), (None, 0.3)])
+def test_equals_the_definition(chunk, smoothing):
     """Tolerance 1e-5 of the largest loss. Fails if the order of the chunks is not undone, or padding is counted."""
     given = inputs()
-    found = cross_entropy(*given, chunk=chunk)
-    total, losses, correct = definition(*given)
+    found = cross_entropy(*given, chunk=chunk, smoothing=smoothing)
+    total, losses, correct = definition(*given, smoothing)
     np.testing.assert_allclose(found.losses, losses, atol=1e-5 * losses.max())
     np.testing.assert_allclose(found.total, total, rtol=1e-5)
     np.testing.assert_array_equal(found.correct, correct)
 
 
-@pytest.mark.parametrize("chunk", [5, 8])
-def test_gradients_are_softmax_minus_target(chunk):
-    """The gradient of a token's loss in its logits is softmax - onehot. Tolerance 1e-5 absolute, gradients near 1."""
+@pytest.mark.parametrize(("chunk", "smoothing"), [(5, 0), (8, 0), (8, 0.1)])
+def test_gradients_are_softmax_minus_target(chunk, smoothing):
+    """The gradient of a token's loss in its logits is softmax - target. Tolerance 1e-5 absolute, gradients near 1."""
     hidden, unembedding, targets, weights = inputs()
-    found = jax.grad(lambda h, e: cross_entropy(h, e, targets, weights, chunk=chunk).total, (0, 1))(hidden, unembedding)
+
+    def total(hidden, unembedding):
+        return cross_entropy(hidden, unembedding, targets, weights, chunk=chunk, smoothing=smoothing).total
+
+    found = jax.grad(total, (0, 1))(hidden, unembedding)
     h, e = np.asarray(hidden, np.float64), np.asarray(unembedding, np.float64)
     exponentials = np.exp(h @ e.T)
-    slopes = exponentials / exponentials.sum(-1, keepdims=True) - np.eye(len(e))[np.asarray(targets)]
+    goal = (1 - smoothing) * np.eye(len(e))[np.asarray(targets)] + smoothing / len(e)
+    slopes = exponentials / exponentials.sum(-1, keepdims=True) - goal
     slopes *= np.asarray(weights)[..., None]
     np.testing.assert_allclose(found[0], slopes @ e, atol=1e-5)
     np.testing.assert_allclose(found[1], np.einsum("btv,btd->vd", slopes, h), atol=1e-5)
