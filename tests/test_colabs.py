@@ -21,17 +21,13 @@ notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.ste
 
 @notebooks
 def test_runs(path, tmp_path):
-    """Executed in a copy, on 8 simulated devices. Any cell that raises fails, whatever its tags allow.
+    """Executed in a copy, with the tests' compiler flags. Any cell that raises fails, whatever its tags allow.
 
     Seen to fail: a cell of `1 / 0`, also with the tag `raises-exception`.
     """
     copy = shutil.copy(path, tmp_path)
     search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(search),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(search)}
     client = NotebookClient(
         nbformat.read(copy, as_version=4),
         timeout=CELL_SECONDS,
