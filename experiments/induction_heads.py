@@ -56,7 +56,7 @@ def get_config(arg: str = "delta_net") -> ConfigDict:
 
     config.evaluation = ConfigDict()
     config.evaluation.samples = 64  # rows per length
-    config.evaluation.tokens = 2**22  # of the rows of one length, at most: of long rows there are fewer, at least 4
+    config.evaluation.tokens = 2**20  # of the rows of one length, at most: of long rows there are fewer, at least 4
 
     if size == "small":
         config.training.stages = ((150, 8, 256),)
