@@ -11,6 +11,7 @@ slstm          c_t = f_t c_{t-1} + i_t z_t, gates of h_{t-1} too     state: four
 inplace_ttt    W <- W + sum z_s^T v_s once every C tokens            state: a matrix, and the sum in progress
 ttt_linear     a linear model with a norm, trained as it reads       state: its weights, and the gradients in progress
 titans         an MLP trained with momentum and forgetting           state: its weights, twice, and the momentum
+titans_context attention in a segment, and to what titans recalls    state: that of titans, and C tokens
 lact           a gated MLP trained on large chunks                   state: its weights, and the gradients in progress
 gated_delta_product    n such steps per token                      state: a matrix, dense decay
 diagonal_low_rank      S_t = (Diag(w_t) + b_t a_t^T) S_{t-1} + k_t v_t^T            state: a matrix, dense decay
@@ -20,11 +21,12 @@ infini         y_t = M^T f(q_t) / z.f(q_t), M and z of the segments before t's o
 block_recurrent  R vectors that attend to each other and to a block of W tokens     state: they, and W tokens
 path_attention softmax of q_i^T H_i ... H_{j+1} k_j, H_t = I - beta_t w_t w_t^T     state: all tokens
 patterns       which keys a query may see
-minibatch      what the fast forms of ttt_linear, titans and lact share
+minibatch      what the fast forms of ttt_linear, titans, titans_context and lact share
 cross_entropy  the loss of a row, its logits never held whole
 
 Each recurrent family is a module of five functions. `recurrent` is the definition, `chunked` the fast form of it;
 `transition` is what a whole span does to any state, `compose` two such one after the other, `apply` one on a state.
 `slstm`, whose states do not compose, has the first two only.
-Where a span's effect on the state is not closed under composition (ttt_linear, titans, lact) there are the first two.
+Where a span's effect on the state is not closed under composition (ttt_linear, titans, titans_context, lact) there are
+the first two.
 """

@@ -24,6 +24,7 @@ Reference: Behrouz et al., "Titans: Learning to Memorize at Test Time", 2025 (ar
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -117,51 +118,60 @@ def chunked(
     minibatch: int,
 ) -> tuple[Float[Array, "B T H K"], State]:
     """The same as `recurrent`, mini-batch by mini-batch in matrix products."""
-
-    def block(state: State, inputs, phase: grid.Phase):
-        q, k, v, rate, log_keep, log_momentum = inputs
-        keep, kept = _products(log_keep, phase)
-        momentum, carried = _products(log_momentum, phase)
-        # Of every token's weights: the part of the surprise before, and that of each gradient.
-        part = einsum("bhtr,bhr->bht", keep, jnp.exp(carried))
-        parts = einsum("bhtr,bhrs->bhts", keep, momentum)
-
-        x, inner, slopes = k, [], []
-        for first, change in zip(initial, state.base, strict=True):
-            inner.append(x)
-            z = einsum("bthi,bhio->btho", x, first + change)
-            x, slope = jax.nn.silu(z), jax.nn.sigmoid(z)
-            slopes.append(slope * (1 + z * (1 - slope)))
-        error, errors = 2 * rate[..., None] * (z - v), []
-        for layer in reversed(range(len(initial))):
-            errors.insert(0, error)
-            if layer:
-                error = einsum("btho,bhio->bthi", error, initial[layer] + state.base[layer]) * slopes[layer - 1]
-
-        order = jnp.cumsum(phase.counted, axis=1)
-        end = (phase.counted & (order == order[:, -1:])).astype(jnp.float32)  # the last token that counts, if any
-        kept_end, carried_end, part_end = (einsum("bt,bht->bh", end, x)[..., None, None] for x in (kept, carried, part))
-        parts_end, momentum_end = (einsum("bt,bhts->bsh", end, x)[..., None] for x in (parts, momentum))
-
-        x, current, surprise = q, [], []
-        for layer, first in enumerate(initial):
-            now, before = state.current[layer], state.surprise[layer]
-            scores = einsum("bthi,bshi->bhts", x, inner[layer]) * parts
-            z = jnp.swapaxes(jnp.exp(kept), 1, 2)[..., None] * einsum("bthi,bhio->btho", x, first + now)
-            z += jnp.swapaxes(part, 1, 2)[..., None] * einsum("bthi,bhio->btho", x, before)
-            z -= einsum("bhts,bsho->btho", scores, errors[layer])
-            x = jax.nn.silu(z)
-            write = jnp.exp(kept_end) * now + jnp.expm1(kept_end) * first + part_end * before
-            current.append(write - einsum("bshi,bsho->bhio", inner[layer], parts_end * errors[layer]))
-            write = jnp.exp(carried_end) * before
-            surprise.append(write - einsum("bshi,bsho->bhio", inner[layer], momentum_end * errors[layer]))
-        current, surprise = tuple(current), tuple(surprise)
-        base = jax.tree.map(lambda c, b: jnp.where(grid.along(phase.complete, c), c, b), current, state.base)
-        return z, State(base, current, surprise)
-
     state = _zeros(k, initial) if state is None else state
-    y, state = grid.scan(block, state, (q, k, v, rate, log_keep, log_momentum), segment_ids, minibatch)
+    inputs = q, k, v, rate, log_keep, log_momentum
+    y, state = grid.scan(functools.partial(learn, initial), state, inputs, segment_ids, minibatch)
     return y.astype(v.dtype), state
+
+
+def learn(initial: Weights, state: State, inputs: tuple, phase: grid.Phase):
+    """What `minibatch.scan` does to the tokens of a phase: y, and the state after them.
+
+    Args:
+      initial: as in `recurrent`.
+      state: before them.
+      inputs: q, k, v, rate, log_keep and log_momentum, float32.
+      phase: which tokens, and of which mini-batches.
+    """
+    q, k, v, rate, log_keep, log_momentum = inputs
+    keep, kept = _products(log_keep, phase)
+    momentum, carried = _products(log_momentum, phase)
+    # Of every token's weights: the part of the surprise before, and that of each gradient.
+    part = einsum("bhtr,bhr->bht", keep, jnp.exp(carried))
+    parts = einsum("bhtr,bhrs->bhts", keep, momentum)
+
+    x, inner, slopes = k, [], []
+    for first, change in zip(initial, state.base, strict=True):
+        inner.append(x)
+        z = einsum("bthi,bhio->btho", x, first + change)
+        x, slope = jax.nn.silu(z), jax.nn.sigmoid(z)
+        slopes.append(slope * (1 + z * (1 - slope)))
+    error, errors = 2 * rate[..., None] * (z - v), []
+    for layer in reversed(range(len(initial))):
+        errors.insert(0, error)
+        if layer:
+            error = einsum("btho,bhio->bthi", error, initial[layer] + state.base[layer]) * slopes[layer - 1]
+
+    order = jnp.cumsum(phase.counted, axis=1)
+    end = (phase.counted & (order == order[:, -1:])).astype(jnp.float32)  # the last token that counts, if any
+    kept_end, carried_end, part_end = (einsum("bt,bht->bh", end, x)[..., None, None] for x in (kept, carried, part))
+    parts_end, momentum_end = (einsum("bt,bhts->bsh", end, x)[..., None] for x in (parts, momentum))
+
+    x, current, surprise = q, [], []
+    for layer, first in enumerate(initial):
+        now, before = state.current[layer], state.surprise[layer]
+        scores = einsum("bthi,bshi->bhts", x, inner[layer]) * parts
+        z = jnp.swapaxes(jnp.exp(kept), 1, 2)[..., None] * einsum("bthi,bhio->btho", x, first + now)
+        z += jnp.swapaxes(part, 1, 2)[..., None] * einsum("bthi,bhio->btho", x, before)
+        z -= einsum("bhts,bsho->btho", scores, errors[layer])
+        x = jax.nn.silu(z)
+        write = jnp.exp(kept_end) * now + jnp.expm1(kept_end) * first + part_end * before
+        current.append(write - einsum("bshi,bsho->bhio", inner[layer], parts_end * errors[layer]))
+        write = jnp.exp(carried_end) * before
+        surprise.append(write - einsum("bshi,bsho->bhio", inner[layer], momentum_end * errors[layer]))
+    current, surprise = tuple(current), tuple(surprise)
+    base = jax.tree.map(lambda c, b: jnp.where(grid.along(phase.complete, c), c, b), current, state.base)
+    return z, State(base, current, surprise)
 
 
 def _products(log, phase: grid.Phase):

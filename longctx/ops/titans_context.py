@@ -1,0 +1,256 @@
+"""Titans' memory as context: attention in a segment, to itself and to what the memory of earlier segments recalls.
+
+A document is cut into segments of C tokens, counted from its start. M is the memory of `ops/titans.py`, an MLP per
+head; what it recalls to x, with |.| the division by the 2-norm, and norm that by the root mean square, of a head, is
+
+    M*(x) = norm(M(|silu(x W_Q)|)) W_O.
+
+For token t of segment i, M_(i-1) the memory as the last segment left it, and learned tokens p_1 ... p_N,
+
+    h_t = M*_(i-1)(x_t)
+    y_t = softmax attention of q_t to the keys and values of [p_1 ... p_N, h_s, S_s], s of the segment and s <= t
+    M_t = M_(t-1) after learning from n_t = norm(y_t): keys |silu(n_t W_K)|, values silu(n_t W_V), gates of n_t
+    o_t = y_t * sigmoid(M*_t(n_t))
+
+where keys and values of p and h are their projections, and those of S_s are given with the tokens. Learning is that of
+`ops/titans.py` with the segment as mini-batch: gradients at M_(i-1), momentum and forgetting token by token.
+
+Causality. M_(i-1) has learned from y of earlier segments only, so that h_s depends on them and on x_s, and on nothing
+after s. But h_s does depend on x_s, and shows it to whoever reads h_s. The causal mask is therefore s <= t for h as for
+S, where the paper has all of h before S in one sequence; and the output is gated by the weights that have learned n_t,
+not by those at the segment's end, which have learned the tokens after t.
+
+State: that of the memory, and the keys and values of h and S in the segment in progress. M learns from y, which depends
+on M: spans have no transition, and segments follow one another. Devices take turns.
+
+Reference: Behrouz et al., "Titans: Learning to Memorize at Test Time", 2025 (arXiv:2501.00663), section 4.1, equations
+21 to 25.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from longctx.ops import minibatch as grid
+from longctx.ops import titans
+from longctx.ops.gated_linear import einsum
+from longctx.typing import Segments
+
+
+class Cell(NamedTuple):
+    """Parameters, all float32."""
+
+    initial: titans.Weights  # M before a document
+    query: Float[Array, "D H K"]  # W_Q
+    key: Float[Array, "D H K"]  # W_K
+    value: Float[Array, "D H K"]  # W_V
+    gates: Float[Array, "3 D H"]  # of n, to what is forgotten, momentum and rate before their sigmoids
+    biases: Float[Array, "3 H"]
+    scale: Float[Array, " K"]  # of norm(M(...))
+    out: Float[Array, "H K D"]  # W_O
+    persistent: Float[Array, "N D"]  # p, N may be 0
+    near_key: Float[Array, "D H K"]  # of the attention
+    near_value: Float[Array, "D H K"]
+    near_out: Float[Array, "H K D"]  # from what attention reads to y
+    near_scale: Float[Array, " D"]  # of norm(y)
+
+
+class State(NamedTuple):
+    """What a span leaves to the next, float32; all zeros before any token."""
+
+    memory: titans.State
+    keys: Float[Array, "B C 2 H K"]  # of h and S in the segment in progress; zeros for what it has not
+    values: Float[Array, "B C 2 H K"]
+
+
+def recurrent(
+    x: Float[Array, "B T D"],
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H K"],
+    cell: Cell,
+    state: State | None = None,
+    segment_ids: Int[Array, "B T"] | Segments | None = None,
+    *,
+    segment: int,
+    rate: float,
+) -> tuple[Float[Array, "B T D"], State]:
+    """The definition, token by token.
+
+    Args:
+      x: the tokens, which the memory is asked for.
+      q, k, v: the tokens' queries, keys and values in the attention.
+      cell: parameters.
+      state: before the span, None for zeros.
+      segment_ids: documents of a packed row; their positions tell the segments. A document's start forgets everything
+        before it; padding leaves the state unchanged and gives 0.
+      segment: C, tokens a segment.
+      rate: the largest rate of learning.
+
+    Returns:
+      o in the dtype of x, and the state after the span, float32.
+    """
+    segments = Segments.of(segment_ids, *k.shape[:2])
+    dot = functools.partial(jnp.einsum, precision="highest")
+
+    def norm(x):
+        return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+
+    def project(x, w):
+        return jax.nn.silu(dot("bd,dhk->bhk", x, w))
+
+    def direct(x):
+        return x / jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6)
+
+    def memory(x, weights):
+        for w in weights[:-1]:
+            x = jax.nn.silu(dot("bhi,bhio->bho", x, w))
+        return dot("bhi,bhio->bho", x, weights[-1])
+
+    def recall(x, weights):
+        return dot("bhk,hkd->bd", norm(memory(direct(project(x, cell.query)), weights)) * cell.scale, cell.out)
+
+    def near(x):
+        return dot("...d,dhk->...hk", x, cell.near_key), dot("...d,dhk->...hk", x, cell.near_value)
+
+    def attend(q, keys, values, place):  # to p, and to h and S up to the token
+        def with_persistent(p, held):
+            p = jnp.broadcast_to(p, (len(q), *p.shape))
+            return jnp.concatenate([p, held.reshape(len(q), -1, *q.shape[1:])], axis=1)
+
+        keys, values = map(with_persistent, near(cell.persistent), (keys, values))
+        later = jnp.repeat(jnp.arange(segment) > place[:, None], 2, axis=-1)
+        later = jnp.pad(later, ((0, 0), (len(cell.persistent), 0)))
+        logits = q.shape[-1] ** -0.5 * dot("bhk,bshk->bhs", q, keys)
+        weights = jax.nn.softmax(jnp.where(later[:, None], -jnp.inf, logits), axis=-1)
+        return dot("bhs,bshk->bhk", weights, values)
+
+    def step(state, token):
+        x, q, k, v, place, start, valid = token
+
+        def where(flag, new, old):
+            return jax.tree.map(lambda a, b: jnp.where(flag.reshape(-1, *(1,) * (b.ndim - 1)), a, b), new, old)
+
+        fresh = where(start, jax.tree.map(jnp.zeros_like, state), state)
+        base = jax.tree.map(jnp.add, cell.initial, fresh.memory.base)
+        recalled = near(recall(x, base))
+        here = (jnp.arange(segment) == place[:, None])[..., None, None, None]
+        told = (jnp.stack(pair, axis=1)[:, None] for pair in zip(recalled, (k, v), strict=True))
+        keys, values = (jnp.where(here, new, old) for new, old in zip(told, fresh[1:], strict=True))
+        y = dot("bhk,hkd->bd", attend(q, keys, values, place), cell.near_out)
+
+        n = norm(y) * cell.near_scale
+        written, wanted = direct(project(n, cell.key)), project(n, cell.value)
+        gates = jax.nn.sigmoid(dot("bd,gdh->gbh", n, cell.gates) + cell.biases[:, None])
+        forget, momentum, pace = gates[..., None, None]
+        gradient = jax.grad(lambda w: jnp.sum(jnp.square(memory(written, w) - wanted)))(base)
+        surprise = jax.tree.map(lambda s, g: momentum * s - rate * pace * g, fresh.memory.surprise, gradient)
+        current = jax.tree.map(
+            lambda w, d, s: (1 - forget) * (w + d) + s - w, cell.initial, fresh.memory.current, surprise
+        )
+        o = y * jax.nn.sigmoid(recall(n, jax.tree.map(jnp.add, cell.initial, current)))
+
+        ends = place == segment - 1
+        base = where(ends, current, fresh.memory.base)
+        keys, values = where(ends, jax.tree.map(jnp.zeros_like, (keys, values)), (keys, values))
+        after = State(titans.State(base, current, surprise), keys, values)
+        return where(valid, after, state), jnp.where(valid[:, None], o, 0)
+
+    tokens = (*(a.astype(jnp.float32) for a in (x, q, k, v)), segments.positions % segment)
+    tokens += (segments.starts, segments.valid)
+    state = _zeros(k, cell, segment) if state is None else state
+    state, o = jax.lax.scan(step, state, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
+    return jnp.moveaxis(o, 0, 1).astype(x.dtype), state
+
+
+def chunked(
+    x: Float[Array, "B T D"],
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H K"],
+    cell: Cell,
+    state: State | None = None,
+    segment_ids: Int[Array, "B T"] | Segments | None = None,
+    *,
+    segment: int,
+    rate: float,
+) -> tuple[Float[Array, "B T D"], State]:
+    """The same as `recurrent`, segment by segment in matrix products."""
+    state = _zeros(k, cell, segment) if state is None else state
+    o, state = grid.scan(functools.partial(_phase, cell, rate), state, (x, q, k, v), segment_ids, segment)
+    return o.astype(x.dtype), state
+
+
+def _phase(cell: Cell, rate: float, state: State, inputs, phase: grid.Phase):
+    """Tokens that share the memory that their segments began with: o, and the state after them."""
+    x, q, k, v = inputs
+    z, weights = _direct(_project(x, cell.query)), jax.tree.map(jnp.add, cell.initial, state.memory.base)
+    for w in weights[:-1]:
+        z = jax.nn.silu(einsum("bthi,bhio->btho", z, w))
+    recalled = _give(cell, einsum("bthi,bhio->btho", z, weights[-1]))
+    keys = jnp.stack([einsum("btd,dhk->bthk", recalled, cell.near_key), k], axis=2)
+    values = jnp.stack([einsum("btd,dhk->bthk", recalled, cell.near_value), v], axis=2)
+    y = einsum("bthk,hkd->btd", _attend(cell, state, q, keys, values, phase), cell.near_out)
+
+    n = _norm(jnp.where(phase.active[..., None], y, 0)) * cell.near_scale
+    forget, momentum, pace = einsum("btd,gdh->gbth", n, cell.gates) + cell.biases[:, None, None]
+    learned = _direct(_project(n, cell.query)), _direct(_project(n, cell.key)), _project(n, cell.value)
+    learned += rate * jax.nn.sigmoid(pace), jax.nn.log_sigmoid(-forget), jax.nn.log_sigmoid(momentum)
+    z, memory = titans.learn(cell.initial, state.memory, learned, phase)
+
+    place = phase.counted[:, None] & (phase.place[:, None] == jnp.arange(state.keys.shape[1])[:, None])
+
+    def hold(new, old):
+        held = einsum("bct,btphk->bcphk", place.astype(new.dtype), new)
+        held = jnp.where(grid.along(place.any(-1), old), held, old)
+        return jnp.where(grid.along(phase.complete, old), 0, held)
+
+    return y * jax.nn.sigmoid(_give(cell, z)), State(memory, hold(keys, state.keys), hold(values, state.values))
+
+
+def _attend(cell: Cell, state: State, q, keys, values, phase: grid.Phase):
+    """What the tokens of a phase read of persistent tokens, of those the state holds, and of each other."""
+    batch, length, held = *q.shape[:2], state.keys.shape[1]
+    begun = jnp.min(jnp.where(phase.active, phase.place, held), axis=1)  # places that the state holds of the segment
+    seen = jnp.broadcast_to((jnp.arange(held) < begun[:, None])[:, None], (batch, length, held))
+    # Tokens of other phases see themselves: what they give is not read, but must be finite.
+    seen = jnp.concatenate([seen, phase.pairs | jnp.eye(length, dtype=bool)], axis=-1)
+    seen = jnp.pad(jnp.repeat(seen, 2, axis=-1), ((0, 0), (0, 0), (len(cell.persistent), 0)), constant_values=True)
+
+    def join(weight, old, new):
+        always = einsum("nd,dhk->nhk", cell.persistent, weight)
+        always = jnp.broadcast_to(always, (batch, *always.shape))
+        return jnp.concatenate([always, *(a.reshape(batch, -1, *a.shape[3:]) for a in (old, new))], axis=1)
+
+    logits = einsum("bthk,bshk->bhts", q, join(cell.near_key, state.keys, keys)) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf), axis=-1)
+    return einsum("bhts,bshk->bthk", weights, join(cell.near_value, state.values, values))
+
+
+def _project(x, weight):
+    return jax.nn.silu(einsum("btd,dhk->bthk", x, weight))
+
+
+def _direct(x):
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
+def _norm(x):
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
+def _give(cell: Cell, z):
+    """M* from M."""
+    return einsum("bthk,hkd->btd", _norm(z) * cell.scale, cell.out)
+
+
+def _zeros(k, cell: Cell, segment: int) -> State:
+    batch, _, heads, width = k.shape
+    zeros = jax.tree.map(lambda w: jnp.zeros((batch, *w.shape)), cell.initial)
+    empty = jnp.zeros((batch, segment, 2, heads, width))
+    return State(titans.State(zeros, zeros, zeros), empty, empty)
