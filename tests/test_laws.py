@@ -43,6 +43,7 @@ VARIANTS = {
     ),
     "s5/bilinear": ("s5", {"discretisation": "bilinear"}),
     "infini/short": ("infini", {"segment": 7, "rope_base": 0.0}),
+    "infini/delta": ("infini", {"segment": 7, "delta": True}),
     "forgetting/window": ("forgetting", {"window": 11, "kv_heads": 2, "qk_norm": False, "output_gate": False}),
     "linear_attention/hedgehog": ("linear_attention", {"feature_map": "hedgehog", "normalise": False, "conv_width": 4}),
     "delta_net/relu": ("delta_net", {"activation": "relu"}),

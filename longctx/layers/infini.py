@@ -14,6 +14,7 @@ from longctx.layers.basic import Linear, like_queries, undo_values
 from longctx.layers.rotary import rotate
 from longctx.memory.cache import KVCache
 from longctx.ops import infini as ops
+from longctx.ops import infini_delta
 from longctx.ops.patterns import Causal, Chunked
 from longctx.parallel import sequence
 from longctx.typing import Segments
@@ -32,8 +33,9 @@ class Infini(nnx.Module):
     """Softmax attention within segments of the document, mixed with what a linear memory holds of all earlier ones.
 
     y = σ(g) M^T f(q) / (z · f(q)) + (1 - σ(g)) softmax(q K^T / √K) V, with g learned per head and f = ELU + 1; M and z
-    sum f(k) v^T and f(k) over finished segments, which are counted from the document's start. Rotary positions, if any,
-    turn queries and keys of the softmax only. State: a cache of `segment` tokens, and [B, H, K, V+1] float32 twice.
+    sum f(k) v^T and f(k) over finished segments, which are counted from the document's start; with `delta`, v less what
+    the memory held for k when the segment began. Rotary positions, if any, turn queries and keys of the softmax only.
+    State: a cache of `segment` tokens, and [B, H, K, V+1] float32 twice.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Infini(nnx.Module):
         head_width: int = 32  # K and V
         segment: int = 64  # tokens a segment
         rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions
+        delta: bool = False  # write only what the memory does not hold yet: devices then take turns
 
         def problems(self):
             if min(self.heads, self.head_width, self.segment) < 1:
@@ -67,7 +70,8 @@ class Infini(nnx.Module):
         parts = self.query(x), self.key(x), self.value(x)
         q, k, v = (part.reshape(batch, length, options.heads, options.head_width) for part in parts)
         before = None if state is None else state.memory
-        recalled, memory = sequence.recurrence(ops, q, k, v, state=before, segments=segments, segment=options.segment)
+        op = infini_delta if options.delta else ops
+        recalled, memory = sequence.recurrence(op, q, k, v, state=before, segments=segments, segment=options.segment)
         if options.rope_base:
             q, k = rotate(q, segments.positions, options.rope_base), rotate(k, segments.positions, options.rope_base)
         pattern = Causal() & Chunked(options.segment)

@@ -18,15 +18,16 @@ diagonal_low_rank      S_t = (Diag(w_t) + b_t a_t^T) S_{t-1} + k_t v_t^T        
 log_linear     gated_linear or gated_delta, a matrix per scale of the past          state: a matrix per scale
 attention      softmax over the keys that a pattern shows            state: all tokens, or the last W
 infini         y_t = M^T f(q_t) / z.f(q_t), M and z of the segments before t's own     state: a matrix twice
+infini_delta   the same, M written with what it does not hold yet              state: a matrix twice
 block_recurrent  R vectors that attend to each other and to a block of W tokens     state: they, and W tokens
 path_attention softmax of q_i^T H_i ... H_{j+1} k_j, H_t = I - beta_t w_t w_t^T     state: all tokens
 patterns       which keys a query may see
-minibatch      what the fast forms of ttt_linear, titans, titans_context and lact share
+minibatch      what the fast forms of ttt_linear, titans, titans_context, lact and infini_delta share
 cross_entropy  the loss of a row, its logits never held whole
 
 Each recurrent family is a module of five functions. `recurrent` is the definition, `chunked` the fast form of it;
 `transition` is what a whole span does to any state, `compose` two such one after the other, `apply` one on a state.
 `slstm`, whose states do not compose, has the first two only.
-Where a span's effect on the state is not closed under composition (ttt_linear, titans, titans_context, lact) there are
-the first two.
+Where a span's effect on the state is not closed under composition (ttt_linear, titans, titans_context, lact), or is
+larger than the state (infini_delta), there are the first two.
 """

@@ -97,7 +97,7 @@ def recurrent(
     begins = segments.positions % segment == 0
     flags = (x[..., None, None, None] for x in (segments.starts, begins, segments.valid))
     tokens = (*(x.astype(jnp.float32) for x in (q, k, v)), *flags)
-    state = _zeros(k, v) if state is None else state
+    state = zeros(k, v) if state is None else state
     state, y = jax.lax.scan(step, state, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
     return jnp.moveaxis(y, 0, 1).astype(v.dtype), state
 
@@ -114,7 +114,7 @@ def chunked(
 ) -> tuple[Float[Array, "B T H V"], State]:
     """The same as `recurrent`, chunk by chunk in matrix products; `chunk` is C."""
     segments = Segments.of(segment_ids, *k.shape[:2])
-    state = _zeros(k, v) if state is None else state
+    state = zeros(k, v) if state is None else state
     return by_spans(functools.partial(_span, segment), state, (q, k, v), segments, chunk)
 
 
@@ -129,7 +129,7 @@ def transition(
 ) -> Transition:
     """What the span does to any state. `q` is not read: it is there so that all functions take the same inputs."""
     segments = Segments.of(segment_ids, *k.shape[:2])
-    _, state = by_spans(functools.partial(_span, segment), _zeros(k, v), (None, k, v), segments, chunk)
+    _, state = by_spans(functools.partial(_span, segment), zeros(k, v), (None, k, v), segments, chunk)
     begins = segments.valid & (segments.positions % segment == 0)
     keeps = ~jnp.any(segments.starts, axis=1)
     return Transition(keeps.astype(jnp.float32), jnp.any(begins, axis=1).astype(jnp.float32), state)
@@ -155,7 +155,7 @@ def _span(segment, state, q, k, v, segments, chunk):
         return jnp.swapaxes(jnp.cumsum(flags, axis=-1, dtype=jnp.int32), 0, 1)[:, :, None]  # [n, B, 1, C]
 
     run, number = count(segments.starts), count(segments.valid & (segments.positions % segment == 0))
-    keys = jnp.where(segments.valid[..., None, None], _features(k), 0)
+    keys = jnp.where(segments.valid[..., None, None], features(k), 0)
     keys, values = split(keys, chunk), split(jnp.pad(v, ((0, 0),) * 3 + ((1, 0),)), chunk).at[..., 0].set(1)
     last, now = run[..., -1:], number[..., -1:]
 
@@ -171,7 +171,7 @@ def _span(segment, state, q, k, v, segments, chunk):
     state, before = jax.lax.scan(step, state, Transition(keeps, begins, writes))
     if q is None:
         return state, None
-    queries = split(_features(q), chunk)
+    queries = split(features(q), chunk)
     seen = (run[..., :, None] == run[..., None, :]) & (number[..., :, None] > number[..., None, :])
     scores = jnp.where(seen, einsum("nbhck,nbhdk->nbhcd", queries, keys), 0)
     read = einsum("nbhcd,nbhdv->nbhcv", scores, values)
@@ -182,12 +182,13 @@ def _span(segment, state, q, k, v, segments, chunk):
     return state, join(jnp.where(some, read[..., 1:] / jnp.where(some, read[..., :1], 1), 0), v, segments)
 
 
-def _features(x):
-    """f = ELU + 1, float32: exp below 0."""
+def features(x):
+    """f = ELU + 1, float32: exp below 0, without the 1 that would round small ones away."""
     x = x.astype(jnp.float32)
     return jnp.exp(jnp.minimum(x, 0)) + jnp.maximum(x, 0)
 
 
-def _zeros(k, v) -> State:
+def zeros(k, v) -> State:
+    """The state before any token."""
     empty = jnp.zeros((k.shape[0], k.shape[2], k.shape[3], v.shape[3] + 1))
     return State(empty, empty)
