@@ -62,6 +62,7 @@ class Titans(nnx.Module):
         hidden: int = 16  # width between the two layers
         minibatch: int = 16  # C, tokens whose gradients are taken at the same weights; a segment in mode "context"
         rate: float = 0.02  # largest θ; repeated keys may diverge where C θ / (1 - η) is above 1
+        segment_rate: float = 0.25  # in mode "context", in place of it: largest C θ / (1 - η); 0.64 diverged
         conv_width: int = 4  # taps of the convolution
         mode: str = "layer"  # "layer", "gate" or "context"
         window: int = 16  # tokens that attention looks back on, but in mode "context"; 0: no attention
@@ -72,8 +73,8 @@ class Titans(nnx.Module):
                 yield f"heads, head_width, hidden, minibatch and conv_width must be at least 1, given {self}"
             if self.depth not in (1, 2):
                 yield f"depth is {self.depth}; give 1 or 2"
-            if min(self.rate, self.window, self.persistent) < 0:
-                yield f"rate, window and persistent must not be negative, given {self}"
+            if min(self.rate, self.segment_rate, self.window, self.persistent) < 0:
+                yield f"rate, segment_rate, window and persistent must not be negative, given {self}"
             if self.mode not in ("layer", "gate", "context") or (self.mode == "gate" and not self.window):
                 yield f"mode is '{self.mode}'; give 'layer', 'context', or 'gate' with a window"
             if self.persistent and self.mode != "context":
@@ -173,7 +174,7 @@ class Titans(nnx.Module):
         )
         y, memory = sequence.recurrence(
             titans_context, x, q, k, v, parameters=(cell,), state=None if state is None else state.memory,
-            segments=segments, segment=options.minibatch, rate=options.rate,
+            segments=segments, segment=options.minibatch, rate=options.segment_rate,
         )  # fmt: skip
         return y, TitansState(memory, tail, None)
 

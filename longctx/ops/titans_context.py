@@ -13,7 +13,9 @@ For token t of segment i, M_(i-1) the memory as the last segment left it, and le
     o_t = y_t * sigmoid(M*_t(n_t))
 
 where keys and values of p and h are their projections, and those of S_s are given with the tokens. Learning is that of
-`ops/titans.py` with the segment as mini-batch: gradients at M_(i-1), momentum and forgetting token by token.
+`ops/titans.py` with the segment as mini-batch: gradients at M_(i-1), momentum and forgetting token by token. What the
+tokens of a segment read is alike, and so are their keys: steps that are each small enough may diverge together. So
+theta_t = rate (1 - eta_t) sigmoid(n_t w + b) / C, of which a segment's sum, momentum included, is at most `rate`.
 
 Causality. M_(i-1) has learned from y of earlier segments only, so that h_s depends on them and on x_s, and on nothing
 after s. But h_s does depend on x_s, and shows it to whoever reads h_s. The causal mask is therefore s <= t for h as for
@@ -90,7 +92,7 @@ def recurrent(
       segment_ids: documents of a packed row; their positions tell the segments. A document's start forgets everything
         before it; padding leaves the state unchanged and gives 0.
       segment: C, tokens a segment.
-      rate: the largest rate of learning.
+      rate: the largest C theta / (1 - eta).
 
     Returns:
       o in the dtype of x, and the state after the span, float32.
@@ -149,7 +151,9 @@ def recurrent(
         gates = jax.nn.sigmoid(dot("bd,gdh->gbh", n, cell.gates) + cell.biases[:, None])
         forget, momentum, pace = gates[..., None, None]
         gradient = jax.grad(lambda w: jnp.sum(jnp.square(memory(written, w) - wanted)))(base)
-        surprise = jax.tree.map(lambda s, g: momentum * s - rate * pace * g, fresh.memory.surprise, gradient)
+        surprise = jax.tree.map(
+            lambda s, g: momentum * s - rate / segment * (1 - momentum) * pace * g, fresh.memory.surprise, gradient
+        )
         current = jax.tree.map(
             lambda w, d, s: (1 - forget) * (w + d) + s - w, cell.initial, fresh.memory.current, surprise
         )
@@ -200,7 +204,8 @@ def _phase(cell: Cell, rate: float, state: State, inputs, phase: grid.Phase):
     n = _norm(jnp.where(phase.active[..., None], y, 0)) * cell.near_scale
     forget, momentum, pace = einsum("btd,gdh->gbth", n, cell.gates) + cell.biases[:, None, None]
     learned = _direct(_project(n, cell.query)), _direct(_project(n, cell.key)), _project(n, cell.value)
-    learned += rate * jax.nn.sigmoid(pace), jax.nn.log_sigmoid(-forget), jax.nn.log_sigmoid(momentum)
+    theta = rate / state.keys.shape[1] * jax.nn.sigmoid(-momentum) * jax.nn.sigmoid(pace)
+    learned += theta, jax.nn.log_sigmoid(-forget), jax.nn.log_sigmoid(momentum)
     z, memory = titans.learn(cell.initial, state.memory, learned, phase)
 
     place = phase.counted[:, None] & (phase.place[:, None] == jnp.arange(state.keys.shape[1])[:, None])

@@ -10,7 +10,7 @@ import pytest
 from longctx.ops import titans_context
 
 B, T, H, K, M, N, D = 2, 23, 2, 4, 3, 2, 5
-RATE = 0.1
+RATE = 0.5
 
 FORMS = {"recurrent": titans_context.recurrent, "chunked": titans_context.chunked}
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -86,11 +86,12 @@ def formula(x, q, k, v, cell, segment):
                 y = y + e @ values / e.sum() @ cell.near_out[h]
             n = norm(y) * cell.near_scale
             forget, momentum, step = (sigmoid(n @ w + b) for w, b in zip(cell.gates, cell.biases, strict=True))
+            theta = RATE / segment * (1 - momentum) * step
             weights, surprise = [w.copy() for w in weights], [s.copy() for s in surprise]
             for h in range(H):
                 key, value = unit(silu(n @ cell.key[:, h])), silu(n @ cell.value[:, h])
                 for layer, g in enumerate(gradients(key, value, [w[h] for w in base])):
-                    surprise[layer][h] = momentum[h] * surprise[layer][h] - RATE * step[h] * g
+                    surprise[layer][h] = momentum[h] * surprise[layer][h] - theta[h] * g
                     weights[layer][h] = (1 - forget[h]) * weights[layer][h] + surprise[layer][h]
             o[t] = y * sigmoid(recall(n[None], weights, cell)[0])
     return o, [w - first for w, first in zip(weights, cell.initial, strict=True)]
