@@ -49,7 +49,6 @@ VARIANTS = {
     "delta_net/relu": ("delta_net", {"activation": "relu"}),
     "inplace_ttt/clip+decay": ("inplace_ttt", {"minibatch": 5, "clip": 0.5, "decay": 0.9}),
     "titans/gate": ("titans", {"mode": "gate", "depth": 1, "minibatch": 7}),
-    "titans/context": ("titans", {"mode": "context", "minibatch": 7, "persistent": 3}),
     "lact/momentum+orthogonal": ("lact", {"momentum": True, "orthogonal": True, "minibatch": 40}),
 }
 LAYERS = {name: (name, {}) for name in (*MIXERS, *MLPS)} | VARIANTS

@@ -36,6 +36,7 @@ from longctx.layers.rwkv7 import RWKV7
 from longctx.layers.s5 import S5
 from longctx.layers.slstm import SLSTM
 from longctx.layers.titans import Titans
+from longctx.layers.titans_context import TitansContext
 from longctx.layers.ttt_linear import TTTLinear
 
 MIXERS: dict[str, type] = {
@@ -64,6 +65,7 @@ MIXERS: dict[str, type] = {
     "s5": S5,
     "slstm": SLSTM,
     "titans": Titans,
+    "titans_context": TitansContext,
     "ttt_linear": TTTLinear,
 }
 

@@ -1,4 +1,4 @@
-"""Titans (Behrouz et al., 2025) as a mixer: a neural memory, alone, before attention, gating it, or read by it."""
+"""Titans (Behrouz et al., 2025) as a mixer: a neural memory, alone, before sliding-window attention, or gating it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 from longctx.layers.attention import Attention, AttentionState
 from longctx.layers.basic import Linear, RMSNorm, ShortConv, l2_normalise, like_queries, undo_values
 from longctx.ops import titans as ops
-from longctx.ops import titans_context
 from longctx.parallel import sequence
 from longctx.typing import Segments
 
@@ -22,12 +21,9 @@ _AXES = ("heads", "head", None)  # of a matrix per head
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TitansState:
-    """The memory's weights and surprise, float32, the convolution's last inputs, and the window (None without one).
+    """The memory's weights and surprise, float32, the convolution's last inputs, and the window (None without one)."""
 
-    In mode "context" the first has keys and values of the segment in progress, too.
-    """
-
-    memory: ops.State | titans_context.State
+    memory: ops.State
     conv: Float[Array, "B W-1 C"]
     window: AttentionState | None
 
@@ -42,16 +38,8 @@ class Titans(nnx.Module):
         mode "layer" (memory as a layer): y = attention(m), or m itself without a window
         mode "gate" (memory as a gate):   y = attention(x) ⊙ σ(m)
 
-    In mode "context" (memory as context, `ops/titans_context.py`) tokens attend within segments of C tokens, to learned
-    tokens p, to what the memory of earlier segments recalls to x, and to each other. What they read is what the memory
-    learns and is asked for, q, k and v of m being projected from it without a convolution:
-
-        h = M(x), n = attention([p; h; x]), y = n ⊙ σ(m)
-
-    The convolution is that of the attention's queries, keys and values, which have no other positions.
-
     State: for each layer of the memory the weights, those at the mini-batch's start, and the surprise, `[B, H, ...]`
-    float32; W-1 inputs of the convolution; and the `KVCache` of the window, or 4 [B, C, H, K] float32 of the segment.
+    float32; W-1 inputs of the convolution; and the `KVCache` of the window.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -60,25 +48,21 @@ class Titans(nnx.Module):
         head_width: int = 16  # K, of keys and values
         depth: int = 2  # layers of the memory: 1 or 2
         hidden: int = 16  # width between the two layers
-        minibatch: int = 16  # C, tokens whose gradients are taken at the same weights; a segment in mode "context"
+        minibatch: int = 16  # C, tokens whose gradients are taken at the same weights
         rate: float = 0.02  # largest θ; repeated keys may diverge where C θ / (1 - η) is above 1
-        segment_rate: float = 0.25  # in mode "context", in place of it: largest C θ / (1 - η); 0.64 diverged
         conv_width: int = 4  # taps of the convolution
-        mode: str = "layer"  # "layer", "gate" or "context"
-        window: int = 16  # tokens that attention looks back on, but in mode "context"; 0: no attention
-        persistent: int = 0  # in mode "context": learned tokens that all others see
+        mode: str = "layer"  # "layer" or "gate"
+        window: int = 16  # tokens that attention looks back on; 0: no attention
 
         def problems(self):
             if min(self.heads, self.head_width, self.hidden, self.minibatch, self.conv_width) < 1:
                 yield f"heads, head_width, hidden, minibatch and conv_width must be at least 1, given {self}"
             if self.depth not in (1, 2):
                 yield f"depth is {self.depth}; give 1 or 2"
-            if min(self.rate, self.segment_rate, self.window, self.persistent) < 0:
-                yield f"rate, segment_rate, window and persistent must not be negative, given {self}"
-            if self.mode not in ("layer", "gate", "context") or (self.mode == "gate" and not self.window):
-                yield f"mode is '{self.mode}'; give 'layer', 'context', or 'gate' with a window"
-            if self.persistent and self.mode != "context":
-                yield f"persistent is {self.persistent} in mode '{self.mode}'; only mode 'context' has such tokens"
+            if min(self.rate, self.window) < 0:
+                yield f"rate and window must not be negative, given {self}"
+            if self.mode not in ("layer", "gate") or (self.mode == "gate" and not self.window):
+                yield f"mode is '{self.mode}'; give 'layer', or 'gate' with a window"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options
@@ -99,19 +83,8 @@ class Titans(nnx.Module):
         first, *second = (nnx.Param(normal(rngs.params(), (heads, *s), jnp.float32), axes=_AXES) for s in shapes)
         self.memory_in, self.memory_out = first, second[0] if second else None
         self.norm = RMSNorm(size, ("head",))
-        self.out = Linear(channels, width, ("heads", "embed"), rngs, initial=undo_values(self.value, heads, size))
-        if options.mode == "context":
-            self.near_query = Linear(width, channels, ("embed", "heads"), rngs)
-            like_query = like_queries(self.near_query, heads, size)
-            self.near_key = Linear(width, channels, ("embed", "heads"), rngs, initial=like_query)
-            self.near_value = Linear(width, channels, ("embed", "heads"), rngs)
-            back = undo_values(self.near_value, heads, size)
-            self.near_out = Linear(channels, width, ("heads", "embed"), rngs, initial=back)
-            self.near_norm = RMSNorm(width)
-            tokens = jax.random.normal(rngs.params(), (options.persistent, width))
-            self.persistent = nnx.Param(tokens, axes=("taps", "embed")) if options.persistent else None
-            return
         self.gate = Linear(width, channels, ("embed", "heads"), rngs)
+        self.out = Linear(channels, width, ("heads", "embed"), rngs, initial=undo_values(self.value, heads, size))
         window = Attention.Config(heads=heads, kv_heads=heads, head_width=size, window=options.window)
         self.window = Attention(width, window, rngs) if options.window else None
 
@@ -122,8 +95,6 @@ class Titans(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: TitansState | None = None):
         """Returns `(y[B, T, D], TitansState)`."""
         options = self.options
-        if options.mode == "context":
-            return self._in_context(x, segments, state)
         batch, length, _ = x.shape
         parts = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
         parts, tail = self.conv(parts, segments, None if state is None else state.conv)
@@ -143,48 +114,8 @@ class Titans(nnx.Module):
             y = near if options.mode == "layer" else near * jax.nn.sigmoid(y)
         return y, TitansState(memory, tail, window)
 
-    def _in_context(self, x, segments: Segments, state: TitansState | None):
-        options = self.options
-        batch, length, width = x.shape
-        parts = jnp.concatenate([self.near_query(x), self.near_key(x), self.near_value(x)], axis=-1)
-        parts, tail = self.conv(parts, segments, None if state is None else state.conv)
-        q, k, v = jnp.split(parts.reshape(batch, length, 3 * options.heads, -1), 3, axis=2)
-
-        def by_head(linear):
-            return linear.weight[...].reshape(width, options.heads, -1)
-
-        def back(linear):
-            return linear.weight[...].reshape(options.heads, -1, width)
-
-        gates = self.forget, self.momentum, self.rate
-        cell = titans_context.Cell(
-            initial=self._initial,
-            query=by_head(self.query),
-            key=by_head(self.key),
-            value=by_head(self.value),
-            gates=jnp.stack([gate.weight[...] for gate in gates]),
-            biases=jnp.stack([self.forget_bias[...], self.momentum.bias[...], self.rate.bias[...]]),
-            scale=self.norm.scale[...],
-            out=back(self.out),
-            persistent=jnp.zeros((0, width)) if self.persistent is None else self.persistent[...],
-            near_key=by_head(self.near_key),
-            near_value=by_head(self.near_value),
-            near_out=back(self.near_out),
-            near_scale=self.near_norm.scale[...],
-        )
-        y, memory = sequence.recurrence(
-            titans_context, x, q, k, v, parameters=(cell,), state=None if state is None else state.memory,
-            segments=segments, segment=options.minibatch, rate=options.segment_rate,
-        )  # fmt: skip
-        return y, TitansState(memory, tail, None)
-
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> TitansState:
         """Nothing learned, and an empty window; `capacity` does not matter."""
-        options = self.options
         zeros = tuple(jnp.zeros((batch, *w.shape), jnp.float32) for w in self._initial)
-        memory, conv = ops.State(zeros, zeros, zeros), self.conv.init_state(batch)
-        if options.mode == "context":
-            held = jnp.zeros((batch, options.minibatch, 2, options.heads, options.head_width), jnp.float32)
-            return TitansState(titans_context.State(memory, held, held), conv, None)
         window = None if self.window is None else self.window.init_state(batch, capacity, dtype)
-        return TitansState(memory, conv, window)
+        return TitansState(ops.State(zeros, zeros, zeros), self.conv.init_state(batch), window)

@@ -27,7 +27,6 @@ cross_entropy  the loss of a row, its logits never held whole
 
 Each recurrent family is a module of five functions. `recurrent` is the definition, `chunked` the fast form of it;
 `transition` is what a whole span does to any state, `compose` two such one after the other, `apply` one on a state.
-`slstm`, whose states do not compose, has the first two only.
-Where a span's effect on the state is not closed under composition (ttt_linear, titans, titans_context, lact), or is
-larger than the state (infini_delta), there are the first two.
+Where a span's effect on the state is not closed under composition (slstm, block_recurrent, ttt_linear, titans,
+titans_context, lact), or is larger than the state (infini_delta), there are the first two only.
 """

@@ -1,0 +1,145 @@
+"""Titans (Behrouz et al., 2025) with the memory as context, as a mixer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longctx.layers.basic import Linear, RMSNorm, ShortConv, like_queries, undo_values
+from longctx.ops import titans_context as ops
+from longctx.parallel import sequence
+from longctx.typing import Segments
+
+_AXES = ("heads", "head", None)  # of a matrix per head
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TitansContextState:
+    """The memory and the segment in progress, float32, and the convolution's last inputs."""
+
+    memory: ops.State
+    conv: Float[Array, "B W-1 C"]
+
+
+class TitansContext(nnx.Module):
+    """Attention within segments, which also sees what a neural memory of the earlier segments recalls.
+
+    With M the memory of `layers/titans.py`, C tokens a segment and p learned tokens, of whom all see all,
+
+        h = M(x), n = attention([p; h; x]), y = n ⊙ σ(M'(n))
+
+    where M is as the segments before have left it, and M' has also learned n up to the token. The attention has no
+    positions but a short convolution of its queries, keys and values. State: for each layer of the memory the weights,
+    those at the segment's start, and the surprise, `[B, H, ...]`; keys and values of h and x in the segment,
+    4 `[B, C, H, K]`; all float32; and W-1 inputs of the convolution.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        heads: int = 2  # H
+        head_width: int = 16  # K, of keys and values
+        depth: int = 2  # layers of the memory: 1 or 2
+        hidden: int = 16  # width between the two layers
+        segment: int = 16  # C, tokens that attend to each other, and whose gradients are taken at the same weights
+        persistent: int = 4  # learned tokens that all others see
+        rate: float = 0.25  # largest C θ / (1 - η), of a segment's steps together; 0.64 diverged
+        conv_width: int = 4  # taps of the convolution
+
+        def problems(self):
+            if min(self.heads, self.head_width, self.hidden, self.segment, self.conv_width) < 1:
+                yield f"heads, head_width, hidden, segment and conv_width must be at least 1, given {self}"
+            if self.depth not in (1, 2):
+                yield f"depth is {self.depth}; give 1 or 2"
+            if min(self.rate, self.persistent) < 0:
+                yield f"rate and persistent must not be negative, given {self}"
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        self.options = options
+        heads, size = options.heads, options.head_width
+        channels = heads * size
+
+        def projection(initial=None):
+            return Linear(width, channels, ("embed", "heads"), rngs, initial=initial)
+
+        def back(value):
+            initial = undo_values(value, heads, size)
+            return Linear(channels, width, ("heads", "embed"), rngs, initial=initial)
+
+        # Of the attention.
+        self.query = projection()
+        self.key = projection(like_queries(self.query, heads, size))
+        self.value = projection()
+        self.out = back(self.value)
+        self.conv = ShortConv(options.conv_width, [0] * channels + [1] * channels + [0] * channels, rngs)
+        tokens = jax.random.normal(rngs.params(), (options.persistent, width))
+        self.persistent = nnx.Param(tokens, axes=("taps", "embed"))
+        self.norm = RMSNorm(width)
+        # Of the memory.
+        self.ask = projection()
+        self.write = projection(like_queries(self.ask, heads, size))
+        self.content = projection()
+        self.recall = back(self.content)
+        self.recall_norm = RMSNorm(size, ("head",))
+        self.forget = Linear(width, heads, ("embed", "heads"), rngs)
+        self.momentum = Linear(width, heads, ("embed", "heads"), rngs, bias=0.0)
+        self.rate = Linear(width, heads, ("embed", "heads"), rngs, bias=0.0)
+        # The heads begin by forgetting over spans of 10 to 1,000 tokens.
+        forget = jnp.geomspace(1e-3, 1e-1, heads)
+        self.forget_bias = nnx.Param(jnp.log(forget) - jnp.log1p(-forget), axes=("heads",))
+        shapes = [(size, size)] if options.depth == 1 else [(size, options.hidden), (options.hidden, size)]
+        normal = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=(0,))
+        first, *second = (nnx.Param(normal(rngs.params(), (heads, *s), jnp.float32), axes=_AXES) for s in shapes)
+        self.memory_in, self.memory_out = first, second[0] if second else None
+
+    @property
+    def _initial(self):
+        return tuple(w[...] for w in (self.memory_in, self.memory_out) if w is not None)
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: TitansContextState | None = None):
+        """Returns `(y[B, T, D], TitansContextState)`."""
+        options = self.options
+        batch, length, width = x.shape
+        parts = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
+        parts, tail = self.conv(parts, segments, None if state is None else state.conv)
+        q, k, v = jnp.split(parts.reshape(batch, length, 3 * options.heads, -1), 3, axis=2)
+
+        def by_head(linear):
+            return linear.weight[...].reshape(width, options.heads, -1)
+
+        def back(linear):
+            return linear.weight[...].reshape(options.heads, -1, width)
+
+        gates = self.forget, self.momentum, self.rate
+        cell = ops.Cell(
+            initial=self._initial,
+            query=by_head(self.ask),
+            key=by_head(self.write),
+            value=by_head(self.content),
+            gates=jnp.stack([gate.weight[...] for gate in gates]),
+            biases=jnp.stack([self.forget_bias[...], self.momentum.bias[...], self.rate.bias[...]]),
+            scale=self.recall_norm.scale[...],
+            out=back(self.recall),
+            persistent=self.persistent[...],
+            near_key=by_head(self.key),
+            near_value=by_head(self.value),
+            near_out=back(self.out),
+            near_scale=self.norm.scale[...],
+        )
+        y, memory = sequence.recurrence(
+            ops, x, q, k, v, parameters=(cell,), state=None if state is None else state.memory, segments=segments,
+            segment=options.segment, rate=options.rate,
+        )  # fmt: skip
+        return y, TitansContextState(memory, tail)
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> TitansContextState:
+        """Nothing learned, and no segment begun; `capacity` does not matter."""
+        options = self.options
+        zeros = tuple(jnp.zeros((batch, *w.shape), jnp.float32) for w in self._initial)
+        held = jnp.zeros((batch, options.segment, 2, options.heads, options.head_width), jnp.float32)
+        memory = ops.State(ops.titans.State(zeros, zeros, zeros), held, held)
+        return TitansContextState(memory, self.conv.init_state(batch))
