@@ -22,6 +22,7 @@ import os
 import pathlib
 import platform
 import runpy
+import shlex
 import statistics
 import tempfile
 import time
@@ -143,8 +144,7 @@ def report(cells: Cells, arguments) -> str:
     lines = [
         "# What the layers can do",
         "",
-        f"`python benchmarks/capability.py --size={arguments.size} --seeds={arguments.seeds} "
-        f"--rates={','.join(f'{rate:g}' for rate in arguments.rates)}`",
+        f"`{command(arguments)}`",
         "",
         f"Accuracy in new rows by their length, mean ± standard deviation over seeds, of the experiments in the size "
         f"'{arguments.size}': two layers of width 64 with small MLPs, each mixer with its default options but for what "
@@ -189,6 +189,14 @@ def report(cells: Cells, arguments) -> str:
             devices |= {cell["device"] for cell in found}
     lines += ["", f"Devices: {'; '.join(sorted(devices)) or 'none yet'}. Python {platform.python_version()}."]
     return "\n".join(lines) + "\n"
+
+
+def command(arguments) -> str:
+    """What makes the table."""
+    lists = {"tasks": (arguments.tasks, TASKS), "mixers": (arguments.mixers, MIXERS)}
+    given = [f"--{name}={','.join(chosen)}" for name, (chosen, known) in lists.items() if chosen != list(known)]
+    given += [f"--rates={','.join(f'{rate:g}' for rate in arguments.rates)}", f"--seeds={arguments.seeds}"]
+    return shlex.join(["python", "benchmarks/capability.py", *given, f"--size={arguments.size}"])
 
 
 def spread(values: list[float | None]) -> str:
