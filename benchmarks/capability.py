@@ -141,13 +141,14 @@ def sweep(cells: Cells, task: str, mixer: str, arguments, missing: bool = True) 
 def report(cells: Cells, arguments) -> str:
     """The table of all that is finished."""
     rates = ", ".join(f"{rate:g}" for rate in arguments.rates)
+    size = f"in the size '{arguments.size}'" if arguments.size else "in full"
     lines = [
         "# What the layers can do",
         "",
         f"`{command(arguments)}`",
         "",
-        f"Accuracy in new rows by their length, mean ± standard deviation over seeds, of the experiments in the size "
-        f"'{arguments.size}': two layers of width 64 with small MLPs, each mixer with its default options but for what "
+        f"Accuracy in new rows by their length, mean ± standard deviation over seeds, of the experiments {size}: two "
+        "layers of width 64 with small MLPs, each mixer with its default options but for what "
         f"experiments/ says. Rate: the best of {rates} on validation rows with the first seed; * marks one at the "
         "edge of the sweep, where a wider one may find a better. Bold: the trained length. State: of all layers, for "
         "one row of the trained length, in bytes; + where it grows with the row. s: seconds of training. These are "
@@ -196,7 +197,8 @@ def command(arguments) -> str:
     lists = {"tasks": (arguments.tasks, TASKS), "mixers": (arguments.mixers, MIXERS)}
     given = [f"--{name}={','.join(chosen)}" for name, (chosen, known) in lists.items() if chosen != list(known)]
     given += [f"--rates={','.join(f'{rate:g}' for rate in arguments.rates)}", f"--seeds={arguments.seeds}"]
-    return shlex.join(["python", "benchmarks/capability.py", *given, f"--size={arguments.size}"])
+    given += [f"--size={arguments.size}", f"--cells={arguments.cells}"]
+    return shlex.join(["python", "benchmarks/capability.py", *given])
 
 
 def spread(values: list[float | None]) -> str:

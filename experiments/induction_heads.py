@@ -6,6 +6,9 @@ Command, for any mixer of `longctx.layers` (by default delta_net):
 
 The setting of Mamba (Gu and Dao 2023, section 4.1): two layers, width 64, vocabulary 16, where of the paper's layers
 Mamba alone is right every time up to 2^20 tokens.
+
+Measured on 2 busy CPU cores with delta_net and with linear_attention, seeds 0 to 2: 100 % at all lengths up to 2^20, of
+which 4 rows are read (benchmarks/induction_heads.md); training takes 1 to 4 minutes, testing 1 to 3.
 """
 
 from ml_collections import ConfigDict

@@ -13,8 +13,9 @@ paper, arXiv 2604.06169, section 4); other seeds by `--config.seed=1`.
 from ml_collections import ConfigDict
 
 MLPS = {
-    # Mini-batches no longer than the window: what has left it has been written.
-    "inplace_ttt": {"kind": "inplace_ttt", "hidden": 256, "minibatch": 64},
+    # Mini-batches no longer than the window: what has left it has been written. Without decay the sum of updates goes
+    # on growing beyond the trained length: perplexity then rose by 69 % from a context of 256 tokens to one of 4,096.
+    "inplace_ttt": {"kind": "inplace_ttt", "hidden": 256, "minibatch": 64, "decay": 0.9},
     # 44 more hidden units have as many parameters as the targets' projection and convolution.
     "swiglu": {"kind": "swiglu", "hidden": 300},
 }

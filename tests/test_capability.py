@@ -48,9 +48,14 @@ def capability(script, monkeypatch):
 
 def test_cells_are_run_once_and_tabled(capability, tmp_path):
     given = argparse.Namespace(
-        size="smoke", rates=[1e-3, 2e-3, 4e-3], seeds=2, tasks=["mqar"], mixers=["gla", "gated_delta:heads=2"]
+        size="smoke",
+        rates=[1e-3, 2e-3, 4e-3],
+        seeds=2,
+        tasks=["mqar"],
+        mixers=["gla", "gated_delta:heads=2"],
+        cells=tmp_path / "cells.jsonl",
     )
-    file = tmp_path / "cells.jsonl"
+    file = given.cells
     for mixer in given.mixers:
         capability.sweep(capability.Cells(file), "mqar", mixer, given)
     expected = [("mqar", 1e-3, 0), ("mqar", 2e-3, 0), ("mqar", 4e-3, 0), ("mqar", 2e-3, 1)]
@@ -66,6 +71,7 @@ def test_cells_are_run_once_and_tabled(capability, tmp_path):
     assert f"| `gla` | {row}" in text
     assert f"| `gated_delta:heads=2` | {row}" in text
     assert "| mixer | 16 | **32** |" in text
+    assert "--tasks=mqar --mixers=gla,gated_delta:heads=2 --rates=0.001,0.002,0.004 --seeds=2 --size=smoke" in text
     given.rates = [1e-3, 2e-3]
     assert "| 0.002* |" in capability.report(cells, given)
     assert len(capability.ran) == 8  # a report runs nothing
