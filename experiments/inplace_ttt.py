@@ -8,6 +8,14 @@ Commands, each for the same parameters (to 0.1 %) and the same tokens in the sam
 Attention sees the last 64 tokens alone, so whatever lies further back reaches the final block through the MLPs'
 fast weights or not at all. Compare the report's perplexity of the fixed final block by context (the measurement of the
 paper, arXiv 2604.06169, section 4); other seeds by `--config.seed=1`.
+
+Measured with seed 0 on 2 busy CPU cores (training 13 and 11 minutes, evaluation 2), perplexity of 96 final blocks:
+
+    context           64     128     256     512   1,024   2,048   4,096
+    swiglu         23.83   23.81   23.81   23.81   23.81   23.81   23.81
+    inplace_ttt    23.25   22.14   21.31   20.71   20.60   20.46   20.45
+
+Blocks differ by 1.5 among each other, alike on both sides; of one model, 4,096 tokens against 256 save 4.0 ± 1.2 %.
 """
 
 from ml_collections import ConfigDict

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from longctx.typing import Segments
 
@@ -90,13 +90,19 @@ def chunked(
     tokens = jax.vmap(lambda row, state, at: jax.lax.dynamic_update_slice(row, state, (at, 0)))(tokens, state, first)
     runs = jnp.pad(segments.runs, ((0, 0), (width - 1, 0)))
     y = jnp.zeros(x.shape)
-    # Spread over the tokens by a matrix product, the taps get their gradients by one too, not by slow sums over time.
-    ones = jnp.ones((length, 1))
     for w in range(width):
         same = segments.valid & (runs[:, w : w + length] == segments.runs)
-        taps = jnp.matmul(ones, kernel[w, None].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-        y += taps * jnp.where(same[..., None], tokens[:, w : w + length], 0)
+        y += _tap(kernel[w].astype(jnp.float32), tokens[:, w : w + length], same)
     return y.astype(x.dtype), tail
+
+
+@jax.checkpoint
+def _tap(tap: Float[Array, " D"], tokens: Float[Array, "B T D"], same: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+    """`tap · tokens` where `same`. Spread over the tokens by a matrix product, a tap gets its gradient by one too, not
+    by a slow sum over time; the backward pass spreads it again.
+    """
+    ones = jnp.ones((tokens.shape[1], 1))
+    return jnp.matmul(ones, tap[None], precision=jax.lax.Precision.HIGHEST) * jnp.where(same[..., None], tokens, 0)
 
 
 def transition(
