@@ -33,7 +33,7 @@ COUNTED = 4096  # tokens in the row whose operations are told
 DECODED = (1024, 65536)  # tokens before the decoded ones
 PEER_LENGTH = 2048
 LONGEST = 60.0  # seconds: a call that would take longer, as those of shorter rows foretell, is not made
-ENOUGH = 2.0  # seconds of calls after which no other is made
+ENOUGH = 1.0  # seconds of calls after which no other is made
 
 
 def build(name: str, options: dict | None = None):
