@@ -9,7 +9,7 @@ Attention sees the last 64 tokens alone, so whatever lies further back reaches t
 fast weights or not at all. Compare the report's perplexity of the fixed final block by context (the measurement of the
 paper, arXiv 2604.06169, section 4); other seeds by `--config.seed=1`.
 
-Measured with seed 0 on 2 busy CPU cores (training 13 and 11 minutes, evaluation 2), perplexity of 96 final blocks:
+Measured with seed 0 on 2 busy CPU cores (training 12 minutes each), perplexity of 96 final blocks:
 
     context           64     128     256     512   1,024   2,048   4,096
     swiglu         23.83   23.81   23.81   23.81   23.81   23.81   23.81

@@ -62,6 +62,7 @@ def test_fields_and_defaults():
         ("data", {"kind": "mqar", "path": ""}, "data.path is not a field; known fields are vocab_size, train, test"),
         ("data", "text", "data is 'text'; expected path, tokenizer"),
         ("seed", -1, "seed is -1"),
+        ("training.label_smoothing", 1.0, "label_smoothing is 1.0; it must be at least 0 and below 1"),
     ],
 )
 def test_what_cannot_be_is_told(path, value, told):

@@ -51,7 +51,8 @@ class Sums(NamedTuple):
 def loss_sums(model: LanguageModel, batch: Batch, answer_weight: float, label_smoothing: float = 0.0) -> Sums:
     """The sums of one (micro-)batch, split over the ambient mesh.
 
-    A token weighs what the batch's `weights` say, and a retrieval answer `answer_weight` times that.
+    A token weighs what the batch's `weights` say, and a retrieval answer `answer_weight` times that; of every target
+    the whole vocabulary shares `label_smoothing`.
     """
     segments = Segments.from_ids(batch["segment_ids"], batch["positions"])
     hidden, _ = model(batch["tokens"], segments)
@@ -155,7 +156,8 @@ class Program:
         """The step at one size of batch: `(state, batch) -> (state, metrics)`.
 
         It consumes the state that it is given. The metrics are float32 scalars: `loss`, the mean over all weight in
-        the batch; `gradient_norm`, before clipping; `learning_rate`; and `hits` of `answers`, counts.
+        the batch, smoothed if targets are; `gradient_norm`, before clipping; `learning_rate`; and `hits` of `answers`,
+        counts.
         """
         shape = (stage.batch, stage.length)
         sharding = self.batch_sharding(shape)
