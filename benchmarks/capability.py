@@ -1,44 +1,50 @@
 """What a layer can do: every mixer on every synthetic task, the best of several learning rates, several seeds.
 
-    python benchmarks/capability.py
+    python benchmarks/capability.py --processes=2
     python benchmarks/capability.py --mixers=gated_delta,gla --tasks=mqar --rates=1e-3,2e-3,4e-3 --seeds=3
     python benchmarks/capability.py --mixers=gated_delta:negative_eigenvalues=True --tasks=state_tracking
 
 A cell is one run of an experiment of experiments/, in the size that --size names ("small" is made for CPUs). Each mixer
 has every rate with the first seed, and the rate that is best on validation rows, which neither training nor the table
 uses, with the other seeds. Recall is learnt in a narrow window of rates, so space them by no more than 2 (Arora et al.
-2023 on the sweep that missed it). Finished cells are lines of benchmarks/capability.jsonl and are not run again unless
-their experiment changes; the table, benchmarks/capability.md, is written after each.
+2023 on the sweep that missed it). All rates and seeds of a mixer share one compiled program, which takes longer to
+compile than to run. Finished cells are lines of benchmarks/capability.jsonl and are not run again unless their
+experiment changes; the table, benchmarks/capability.md, is written after each mixer.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import concurrent.futures
+import dataclasses
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
 import runpy
 import shlex
 import statistics
-import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from timing import processor
 
-from longctx import config
+from longctx import config, data
 from longctx.data import TASKS
 from longctx.evals import answers
 from longctx.layers import MIXERS, MLPS
-from longctx.models import parameter_count
 from longctx.parallel import mesh as meshes
-from longctx.training import loop
 from longctx.training import workdir as workdirs
+from longctx.training.step import Program
 
 HERE = pathlib.Path(__file__).parent
 VALIDATION = 1_000_003  # added to the seed
@@ -63,63 +69,79 @@ def digest(task: str, mixer: str, size: str, rate: float, seed: int) -> str:
     return hashlib.sha256(json.dumps(workdirs.to_dict(experiment), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def run(experiment: config.Experiment) -> Cell:
-    """Trains and measures; a run whose loss is not finite has no accuracy.
+class Runner:
+    """An experiment with any learning rate and seed: arguments of its programs here, which `longctx.train` compiles in.
 
-    Raises:
-      SystemExit: a signal stopped the training.
+    Args:
+      experiment: of a synthetic task, on one device.
     """
-    task, stage = experiment.data, experiment.training.stages[-1]
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        workdir = pathlib.Path(folder) / "run"
-        try:
-            trained = loop.train(experiment, workdir, task)
-        except FloatingPointError as error:
-            return {"diverged": str(error).split(";")[0]}
-        if not trained["finished"]:
-            raise SystemExit("stopped before the end of a training; the same command goes on from the last cell")
-        model, _ = workdirs.load_model(workdirs.open_run(workdir))
-    options = experiment.evaluation
-    with jax.set_mesh(meshes.make(experiment.mesh)):
-        reader = answers.Reader(model, stage.batch * stage.length)
-        known = max((length for length in task.lengths if length <= stage.length), default=min(task.lengths))
-        validation = reader.measure(task, known, options.samples, experiment.seed + VALIDATION)
-        rows = {n: answers.samples_of(n, options.samples, options.tokens) for n in sorted(task.lengths)}
-        measured = {n: reader.measure(task, n, count, experiment.seed) for n, count in rows.items()}
-    state = jax.eval_shape(lambda: model.init_state(1, stage.length))
-    return {
-        "validation": {"accuracy": float(validation.correct.mean()), "loss": validation.loss},
-        "accuracy": answers.summarise(task, measured)["accuracy"],
-        "parameters": parameter_count(model),
-        "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
-        "bounded": model.bounded,
-        "training_seconds": trained["seconds"],
-        "seconds": time.perf_counter() - start,
-    }
+
+    def __init__(self, experiment: config.Experiment):
+        self._experiment, self._mesh = experiment, meshes.make(experiment.mesh)
+        self._init = jax.jit(lambda key: self._program(seed=key).init())
+        self._step = jax.jit(lambda rate, *arrays: self._program(rate).step(*arrays), donate_argnums=1)
+        self._compiled: dict[int, jax.stages.Compiled] = {}
+        self._reader: answers.Reader | None = None
+
+    def _program(self, rate: float | jax.Array = 1.0, seed: int | jax.Array = 0) -> Program:
+        """With a traced rate, or a traced key for a seed."""
+        training = dataclasses.replace(self._experiment.training, learning_rate=rate)
+        experiment = dataclasses.replace(self._experiment, training=training, seed=seed)
+        return Program.make(experiment, experiment.data.vocab_size, self._mesh)
+
+    def train(self, rate: float, seed: int) -> tuple[Any, np.ndarray, float]:
+        """The trained parameters, `[steps, 2]` losses and gradient norms, and the seconds, compilation not counted."""
+        task, metrics, seconds = self._experiment.data, [], 0.0
+        with jax.set_mesh(self._mesh):
+            state, rate = self._init(jax.random.key(seed)), jnp.float32(rate)
+            for index, stage in enumerate(self._experiment.training.stages):
+                rows = data.batches(task, task, stage, seed, index)
+                if index not in self._compiled:
+                    example = {name: jnp.asarray(value) for name, value in next(rows).items()}
+                    rows = data.batches(task, task, stage, seed, index)
+                    self._compiled[index] = self._step.lower(rate, state, example).compile()
+                start = time.perf_counter()
+                for _ in range(stage.steps):
+                    state, found = self._compiled[index](rate, state, next(rows))
+                    metrics.append((found["loss"], found["gradient_norm"]))
+                jax.block_until_ready(state)
+                seconds += time.perf_counter() - start
+        return state.params, np.array(jax.device_get(metrics)), seconds
+
+    def run(self, rate: float, seed: int) -> Cell:
+        """Trains and measures; a run whose loss is not finite has no accuracy."""
+        start = time.perf_counter()
+        params, metrics, seconds = self.train(rate, seed)
+        finite = np.isfinite(metrics).all(axis=1)
+        if not finite.all():
+            step = int(np.argmin(finite))
+            return {"diverged": f"loss {metrics[step, 0]}, gradient norm {metrics[step, 1]} at step {step + 1}"}
+        task, stage, options = self._experiment.data, self._experiment.training.stages[-1], self._experiment.evaluation
+        with jax.set_mesh(self._mesh):
+            model = nnx.merge(self._program().graphdef, params)
+            if self._reader is None:
+                self._reader = answers.Reader(model, stage.batch * stage.length)
+            reader = self._reader.of(params)
+            known = max((length for length in task.lengths if length <= stage.length), default=min(task.lengths))
+            validation = reader.measure(task, known, options.samples, seed + VALIDATION)
+            rows = {n: answers.samples_of(n, options.samples, options.tokens) for n in sorted(task.lengths)}
+            measured = {n: reader.measure(task, n, count, seed) for n, count in rows.items()}
+        state = jax.eval_shape(lambda: model.init_state(1, stage.length))
+        return {
+            "validation": {"accuracy": float(validation.correct.mean()), "loss": validation.loss},
+            "accuracy": answers.summarise(task, measured)["accuracy"],
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+            "bounded": model.bounded,
+            "training_seconds": seconds,
+            "seconds": time.perf_counter() - start,
+        }
 
 
-class Cells:
-    """Finished cells, by the digest of their experiment, kept in a file of JSON lines."""
-
-    def __init__(self, file: pathlib.Path):
-        self._file = file
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        self._found = {cell["experiment"]: cell for cell in map(json.loads, lines)}
-
-    def __call__(self, task: str, mixer: str, size: str, rate: float, seed: int, missing: bool = True) -> Cell | None:
-        """The cell, run now if need be; with `missing` false, None instead."""
-        key = digest(task, mixer, size, rate, seed)
-        if key not in self._found and missing:
-            device = f"{os.cpu_count()} cores of {processor()}, {jax.devices()[0].platform}, jax {jax.__version__}"
-            names = {"experiment": key, "task": task, "mixer": mixer, "size": size, "rate": rate, "seed": seed}
-            cell = names | run(experiment_of(task, mixer, size, rate, seed)) | {"device": device}
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(cell) + "\n")
-            self._found[key] = cell
-            told = "diverged" if "diverged" in cell else f"validation {cell['validation']['accuracy']:.1%}"
-            print(f"{task}, {mixer}, rate {rate:g}, seed {seed}: {told}, {cell.get('seconds', 0):.0f} s", flush=True)
-        return self._found.get(key)
+def read(file: pathlib.Path) -> dict[str, Cell]:
+    """Finished cells, by the digest of their experiment, of a file of JSON lines."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return {cell["experiment"]: cell for cell in map(json.loads, lines)}
 
 
 def best(cells: list[Cell]) -> Cell:
@@ -127,18 +149,43 @@ def best(cells: list[Cell]) -> Cell:
     return max(cells, key=lambda cell: (cell["validation"]["accuracy"], -cell["validation"]["loss"]))
 
 
-def sweep(cells: Cells, task: str, mixer: str, arguments, missing: bool = True) -> list[Cell]:
+def sweep(cell: Callable[[float, int], Cell | None], rates: list[float], seeds: int) -> list[Cell]:
     """The cells of the best rate, one a seed; none if no rate has been run yet, or all diverge."""
-    first = [cells(task, mixer, arguments.size, rate, 0, missing) for rate in arguments.rates]
-    first = [cell for cell in first if cell is not None and "diverged" not in cell]
+    first = [cell(rate, 0) for rate in rates]
+    first = [found for found in first if found is not None and "diverged" not in found]
     if not first:
         return []
     rate = best(first)["rate"]
-    seeds = [cells(task, mixer, arguments.size, rate, seed, missing) for seed in range(arguments.seeds)]
-    return [cell for cell in seeds if cell is not None and "diverged" not in cell]
+    others = [cell(rate, seed) for seed in range(seeds)]
+    return [found for found in others if found is not None and "diverged" not in found]
 
 
-def report(cells: Cells, arguments) -> str:
+def finished(cells: dict[str, Cell], task: str, mixer: str, arguments) -> list[Cell]:
+    """`sweep` of what has been run."""
+    return sweep(
+        lambda rate, seed: cells.get(digest(task, mixer, arguments.size, rate, seed)), arguments.rates, arguments.seeds
+    )
+
+
+def measure(cells: dict[str, Cell], task: str, mixer: str, arguments) -> list[Cell]:
+    """Runs what a sweep lacks; the new cells."""
+    cells, new = dict(cells), []
+    device = f"{os.cpu_count()} cores of {processor()}, {jax.devices()[0].platform}, jax {jax.__version__}"
+    runner = functools.cache(lambda: Runner(experiment_of(task, mixer, arguments.size, 1.0, 0)))
+
+    def cell(rate, seed):
+        key = digest(task, mixer, arguments.size, rate, seed)
+        if key not in cells:
+            names = {"experiment": key, "task": task, "mixer": mixer, "size": arguments.size, "rate": rate, "seed": seed}
+            cells[key] = names | runner().run(rate, seed) | {"device": device}
+            new.append(cells[key])
+        return cells[key]
+
+    sweep(cell, arguments.rates, arguments.seeds)
+    return new
+
+
+def report(cells: dict[str, Cell], arguments) -> str:
     """The table of all that is finished."""
     rates = ", ".join(f"{rate:g}" for rate in arguments.rates)
     size = f"in the size '{arguments.size}'" if arguments.size else "in full"
@@ -157,7 +204,7 @@ def report(cells: Cells, arguments) -> str:
     ]
     devices: set[str] = set()
     for task in arguments.tasks:
-        rows = {mixer: sweep(cells, task, mixer, arguments, missing=False) for mixer in arguments.mixers}
+        rows = {mixer: finished(cells, task, mixer, arguments) for mixer in arguments.mixers}
         rows = {mixer: found for mixer, found in rows.items() if found}
         if not rows:
             continue
@@ -210,6 +257,14 @@ def spread(values: list[float | None]) -> str:
     return f"{100 * statistics.mean(found):.1f}{deviation}"
 
 
+def tell(task: str, mixer: str, cells: list[Cell]) -> None:
+    """Prints what was run of a mixer."""
+    for cell in cells:
+        told = "diverged" if "diverged" in cell else f"validation {cell['validation']['accuracy']:.1%}"
+        run = f"rate {cell['rate']:g}, seed {cell['seed']}"
+        print(f"{task}, {mixer}, {run}: {told}, {cell.get('seconds', 0):.0f} s", flush=True)
+
+
 def main() -> None:
     def names(known):
         def parse(text):
@@ -232,12 +287,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--size", default="small", choices=("", "small", "smoke"), help="of the experiments")
     parser.add_argument("--cells", type=pathlib.Path, default=HERE / "capability.jsonl", help="the file of cells")
+    parser.add_argument("--processes", type=int, default=1, help="mixers measured at once")
     arguments = parser.parse_args()
-    cells = Cells(arguments.cells)
-    for task in arguments.tasks:
-        for mixer in arguments.mixers:
-            sweep(cells, task, mixer, arguments)
+    cells = read(arguments.cells)
+    pairs = [(task, mixer) for task in arguments.tasks for mixer in arguments.mixers]
+    # A process for each mixer: its programs go when it ends.
+    context = multiprocessing.get_context("spawn")
+    with (
+        arguments.cells.open("a", encoding="utf-8") as file,
+        concurrent.futures.ProcessPoolExecutor(arguments.processes, context, max_tasks_per_child=1) as pool,
+    ):
+        waiting = {pool.submit(measure, cells, task, mixer, arguments): (task, mixer) for task, mixer in pairs}
+        for future in concurrent.futures.as_completed(waiting):
+            new = future.result()
+            file.writelines(json.dumps(cell) + "\n" for cell in new)
+            file.flush()
+            cells |= {cell["experiment"]: cell for cell in new}
             arguments.cells.with_suffix(".md").write_text(report(cells, arguments), encoding="utf-8")
+            tell(*waiting[future], new)
     print(report(cells, arguments))
 
 

@@ -62,7 +62,6 @@ def get_config(arg: str = "delta_net") -> ConfigDict:
     config.evaluation.tokens = 2**20  # of the rows of one length, at most: of long rows there are fewer, at least 4
 
     if size == "small":
-        config.training.stages = ((150, 8, 256),)
         config.data.lengths = (64, 256, 1024, 4096)
     if size == "smoke":
         config.training.stages = ((4, 4, 32),)

@@ -6,13 +6,12 @@ Command, for any mixer of `longctx.layers` (by default gated_delta) and a group 
         --config.data.group=parity
 
 Two layers of width 64. A layer whose transitions are diagonal and positive solves no group at lengths beyond training;
-reflections (a delta rule whose β reaches 2; for gated_delta
-`--config.model.blocks.block.mixer.negative_eigenvalues=True`) can solve parity, and products of them S3 and S5 (Grazzi
-et al. 2024). Made for a GPU at this size, which was not run; `,small` takes a CPU minutes.
+reflections (a delta rule whose β reaches 2) can solve parity, and products of them S3 and S5 (Grazzi et al. 2024). Made for a GPU at this size, which was not run; `,small` takes a CPU minutes.
 """
 
 from ml_collections import ConfigDict
 
+OPTIONS = {"gated_delta": {"negative_eigenvalues": True}}
 
 def get_config(arg: str = "gated_delta") -> ConfigDict:
     """`KIND`, `KIND,small` (what benchmarks/capability.py runs) or `KIND,smoke` (a test of the machinery)."""
@@ -33,7 +32,7 @@ def get_config(arg: str = "gated_delta") -> ConfigDict:
     config.model.repeats = 2
     config.model.blocks = ConfigDict()
     config.model.blocks.block = {
-        "mixer": {"kind": kind},
+        "mixer": {"kind": kind, **OPTIONS.get(kind, {})},
         "mlp": {"kind": "swiglu", "hidden": 128},
     }
 
@@ -48,7 +47,7 @@ def get_config(arg: str = "gated_delta") -> ConfigDict:
     if size == "small":
         config.data.group = "parity"
         config.data.lengths = (16, 32, 64, 128, 256)
-        config.training.stages = ((100, 64, 8), (200, 64, 32))
+        config.training.stages = ((300, 64, 8), (700, 64, 32))
     if size == "smoke":
         config.data.lengths = (32, 64)
         config.training.stages = ((4, 4, 32),)

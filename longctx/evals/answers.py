@@ -6,6 +6,7 @@ span and the state. One program serves every length at least as long as a span, 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import time
@@ -65,6 +66,12 @@ class Reader:
         self._read = jax.jit(read, donate_argnums=2, out_shardings=(whole, None))
         self._init = jax.jit(model.init_state, static_argnums=(0, 1))
         self._programs: dict = {}
+
+    def of(self, params: object) -> Reader:
+        """The same programs, for other parameters of the same model, as `nnx.as_pure` gives them."""
+        other = copy.copy(self)
+        other._params = params
+        return other
 
     def measure(self, task: data.Task, length: int, samples: int, seed: int) -> Measured:
         """Reads `samples` rows of a task.

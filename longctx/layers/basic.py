@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.parallel import sequence
+from longctx.parallel import mesh, sequence
 from longctx.typing import Segments
 
 _INITIAL = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -51,7 +51,8 @@ class Linear(nnx.Module):
         self.bias = None if bias is None else nnx.Param(jnp.full(outputs, bias, jnp.float32), axes=axes[1:])
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        y = x @ self.weight[...].astype(x.dtype)
+        y = merged(x) @ self.weight[...].astype(x.dtype)
+        y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -83,8 +84,18 @@ def scaled(x: Float[Array, "... D"], scale: Float[Array, " D"]) -> Float[Array, 
     """`x · scale`, float32. Spread over the tokens by a matrix product, the scale gets its gradient by one too: on a
     CPU in a quarter of the time of sums over tokens. The backward pass spreads it again.
     """
-    ones = jnp.ones((*x.shape[:-1], 1))
-    return x * jnp.matmul(ones, scale[None], precision=jax.lax.Precision.HIGHEST)
+    tokens = merged(x)
+    ones = jnp.ones((*tokens.shape[:-1], 1))
+    return (tokens * jnp.matmul(ones, scale[None], precision=jax.lax.Precision.HIGHEST)).reshape(x.shape)
+
+
+def merged(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """`[N, D]`, all axes but the last as one; as it is if several devices share the time, which cannot be merged then.
+
+    The gradient of a weight is a sum over tokens: over one axis it is a plain matrix product, over two XLA:CPU copies
+    both factors first, which takes longer than the product.
+    """
+    return x if mesh.context_size() > 1 else x.reshape(-1, x.shape[-1])
 
 
 class ShortConv(nnx.Module):

@@ -101,8 +101,9 @@ def _tap(tap: Float[Array, " D"], tokens: Float[Array, "B T D"], same: Bool[Arra
     """`tap · tokens` where `same`. Spread over the tokens by a matrix product, a tap gets its gradient by one too, not
     by a slow sum over time; the backward pass spreads it again.
     """
-    ones = jnp.ones((tokens.shape[1], 1))
-    return jnp.matmul(ones, tap[None], precision=jax.lax.Precision.HIGHEST) * jnp.where(same[..., None], tokens, 0)
+    ones = jnp.ones((same.size, 1))
+    spread = jnp.matmul(ones, tap[None], precision=jax.lax.Precision.HIGHEST).reshape(tokens.shape)
+    return spread * jnp.where(same[..., None], tokens, 0)
 
 
 def transition(

@@ -99,7 +99,7 @@ def placed(params: nnx.State, mesh: jax.sharding.Mesh) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A model, its optimiser and a mesh, as functions to call: `init` once, then `step` over and over.
+    """A model, its optimiser and a mesh, as functions to call: `init` once, then what `compile` makes of `step`.
 
     Attributes:
       experiment: what it is made from.
@@ -164,10 +164,11 @@ class Program:
         dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
         dtypes |= {"answers": np.bool_, "segment_ids": np.int32, "positions": np.int32}
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
-        step = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, None))
+        step = jax.jit(self.step, donate_argnums=0, out_shardings=(self._shardings, None))
         return step.lower(self.abstract, batch).compile()
 
-    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        """One step, to be traced; see `compile`."""
         weight = token_weights(batch, self.experiment.training.answer_weight).sum()
         grads, sums = self._gradient(state.params, batch, weight)
         updates, moments = self._optimizer.update(grads, state.optimizer, state.params)
