@@ -176,7 +176,14 @@ def measure(cells: dict[str, Cell], task: str, mixer: str, arguments) -> list[Ce
     def cell(rate, seed):
         key = digest(task, mixer, arguments.size, rate, seed)
         if key not in cells:
-            names = {"experiment": key, "task": task, "mixer": mixer, "size": arguments.size, "rate": rate, "seed": seed}
+            names = {
+                "experiment": key,
+                "task": task,
+                "mixer": mixer,
+                "size": arguments.size,
+                "rate": rate,
+                "seed": seed,
+            }
             cells[key] = names | runner().run(rate, seed) | {"device": device}
             new.append(cells[key])
         return cells[key]

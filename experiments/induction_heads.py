@@ -62,7 +62,8 @@ def get_config(arg: str = "delta_net") -> ConfigDict:
     config.evaluation.tokens = 2**20  # of the rows of one length, at most: of long rows there are fewer, at least 4
 
     if size == "small":
-        config.data.lengths = (64, 256, 1024, 4096)
+        config.data.lengths = (64, 128, 512, 2048)
+        config.training.stages = ((400, 8, 128),)
     if size == "smoke":
         config.training.stages = ((4, 4, 32),)
         config.data.lengths = (32, 64)

@@ -52,7 +52,7 @@ def get_config(arg: str = "gated_delta") -> ConfigDict:
         config.data.vocab_size = 512
         config.data.train = ((32, 4), (64, 8), (64, 16))
         config.data.test = ((32, 8), (64, 16), (128, 32), (256, 64))
-        config.training.stages = ((1000, 32, 64),)
+        config.training.stages = ((400, 16, 64),)
     if size == "smoke":
         config.data.vocab_size = 64
         config.data.train = ((16, 2), (32, 4))

@@ -49,7 +49,7 @@ def get_config(arg: str = "gated_delta") -> ConfigDict:
     if size == "small":
         config.data.items = 8
         config.data.lengths = (64, 128, 256)
-        config.training.stages = ((1000, 32, 64),)
+        config.training.stages = ((400, 16, 64),)
     if size == "smoke":
         config.data.items = 4
         config.data.lengths = (32, 64)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 OPTIONS = {"gated_delta": {"negative_eigenvalues": True}}
 
+
 def get_config(arg: str = "gated_delta") -> ConfigDict:
     """`KIND`, `KIND,small` (what benchmarks/capability.py runs) or `KIND,smoke` (a test of the machinery)."""
     kind, _, size = arg.partition(",")
@@ -47,7 +48,7 @@ def get_config(arg: str = "gated_delta") -> ConfigDict:
     if size == "small":
         config.data.group = "parity"
         config.data.lengths = (16, 32, 64, 128, 256)
-        config.training.stages = ((300, 64, 8), (700, 64, 32))
+        config.training.stages = ((200, 64, 8), (400, 32, 32))
     if size == "smoke":
         config.data.lengths = (32, 64)
         config.training.stages = ((4, 4, 32),)

@@ -6,7 +6,12 @@ import json
 import pathlib
 import sys
 
+import chex
+import numpy as np
 import pytest
+from flax import nnx
+
+from longctx.training import loop, workdir
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
@@ -24,26 +29,29 @@ def script(monkeypatch):
 @pytest.fixture
 def capability(script, monkeypatch):
     """The script, whose cells are made up: the higher the rate the better, until it diverges at 4e-3."""
-    module = script
-    module.ran = []
+    ran = []
 
-    def run(experiment):
-        rate, seed = experiment.training.learning_rate, experiment.seed
-        module.ran.append((experiment.data.kind, rate, seed))
-        if rate == 4e-3:
-            return {"diverged": "the loss is nan at step 3"}
-        return {
-            "validation": {"accuracy": 0.5, "loss": 1 - 100 * rate},
-            "accuracy": {"16": 0.25 + 0.5 * seed, "32": 0.5},
-            "parameters": 1000,
-            "state_bytes": 64,
-            "bounded": True,
-            "training_seconds": 1.0,
-            "seconds": 2.0,
-        }
+    class Runner:
+        def __init__(self, experiment):
+            self._kind = experiment.data.kind
 
-    monkeypatch.setattr(module, "run", run)
-    return module
+        def run(self, rate, seed):
+            ran.append((self._kind, rate, seed))
+            if rate == 4e-3:
+                return {"diverged": "loss nan, gradient norm nan at step 3"}
+            return {
+                "validation": {"accuracy": 0.5, "loss": 1 - 100 * rate},
+                "accuracy": {"16": 0.25 + 0.5 * seed, "32": 0.5},
+                "parameters": 1000,
+                "state_bytes": 64,
+                "bounded": True,
+                "training_seconds": 1.0,
+                "seconds": 2.0,
+            }
+
+    monkeypatch.setattr(script, "Runner", Runner)
+    script.ran = ran
+    return script
 
 
 def test_cells_are_run_once_and_tabled(capability, tmp_path):
@@ -55,17 +63,16 @@ def test_cells_are_run_once_and_tabled(capability, tmp_path):
         mixers=["gla", "gated_delta:heads=2"],
         cells=tmp_path / "cells.jsonl",
     )
-    file = given.cells
+    cells = {}
     for mixer in given.mixers:
-        capability.sweep(capability.Cells(file), "mqar", mixer, given)
+        cells |= {cell["experiment"]: cell for cell in capability.measure(cells, "mqar", mixer, given)}
     expected = [("mqar", 1e-3, 0), ("mqar", 2e-3, 0), ("mqar", 4e-3, 0), ("mqar", 2e-3, 1)]
     assert capability.ran == 2 * expected
-    assert len({json.loads(line)["experiment"] for line in file.read_text().splitlines()}) == 8
-
-    cells = capability.Cells(file)
-    for mixer in given.mixers:
-        capability.sweep(cells, "mqar", mixer, given)
-    assert len(capability.ran) == 8  # all were found
+    given.cells.write_text("".join(json.dumps(cell) + "\n" for cell in cells.values()))
+    cells = capability.read(given.cells)
+    assert len(cells) == 8
+    assert [capability.measure(cells, "mqar", mixer, given) for mixer in given.mixers] == [[], []]  # all were found
+    assert len(capability.ran) == 8
     text = capability.report(cells, given)
     row = "50.0 ± 35.4 | 50.0 ± 0.0 | 0.002 | 2 | 1,000 | 64 | 1 |"
     assert f"| `gla` | {row}" in text
@@ -92,9 +99,24 @@ def test_another_experiment_is_another_cell(capability):
     assert len(keys) == 6
 
 
-def test_a_stopped_training_is_no_cell(script, monkeypatch, tmp_path):
-    """Recorded, it would stand in the table for a layer that cannot learn the task."""
-    monkeypatch.setattr(script.loop, "train", lambda *_: {"finished": False, "seconds": 1.0})
-    with pytest.raises(SystemExit, match="stopped"):
-        script.Cells(tmp_path / "cells.jsonl")("mqar", "gla", "smoke", 1e-3, 0)
-    assert not (tmp_path / "cells.jsonl").exists()
+def test_a_cell_is_the_training_of_the_experiment(script, tmp_path):
+    """With rate and seed as arguments the parameters come out as those of `longctx.train`, for a second cell too.
+
+    Fails if: the rate or the seed of the first cell were used in the second, or the rows were another seed's.
+    """
+    runner = script.Runner(script.experiment_of("state_tracking", "rglru", "smoke", 1.0, 0))
+    for rate, seed in ((1e-3, 0), (3e-3, 5)):
+        params, metrics, _ = runner.train(rate, seed)
+        experiment = script.experiment_of("state_tracking", "rglru", "smoke", rate, seed)
+        loop.train(experiment, tmp_path / str(seed), experiment.data)
+        model, _ = workdir.load_model(workdir.open_run(tmp_path / str(seed)))
+        expected = nnx.as_pure(nnx.split(model, nnx.Param)[1])
+        chex.assert_trees_all_close(params, expected, rtol=1e-4, atol=1e-6)
+        assert metrics.shape == (4, 2)
+
+
+def test_a_loss_that_is_not_finite_is_told(script, monkeypatch):
+    """Its cell has no accuracy, and the table leaves it out."""
+    runner = script.Runner(script.experiment_of("state_tracking", "rglru", "smoke", 1.0, 0))
+    monkeypatch.setattr(runner, "train", lambda *_: ({}, np.array([[2.0, 1.0], [2.0, np.inf], [np.nan, 1.0]]), 1.0))
+    assert runner.run(1e-3, 0) == {"diverged": "loss 2.0, gradient norm inf at step 2"}
