@@ -6,7 +6,8 @@ Command, for any mixer of `longctx.layers` (by default gated_delta) and a group 
         --config.data.group=parity
 
 Two layers of width 64. A layer whose transitions are diagonal and positive solves no group at lengths beyond training;
-reflections (a delta rule whose β reaches 2) can solve parity, and products of them S3 and S5 (Grazzi et al. 2024). Made for a GPU at this size, which was not run; `,small` takes a CPU minutes.
+reflections (a delta rule whose β reaches 2) can solve parity, and products of them S3 and S5 (Grazzi et al. 2024).
+Made for a GPU at this size, which was not run; `,small` takes a CPU minutes.
 """
 
 from ml_collections import ConfigDict

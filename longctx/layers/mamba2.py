@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, ShortConv, like_queries, scaled, undo_values
 from longctx.ops import gated_linear as ops
-from longctx.parallel import sequence
+from longctx.parallel import mesh, sequence
 from longctx.typing import Segments
 
 
@@ -83,7 +83,9 @@ class Mamba2(nnx.Module):
 
         def of_group(y):
             y = y.reshape(batch, length, options.groups, -1)
-            return jnp.repeat(y, options.heads // options.groups, axis=2)
+            # Where devices split the heads, and cannot split the groups, each head has its own.
+            shared = options.groups % mesh.size("model") == 0
+            return y if shared else jnp.repeat(y, options.heads // options.groups, axis=2)
 
         v = v.reshape(batch, length, options.heads, -1).astype(jnp.float32)
         step = jax.nn.softplus(self.step(x).astype(jnp.float32) + self.step_bias[...])

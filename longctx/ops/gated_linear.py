@@ -10,6 +10,8 @@ Chunk form. With b_i = sum of log_decay up to token i of the chunk, S the state 
 
     y_i = S^T (exp(b_i) * q_i) + sum_j A_ij v_j,    S' = Diag(exp(b_C)) S + sum_j (exp(b_C - b_j) * k_j) v_j^T.
 
+A decay per head is a scalar in all of this and goes with the values, so that heads may share queries and keys.
+
 Transition of a span: (a, B), S -> Diag(a) S + B, with (a_2, B_2) after (a_1, B_1) being (a_2 a_1, Diag(a_2) B_1 + B_2).
 
 Reference: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2024, section 4; Dao
@@ -41,8 +43,8 @@ class Transition(NamedTuple):
 
 
 def recurrent(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
     v: Float[Array, "B T H V"],
     log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"],
     state: Float[Array, "B H K V"] | None = None,
@@ -51,7 +53,8 @@ def recurrent(
     """The definition, token by token.
 
     Args:
-      q: what is read from the state; neither scaled nor normalised here.
+      q: what is read from the state; neither scaled nor normalised here. With a decay per head, each of G may serve
+        H / G heads next to each other, and so may k.
       k: where v is written.
       v: what is written.
       log_decay: at most 0; -inf is a decay of exactly 0. Per head, or per head and key channel.
@@ -70,6 +73,7 @@ def recurrent(
         s = jnp.where(valid[..., None], after, s)
         return s, jnp.where(valid, jnp.sum(q[..., None] * s, axis=-2), 0)
 
+    q, k = (jnp.repeat(leaf, v.shape[2] // k.shape[2], axis=2) for leaf in (q, k))
     decay = jnp.exp(log_decay.astype(jnp.float32))
     decay = decay[..., None] if decay.ndim == 3 else decay
     tokens = (*(leaf.astype(jnp.float32) for leaf in (q, k, v)), decay)
@@ -80,8 +84,8 @@ def recurrent(
 
 
 def chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
     v: Float[Array, "B T H V"],
     log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"],
     state: Float[Array, "B H K V"] | None = None,
@@ -94,8 +98,8 @@ def chunked(
 
 
 def transition(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
     v: Float[Array, "B T H V"],
     log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"],
     segment_ids: Int[Array, "B T"] | Segments | None = None,
@@ -128,7 +132,7 @@ def by_spans(span, state, inputs, segment_ids, chunk: int):
     the state before each span and computes the rest again: its memory is that of one span, and on a CPU the span's
     arrays stay in the cache, which is worth more than the second computation costs.
     """
-    batch, length, heads = inputs[1].shape[:3]
+    batch, length, heads = inputs[2].shape[:3]
     segments = None if segment_ids is None else Segments.of(segment_ids, batch, length)
     chunks = -(-length // chunk)
     spans = -(-chunks // max(1, MATRICES // (batch * heads)))
@@ -217,19 +221,21 @@ def elapsed(now: Clock, since: Clock) -> Float[Array, ...]:
     return jnp.where(now.run == since.run, log, -jnp.inf)
 
 
-def scores(x: Float[Array, "n B H C K"], k: Float[Array, "n B H C K"], clock: Clock) -> Float[Array, "n B H C C"]:
+def scores(x: Float[Array, "n B G C K"], k: Float[Array, "n B G C K"], clock: Clock) -> Float[Array, "n B H C C"]:
     """sum_k x_ik k_jk exp(b_ik - b_jk) for j <= i in one document, 0 elsewhere.
 
-    With a decay per head the exponential leaves the sum. With a decay per channel the chunk is halved until eight
-    tokens are left, which meet pair by pair: at each halving, queries in the second half meet keys in the first, and
-    the decay between them is that up to the middle times that after it, neither above 1.
+    With a decay per head the exponential leaves the sum, which is one for the heads that share x and k. With a decay
+    per channel the chunk is halved until eight tokens are left, which meet pair by pair: at each halving, queries in
+    the second half meet keys in the first, and the decay between them is that up to the middle times that after it,
+    neither above 1.
     """
     size = x.shape[-2]
     if clock.whole.shape[-1] == 1:
         row = Clock(*(jnp.swapaxes(leaf, -1, -2) for leaf in clock))
         log = (clock.whole - row.whole) + (clock.rest - row.rest)
         seen = jnp.tril(clock.run == row.run)
-        return einsum("...ck,...dk->...cd", x, k) * jnp.exp(jnp.where(seen, log, -jnp.inf))
+        products = jnp.repeat(einsum("...ck,...dk->...cd", x, k), log.shape[-3] // x.shape[-3], axis=-3)
+        return products * jnp.exp(jnp.where(seen, log, -jnp.inf))
     if size <= 8:
         now, since = (Clock(*(jnp.expand_dims(leaf, axis) for leaf in clock)) for axis in (-2, -3))
         seen = jnp.tril(jnp.ones((size, size), bool))[..., None]
@@ -247,16 +253,30 @@ def _span(s, q, k, v, log_decay, segments, chunk):
     """A few chunks: the state after them, and y."""
     k = k if segments is None else jnp.where(segments.valid[..., None, None], k, 0)
     keys, values, clock = split(k, chunk), split(v, chunk), start_clock(log_decay, segments, chunk)
-    writes = einsum("nbhck,nbhcv->nbhkv", keys * decay(clock.last, clock), values)
+    left, now = decay(clock.last, clock), decay(clock, BEFORE)
+    if log_decay.ndim == 3:
+        writes = _per_head("nbgck,nbgrcv->nbgrkv", keys, left * values)
+    else:
+        writes = einsum("nbhck,nbhcv->nbhkv", keys * left, values)
     total = jnp.swapaxes(decay(clock.last, BEFORE), -1, -2)
     s, before = jax.lax.scan(lambda s, chunk: (chunk[0] * s + chunk[1], s), s, (total, writes))
     if q is None:
         return s, None
     queries = split(q, chunk)
-    y = einsum("nbhck,nbhkv->nbhcv", queries * decay(clock, BEFORE), before)
+    if log_decay.ndim == 3:
+        y = now * _per_head("nbgck,nbgrkv->nbgrcv", queries, before)
+    else:
+        y = einsum("nbhck,nbhkv->nbhcv", queries * now, before)
     y += einsum("nbhcd,nbhdv->nbhcv", scores(queries, keys, clock), values)
     return s, join(y, v, segments)
 
 
+def _per_head(equation, x, heads):
+    """A product of what G groups share with what each of the H heads has."""
+    groups = x.shape[2]
+    y = einsum(equation, x, heads.reshape(*heads.shape[:2], groups, -1, *heads.shape[3:]))
+    return y.reshape(*heads.shape[:3], *y.shape[4:])
+
+
 def _zeros(k, v):
-    return jnp.zeros((k.shape[0], k.shape[2], k.shape[3], v.shape[3]))
+    return jnp.zeros((k.shape[0], v.shape[2], k.shape[3], v.shape[3]))

@@ -22,6 +22,7 @@ FAMILIES = (
     "selective_scan",
     "gated_linear",
     "gated_linear_channel",
+    "gated_linear_shared",
     "gated_delta",
     "gated_delta_channel",
 )
@@ -62,7 +63,8 @@ def example(family, length):
     else:
         op = gated_delta if family.startswith("gated_delta") else gated_linear
         beta = (rng.random((B, length, H)),) if op is gated_delta else ()
-        keys = unit(B, length, H, K), unit(B, length, H, K), rng.normal(size=(B, length, H, V))
+        groups = 1 if family.endswith("shared") else H
+        keys = unit(B, length, groups, K), unit(B, length, groups, K), rng.normal(size=(B, length, H, V))
         decay = log_decays(rng, length, (H, K) if family.endswith("channel") else (H,))
         inputs, state = (*keys, *beta, decay), (B, H, K, V)
     as_float32 = functools.partial(jnp.asarray, dtype=jnp.float32)
