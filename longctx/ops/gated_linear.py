@@ -21,6 +21,7 @@ and Gu, "Transformers are SSMs", 2024, section 6.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -206,8 +207,12 @@ def start_clock(log_decay, segments: Segments | None, chunk: int, floor: float =
         run = jnp.cumsum(segments.starts.reshape(batch, -1, chunk), axis=-1, dtype=jnp.int32)
     counted = jnp.tril(run[..., :, None] == run[..., None, :]).astype(jnp.float32)
     whole = jax.lax.stop_gradient(jnp.round(log_decay))
-    sums = [einsum("bnij,nbhjk->nbhik", counted, split(part, chunk)) for part in (whole, log_decay - whole)]
-    return Clock(*sums, jnp.swapaxes(run, 0, 1)[:, :, None, :, None])
+
+    def summed(part):
+        rows = part.reshape(batch, -1, chunk, math.prod(part.shape[2:]))
+        return split(einsum("bnij,bnjc->bnic", counted, rows).reshape(part.shape), chunk)
+
+    return Clock(summed(whole), summed(log_decay - whole), jnp.swapaxes(run, 0, 1)[:, :, None, :, None])
 
 
 def decay(now: Clock, since: Clock) -> Float[Array, ...]:
