@@ -48,11 +48,12 @@ def peak() -> float:
 
 
 def machine() -> str:
-    """Processor, system and versions, the peers' included."""
+    """Processor, system, versions, the peers' included, and the C library's settings, if any."""
     import torch
     import transformers
 
-    return (
+    settings = os.environ.get("GLIBC_TUNABLES")
+    return (f"GLIBC_TUNABLES={settings}, " if settings else "") + (
         f"{os.cpu_count()} cores of {processor()}, {platform.system()}, Python {platform.python_version()}, jax "
         f"{jax.__version__}, torch {torch.__version__} ({torch.get_num_threads()} threads), transformers "
         f"{transformers.__version__}"

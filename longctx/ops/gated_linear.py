@@ -21,7 +21,6 @@ and Gu, "Transformers are SSMs", 2024, section 6.
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -31,6 +30,8 @@ from jaxtyping import Array, Float, Int
 from longctx.typing import Segments
 
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 MATRICES = 128  # chunks times heads at once: about what a CPU's cache holds
 FLOOR = -128.0  # of log decays: exp is 0 in float32 from -104 on, so that nothing changes below it
@@ -205,14 +206,12 @@ def start_clock(log_decay, segments: Segments | None, chunk: int, floor: float =
     else:
         log_decay = jnp.where((segments.valid & ~segments.starts)[..., None, None], log_decay, 0)
         run = jnp.cumsum(segments.starts.reshape(batch, -1, chunk), axis=-1, dtype=jnp.int32)
+    run = jnp.swapaxes(run, 0, 1)[:, :, None]
     counted = jnp.tril(run[..., :, None] == run[..., None, :]).astype(jnp.float32)
     whole = jax.lax.stop_gradient(jnp.round(log_decay))
-
-    def summed(part):
-        rows = part.reshape(batch, -1, chunk, math.prod(part.shape[2:]))
-        return split(einsum("bnij,bnjc->bnic", counted, rows).reshape(part.shape), chunk)
-
-    return Clock(summed(whole), summed(log_decay - whole), jnp.swapaxes(run, 0, 1)[:, :, None, :, None])
+    whole, rest = split(whole, chunk), split(log_decay - whole, chunk)
+    counted = jnp.broadcast_to(counted, (*rest.shape[:-1], chunk))
+    return Clock(_matmul(counted, whole), _matmul(counted, rest), run[..., None])
 
 
 def decay(now: Clock, since: Clock) -> Float[Array, ...]:
