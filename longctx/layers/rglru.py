@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, ShortConv
+from longctx.layers.basic import Linear, ShortConv, scaled
 from longctx.ops import linear_scan as ops
 from longctx.parallel import sequence
 from longctx.typing import Segments
@@ -75,7 +75,7 @@ class RGLRU(nnx.Module):
 
         r = gate(self.recurrence_gate, self.recurrence_bias)
         i = gate(self.input_gate, self.input_bias)
-        log_decay = -_RATE * jax.nn.softplus(self.rate[...]) * r
+        log_decay = scaled(r, -_RATE * jax.nn.softplus(self.rate[...]))
         # 1 - a² by expm1, which keeps its digits where a is near 1; the floor keeps the root's gradient finite.
         scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_decay), 1e-12))
         scale = jnp.where(segments.starts[..., None], 1.0, scale)
