@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from longctx.ops.linear_scan import cut, join
+from longctx.ops.gated_linear import einsum
 from longctx.typing import Segments
 
 NUMBERS = 2**16  # in the states of chunks side by side; the backward pass of a span holds C times as many
@@ -151,12 +152,15 @@ def _ends(x, delta, b, c, starts, a):
 
 def _states(h, x, delta, b, c, starts, a):
     """The states after a span's chunks, from those before them, and y. The backward pass keeps the states alone."""
+    # A spread over the chunks has its gradient summed over them once, not at every token; and products in place of sums
+    # have products for gradients, which XLA:CPU takes in a tenth of the time of sums.
+    a, ones = jnp.broadcast_to(a, h.shape), jnp.ones(a.shape[1])
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(h, token):
         x, delta, b, c, start = token
-        decay = jnp.where(start[..., None, None], 0, jnp.exp(delta[..., None] * a))
-        h = decay * h + (delta * x)[..., None] * b[..., None, :]
-        return h, None if c is None else jnp.sum(h * c[..., None, :], axis=-1)
+        decay = jnp.where(start[..., None, None], 0, jnp.exp(einsum("nbd,s->nbds", delta, ones) * a))
+        h = decay * h + einsum("nbd,nbs->nbds", delta * x, b)
+        return h, None if c is None else einsum("nbds,nbs->nbd", h, c)
 
     return jax.lax.scan(step, h, (x, delta, b, c, starts))
