@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from longctx.ops.linear_scan import cut, join
 from longctx.ops.gated_linear import einsum
+from longctx.ops.linear_scan import cut, join
 from longctx.typing import Segments
 
 NUMBERS = 2**16  # in the states of chunks side by side; the backward pass of a span holds C times as many
