@@ -7,9 +7,9 @@
 A cell is one run of an experiment of experiments/, in the size that --size names ("small" is made for CPUs). Each mixer
 has every rate with the first seed, and the rate that is best on validation rows, which neither training nor the table
 uses, with the other seeds. Recall is learnt in a narrow window of rates, so space them by no more than 2 (Arora et al.
-2023 on the sweep that missed it). All rates and seeds of a mixer share one compiled program, which takes longer to
-compile than to run. Finished cells are lines of benchmarks/capability.jsonl and are not run again unless their
-experiment changes; the table, benchmarks/capability.md, is written after each mixer.
+2023 on the sweep that missed it). All rates and seeds of a mixer share one compiled program, which takes about as long
+to compile as a cell takes to run. Finished cells are lines of benchmarks/capability.jsonl and are not run again unless
+their experiment changes; the table, benchmarks/capability.md, is written after each mixer.
 """
 
 from __future__ import annotations

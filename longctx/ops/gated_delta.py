@@ -20,17 +20,14 @@ Reference: Yang et al., "Gated Delta Networks", 2025, section 3.3; Kimi Team, "K
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from longctx.ops.gated_linear import BEFORE, by_spans, decay, einsum, join, scores, split, start_clock
+from longctx.ops.gated_linear import BEFORE, by_spans, decay, einsum, join, matmul, scores, split, start_clock
 from longctx.typing import Segments
-
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Transition(NamedTuple):
@@ -162,19 +159,19 @@ def unit_inverse(n):
     """
     size = n.shape[-1]
     if size <= 8:
-        square, one = _matmul(n, n), jnp.eye(size)
-        return _matmul(_matmul(one - n, one + square), one + _matmul(square, square))
+        square, one = matmul(n, n), jnp.eye(size)
+        return matmul(matmul(one - n, one + square), one + matmul(square, square))
     half = size // 2
     blocks = jnp.concatenate([n[..., :half, :half], n[..., half:, half:]])
     first, second = jnp.split(unit_inverse(blocks), 2)
-    below = -_matmul(_matmul(second, n[..., half:, :half]), first)
+    below = -matmul(matmul(second, n[..., half:, :half]), first)
     return jnp.block([[first, jnp.zeros_like(below)], [below, second]])
 
 
 @unit_inverse.defjvp
 def _unit_inverse_jvp(primals, tangents):
     inverse = unit_inverse(*primals)
-    return inverse, -_matmul(_matmul(inverse, tangents[0]), inverse)
+    return inverse, -matmul(matmul(inverse, tangents[0]), inverse)
 
 
 def _zeros(k, v):

@@ -30,8 +30,7 @@ from jaxtyping import Array, Float, Int
 from longctx.typing import Segments
 
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 MATRICES = 128  # chunks times heads at once: about what a CPU's cache holds
 FLOOR = -128.0  # of log decays: exp is 0 in float32 from -104 on, so that nothing changes below it
@@ -211,7 +210,7 @@ def start_clock(log_decay, segments: Segments | None, chunk: int, floor: float =
     whole = jax.lax.stop_gradient(jnp.round(log_decay))
     whole, rest = split(whole, chunk), split(log_decay - whole, chunk)
     counted = jnp.broadcast_to(counted, (*rest.shape[:-1], chunk))
-    return Clock(_matmul(counted, whole), _matmul(counted, rest), run[..., None])
+    return Clock(matmul(counted, whole), matmul(counted, rest), run[..., None])
 
 
 def decay(now: Clock, since: Clock) -> Float[Array, ...]:

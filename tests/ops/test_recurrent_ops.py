@@ -63,10 +63,11 @@ def example(family, length):
     else:
         op = gated_delta if family.startswith("gated_delta") else gated_linear
         beta = (rng.random((B, length, H)),) if op is gated_delta else ()
-        groups = 1 if family.endswith("shared") else H
-        keys = unit(B, length, groups, K), unit(B, length, groups, K), rng.normal(size=(B, length, H, V))
-        decay = log_decays(rng, length, (H, K) if family.endswith("channel") else (H,))
-        inputs, state = (*keys, *beta, decay), (B, H, K, V)
+        # Two heads a group and two groups: one group would not tell in which order heads share.
+        heads = 2 * H if family.endswith("shared") else H
+        keys = unit(B, length, H, K), unit(B, length, H, K), rng.normal(size=(B, length, heads, V))
+        decay = log_decays(rng, length, (H, K) if family.endswith("channel") else (heads,))
+        inputs, state = (*keys, *beta, decay), (B, heads, K, V)
     as_float32 = functools.partial(jnp.asarray, dtype=jnp.float32)
     return op, jax.tree.map(as_float32, inputs), as_float32(rng.normal(size=state))
 
