@@ -53,10 +53,10 @@ def machine() -> str:
     import transformers
 
     settings = os.environ.get("GLIBC_TUNABLES")
-    return (f"GLIBC_TUNABLES={settings}, " if settings else "") + (
+    return (
         f"{os.cpu_count()} cores of {processor()}, {platform.system()}, Python {platform.python_version()}, jax "
         f"{jax.__version__}, torch {torch.__version__} ({torch.get_num_threads()} threads), transformers "
-        f"{transformers.__version__}"
+        f"{transformers.__version__}" + (f", GLIBC_TUNABLES={settings}" if settings else "")
     )
 
 

@@ -14,16 +14,22 @@ Arrays are `[B, T, ...]`, batch and time first; heads are `[B, T, H, K]`.
 
 A *span* is a run of consecutive tokens. A layer maps a span and the state before it to outputs and the
 state after it. A row may hold several documents one after another (*packing*); what a layer must know of
-them is in `Segments`, derived once per batch.
+them is in `Segments`, derived once per batch. The ops are `checked`: an array that contradicts its annotation is
+refused in one sentence.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+import re
+import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import AbstractArray, Array, Bool, Int
 
 
 @jax.tree_util.register_dataclass
@@ -106,3 +112,65 @@ class Segments:
                 "pass one id per token."
             )
         return segments
+
+
+def checked(op: Callable) -> Callable:
+    """Decorates `op`: its arrays must have the shapes and kinds of numbers that its signature says.
+
+    Sizes get their names in the order of the arguments: the first array with an axis K says what K is. Arguments that
+    are no arrays are left to the op. Under `jax.jit` this costs nothing after tracing.
+
+    Raises:
+      ValueError: an array contradicts its annotation, or an array before it.
+    """
+    signature = inspect.signature(op)
+
+    @functools.cache
+    def annotations() -> dict[str, list[type[AbstractArray]]]:
+        """The array types of each argument that has any, read at the first call, when all names are defined."""
+        hints = ((name, hint) for name, hint in typing.get_type_hints(op).items() if name in signature.parameters)
+        types = {name: [kind for kind in typing.get_args(hint) or [hint] if _is_array(kind)] for name, hint in hints}
+        return {name: kinds for name, kinds in types.items() if kinds}
+
+    @functools.wraps(op)
+    def call(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        sizes: dict[str, int] = {}
+        for name, kinds in annotations().items():
+            array = given.get(name)
+            if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+                continue
+            fits = [found for kind in kinds if (found := _fit(array, kind, sizes)) is not None]
+            if not fits:
+                known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items())
+                raise ValueError(
+                    f"{op.__module__}.{op.__name__}: {name} is {array.dtype}{list(array.shape)}, expected "
+                    + " or ".join(f"{kind.dtype.__name__}[{', '.join(kind.dim_str.split())}]" for kind in kinds)
+                    + (f", where the arguments before it have {known}." if known else ".")
+                )
+            sizes |= fits[0]
+        return op(*args, **kwargs)
+
+    return call
+
+
+def _is_array(kind) -> bool:
+    return isinstance(kind, type) and issubclass(kind, AbstractArray)
+
+
+def _fit(array, kind: type[AbstractArray], sizes: dict[str, int]) -> dict[str, int] | None:
+    """The sizes that `array` gives names to beside the known `sizes`; None if it is not of this kind."""
+    names = kind.dim_str.split()
+    if jnp.dtype(array.dtype).name not in kind.dtypes or len(names) != len(array.shape):
+        return None
+    found: dict[str, int] = {}
+    for name, size in zip(names, array.shape, strict=True):
+        terms = re.fullmatch(r"(\w+)([+-])(\w+)", name)
+        left, sign, right = terms.groups() if terms else (name, "+", "0")
+        known = sizes | found
+        amounts = [int(term) if term.isdigit() else known.get(term) for term in (left, right)]
+        if amounts[0] is None and not terms:
+            found[name] = size
+        elif None not in amounts and size != amounts[0] + (amounts[1] if sign == "+" else -amounts[1]):
+            return None
+    return found

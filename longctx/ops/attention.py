@@ -36,7 +36,7 @@ from jaxtyping import Array, Float, Int
 from longctx.ops import blockwise
 from longctx.ops.kernels import cudnn, splash
 from longctx.ops.patterns import Causal, Pattern
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 _CAUSAL = Causal()
 _DENSE_LOGITS = 128 * 128  # up to this many logits a head, holding them all costs no more than a loop over blocks
@@ -50,6 +50,7 @@ class Partial(NamedTuple):
     logsumexp: Float[Array, "B T H"]
 
 
+@checked
 def attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
@@ -95,7 +96,7 @@ def attention(
       ValueError: shapes that do not fit together, an unknown implementation.
       NotImplementedError: the named implementation cannot compute this case, or not on this platform.
     """
-    queries, keys = _tokens(q, k, v, segment_ids, kv_segment_ids)
+    queries, keys = _tokens(q, k, segment_ids, kv_segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kv_decay = decay if kv_decay is None else kv_decay
     case = {"segment_ids": segment_ids, "kv_segment_ids": kv_segment_ids, "sinks": sinks, "soft_cap": soft_cap}
@@ -120,6 +121,7 @@ def attention(
     return _KERNELS[chosen].attention(q, k, v, pattern, segment_ids=segment_ids, scale=scale, soft_cap=soft_cap)
 
 
+@checked
 def attention_partial(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
@@ -138,7 +140,7 @@ def attention_partial(
 
     Differentiable once in both parts of the result. Sinks are not a part of it: see `add_sinks`.
     """
-    queries, keys = _tokens(q, k, v, segment_ids, kv_segment_ids)
+    queries, keys = _tokens(q, k, segment_ids, kv_segment_ids)
     plan = _plan(q, k, pattern, scale, soft_cap, block)
     kv_decay = decay if kv_decay is None else kv_decay
     return Partial(*blockwise.blockwise(q, k, v, queries, keys, plan, decay, kv_decay))
@@ -187,18 +189,10 @@ _KERNELS = {"cudnn": cudnn, "splash": splash}
 _PLATFORM_KERNELS = {"gpu": "cudnn", "tpu": "splash"}
 
 
-def _tokens(q, k, v, segment_ids, kv_segment_ids) -> tuple[blockwise.Tokens, blockwise.Tokens | None]:
+def _tokens(q, k, segment_ids, kv_segment_ids) -> tuple[blockwise.Tokens, blockwise.Tokens | None]:
     """Ids and positions of queries and keys, once the shapes are found to fit."""
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or q.shape[-1] != k.shape[-1] or k.shape[:3] != v.shape[:3]:
-        raise ValueError(
-            f"q, k and v have shapes {q.shape}, {k.shape} and {v.shape}; expected [B, T, H, K], [B, S, G, K] and "
-            "[B, S, G, V]."
-        )
-    if q.shape[0] != k.shape[0] or q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"q has batch {q.shape[0]} and {q.shape[2]} heads, k has batch {k.shape[0]} and {k.shape[2]} heads; "
-            "give them one batch, and q a multiple of k's heads."
-        )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"q has {q.shape[2]} heads and k has {k.shape[2]}; give q a multiple of k's heads.")
     batch, length = q.shape[:2]
     if kv_segment_ids is None:
         if k.shape[1] != length:

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from longctx.ops.gated_linear import einsum
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 
 class Cell(NamedTuple):
@@ -57,6 +57,7 @@ class State(NamedTuple):
     values: Float[Array, "B W H K"]
 
 
+@checked
 def recurrent(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -115,6 +116,7 @@ def recurrent(
     return jnp.moveaxis(y, 0, 1).astype(v.dtype), state
 
 
+@checked
 def chunked(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],

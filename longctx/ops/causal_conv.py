@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 
 class Tail(NamedTuple):
@@ -35,6 +35,7 @@ class Tail(NamedTuple):
     keep: Int[Array, " B"]
 
 
+@checked
 def recurrent(
     x: Float[Array, "B T D"],
     kernel: Float[Array, "W D"],
@@ -68,6 +69,7 @@ def recurrent(
     return jnp.moveaxis(y, 0, 1).astype(x.dtype), tail
 
 
+@checked
 def chunked(
     x: Float[Array, "B T D"],
     kernel: Float[Array, "W D"],
@@ -106,6 +108,7 @@ def _tap(tap: Float[Array, " D"], tokens: Float[Array, "B T D"], same: Bool[Arra
     return spread * jnp.where(same[..., None], tokens, 0)
 
 
+@checked
 def transition(
     x: Float[Array, "B T D"],
     kernel: Float[Array, "W D"],

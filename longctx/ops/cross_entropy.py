@@ -33,6 +33,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from longctx.typing import checked
+
 HELD = 2**20  # logits held at once where the caller names no chunk: 4 MiB of float32, which caches hold
 
 
@@ -50,6 +52,7 @@ class CrossEntropy(NamedTuple):
     correct: Bool[Array, "B T"]
 
 
+@checked
 def cross_entropy(
     hidden: Float[Array, "B T D"],
     unembedding: Float[Array, "V D"],

@@ -31,11 +31,12 @@ from jaxtyping import Array, Float, Int
 
 from longctx.ops.gated_delta import Transition, apply, compose, unit_inverse
 from longctx.ops.gated_linear import BEFORE, Clock, by_spans, decay, einsum, join, scores, split, start_clock
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 __all__ = ["Transition", "apply", "chunked", "compose", "recurrent", "transition"]
 
 
+@checked
 def recurrent(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -79,6 +80,7 @@ def recurrent(
     return jnp.moveaxis(y, 0, 1).astype(v.dtype), s
 
 
+@checked
 def chunked(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -95,6 +97,7 @@ def chunked(
     return by_spans(_span, s, (q, k, v, a, b, log_decay), segment_ids, chunk)
 
 
+@checked
 def transition(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],

@@ -19,17 +19,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from longctx.typing import checked
 
+
+@checked
 def elu(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
     """x + 1 above 0, exp(x) below; F = K."""
     return jax.nn.elu(x.astype(jnp.float32)) + 1
 
 
+@checked
 def relu2(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
     """The square of what is above 0; F = K."""
     return jnp.square(jax.nn.relu(x.astype(jnp.float32)))
 
 
+@checked
 def taylor(x: Float[Array, "B T H K"]) -> Float[Array, "B T H F"]:
     """1, x' and the products x'_i x'_j, with x' = x / K^¼; F = (K + 1)(K + 2) / 2.
 
@@ -43,6 +48,7 @@ def taylor(x: Float[Array, "B T H K"]) -> Float[Array, "B T H F"]:
     return jnp.concatenate([jnp.ones_like(x[..., :1]), x, pairs], axis=-1)
 
 
+@checked
 def performer(x: Float[Array, "B T H K"], projection: Float[np.ndarray, "F K"]) -> Float[Array, "B T H F"]:
     """Positive random features (FAVOR+) of the regularised softmax kernel, which is near exp(q·k/√K).
 
@@ -69,6 +75,7 @@ def orthogonal(features: int, width: int, seed: int) -> Float[np.ndarray, "F K"]
     return (turns.reshape(-1, width)[:features] * width**0.5).astype(np.float32)
 
 
+@checked
 def hedgehog(x: Float[Array, "B T H K"], weight: Float[Array, "H K K"]) -> Float[Array, "B T H F"]:
     """Softmax over the channels of W x and their negatives; F = 2 K."""
     x = jnp.einsum("bthi,hij->bthj", x.astype(jnp.float32), weight)

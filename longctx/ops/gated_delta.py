@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from longctx.ops.gated_linear import BEFORE, by_spans, decay, einsum, join, matmul, scores, split, start_clock
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 
 class Transition(NamedTuple):
@@ -37,6 +37,7 @@ class Transition(NamedTuple):
     state: Float[Array, "B H K V"]
 
 
+@checked
 def recurrent(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -80,6 +81,7 @@ def recurrent(
     return jnp.moveaxis(y, 0, 1).astype(v.dtype), s
 
 
+@checked
 def chunked(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -95,6 +97,7 @@ def chunked(
     return by_spans(_span, s, (q, k, v, beta, log_decay), segment_ids, chunk)
 
 
+@checked
 def transition(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],

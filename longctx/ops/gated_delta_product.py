@@ -22,11 +22,12 @@ from jaxtyping import Array, Float, Int
 
 from longctx.ops import gated_delta
 from longctx.ops.gated_delta import Transition, apply, compose
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 __all__ = ["Transition", "apply", "chunked", "compose", "recurrent", "transition"]
 
 
+@checked
 def recurrent(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T n H K"],
@@ -72,6 +73,7 @@ def recurrent(
     return jnp.moveaxis(y, 0, 1).astype(v.dtype), s
 
 
+@checked
 def chunked(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T n H K"],
@@ -88,6 +90,7 @@ def chunked(
     return y[:, k.shape[2] - 1 :: k.shape[2]], state
 
 
+@checked
 def transition(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T n H K"],

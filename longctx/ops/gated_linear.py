@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -43,6 +43,7 @@ class Transition(NamedTuple):
     state: Float[Array, "B H K V"]
 
 
+@checked
 def recurrent(
     q: Float[Array, "B T G K"],
     k: Float[Array, "B T G K"],
@@ -65,7 +66,11 @@ def recurrent(
 
     Returns:
       y in the dtype of v, and the state after the span, float32.
+
+    Raises:
+      ValueError: shapes contradict each other; G does not divide H, or is not H though decays are per channel.
     """
+    _check_groups(k, v, log_decay)
     segments = Segments.of(segment_ids, *k.shape[:2])
 
     def step(s, token):
@@ -84,6 +89,7 @@ def recurrent(
     return jnp.moveaxis(y, 0, 1).astype(v.dtype), s
 
 
+@checked
 def chunked(
     q: Float[Array, "B T G K"],
     k: Float[Array, "B T G K"],
@@ -94,10 +100,12 @@ def chunked(
     chunk: int = 64,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The same as `recurrent`, chunk by chunk in matrix products; `chunk` is C, a power of two."""
+    _check_groups(k, v, log_decay)
     s = _zeros(k, v) if state is None else state.astype(jnp.float32)
     return by_spans(_span, s, (q, k, v, log_decay), segment_ids, chunk)
 
 
+@checked
 def transition(
     q: Float[Array, "B T G K"],
     k: Float[Array, "B T G K"],
@@ -272,6 +280,15 @@ def _span(s, q, k, v, log_decay, segments, chunk):
         y = einsum("nbhck,nbhkv->nbhcv", queries * now, before)
     y += einsum("nbhcd,nbhdv->nbhcv", scores(queries, keys, clock), values)
     return s, join(y, v, segments)
+
+
+def _check_groups(k, v, log_decay):
+    groups, heads = k.shape[2], v.shape[2]
+    if heads % groups or (log_decay.ndim == 4 and groups != heads):
+        raise ValueError(
+            f"q and k have {groups} heads, v has {heads} and log_decay is {list(log_decay.shape)}; the heads of q and "
+            "k must divide those of v, and be as many where the decay is per channel."
+        )
 
 
 def _per_head(equation, x, heads):

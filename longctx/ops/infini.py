@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from longctx.ops.gated_linear import by_spans, einsum, join, split
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 # What is read with less weight than this is nothing: the square, by which a quotient's slope is divided, is not 0.
 LEAST = 1e-18
@@ -55,6 +55,7 @@ class Transition(NamedTuple):
     state: State  # from zeros
 
 
+@checked
 def recurrent(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -102,6 +103,7 @@ def recurrent(
     return jnp.moveaxis(y, 0, 1).astype(v.dtype), state
 
 
+@checked
 def chunked(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -118,6 +120,7 @@ def chunked(
     return by_spans(functools.partial(_span, segment), state, (q, k, v), segments, chunk)
 
 
+@checked
 def transition(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],

@@ -31,9 +31,10 @@ from jaxtyping import Array, Float, Int
 from longctx.ops import minibatch as grid
 from longctx.ops.gated_linear import einsum
 from longctx.ops.infini import LEAST, State, features, zeros
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 
+@checked
 def recurrent(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -72,6 +73,7 @@ def recurrent(
     return jnp.moveaxis(y, 0, 1).astype(v.dtype), state
 
 
+@checked
 def chunked(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],

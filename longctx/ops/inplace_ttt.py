@@ -35,7 +35,7 @@ from jaxtyping import Array, Bool, Float, Int
 from longctx.ops import causal_conv
 from longctx.ops.gated_linear import einsum
 from longctx.ops.minibatch import along
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 
 class State(NamedTuple):
@@ -82,6 +82,7 @@ class Transition(NamedTuple):
     clip: Float[Array, " B"]
 
 
+@checked
 def recurrent(
     z: Float[Array, "B T F"],
     x: Float[Array, "B T D"],
@@ -145,6 +146,7 @@ def recurrent(
     return jnp.moveaxis(y, 0, 1).astype(z.dtype), state
 
 
+@checked
 def chunked(
     z: Float[Array, "B T F"],
     x: Float[Array, "B T D"],
@@ -175,6 +177,7 @@ def chunked(
     return y.astype(z.dtype), state
 
 
+@checked
 def transition(
     z: Float[Array, "B T F"],
     x: Float[Array, "B T D"],
@@ -279,8 +282,8 @@ def _run(z, x, segments: Segments, taps, target, minibatch, rate, clip, decay) -
     z_first, x_first = (jnp.where(held[..., None], jnp.take_along_axis(a, index, axis=1), 0) for a in (z, x))
     place_first = jnp.where(held, jnp.take_along_axis(place, index[..., 0], axis=1), 0)
     inside = Segments(segments.ids, segments.positions, segments.starts.at[:, 0].set(False))
-    width = jnp.zeros((reach + 1, 1))  # of a convolution whose state is the last h tokens
-    x_last = causal_conv.transition(x, width, inside)
+    # The last h tokens are the state of a convolution of h + 1 taps, whatever the taps.
+    x_last = causal_conv.transition(x, jnp.zeros((reach + 1, x.shape[-1])), inside)
     alive = done & ~fresh
     return _Run(
         before,
@@ -294,7 +297,7 @@ def _run(z, x, segments: Segments, taps, target, minibatch, rate, clip, decay) -
             jnp.zeros_like(head),
             pending,
             Tokens(z_first, share(x_first), place_first, number),
-            causal_conv.transition(z, width, inside),
+            causal_conv.transition(z, jnp.zeros((reach + 1, z.shape[-1])), inside),
             causal_conv.Tail(share(x_last.x).reshape(batch, reach, -1), x_last.keep),
             jnp.full(batch, clip, jnp.float32),
         ),

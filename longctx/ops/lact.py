@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from longctx.ops import minibatch as grid
 from longctx.ops.gated_linear import einsum
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 _STEPS = (
     (4.0848, -6.8946, 2.9270),
@@ -61,6 +61,7 @@ class State(NamedTuple):
     share: Float[Array, "B H"] | None
 
 
+@checked
 def recurrent(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -140,6 +141,7 @@ def recurrent(
     return jnp.moveaxis(y, 0, 1).astype(v.dtype), state
 
 
+@checked
 def chunked(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],

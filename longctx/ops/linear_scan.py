@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int
 
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 NUMBERS = 2**18  # in the states of a span's tokens: about what a CPU's cache holds;
 CHUNKS = 16  # but at least so many side by side, for fewer steps in sequence
@@ -42,6 +42,7 @@ class Transition(NamedTuple):
     state: Inexact[Array, "B N"]
 
 
+@checked
 def recurrent(
     x: Inexact[Array, "B T N"],
     log_decay: Inexact[Array, "B T N"] | Inexact[Array, " N"],
@@ -77,6 +78,7 @@ def recurrent(
     return jnp.moveaxis(y, 0, 1).astype(x.dtype), s
 
 
+@checked
 def chunked(
     x: Inexact[Array, "B T N"],
     log_decay: Inexact[Array, "B T N"] | Inexact[Array, " N"],
@@ -103,6 +105,7 @@ def chunked(
     return y.astype(dtype), s
 
 
+@checked
 def transition(
     x: Inexact[Array, "B T N"],
     log_decay: Inexact[Array, "B T N"] | Inexact[Array, " N"],

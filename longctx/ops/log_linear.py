@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Int
 
 from longctx.ops.gated_delta import unit_inverse
 from longctx.ops.gated_linear import BEFORE, by_spans, decay, einsum, join, scores, split, start_clock
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 
 class Transition(NamedTuple):
@@ -49,6 +49,7 @@ class Transition(NamedTuple):
     state: Float[Array, "B L H K V"]
 
 
+@checked
 def recurrent(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -108,6 +109,7 @@ def recurrent(
     return jnp.moveaxis(y, 0, 1).astype(v.dtype), s
 
 
+@checked
 def chunked(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -125,6 +127,7 @@ def chunked(
     return by_spans(_span, s, (q, k, v, beta, log_decay, weight), segments, chunk)
 
 
+@checked
 def transition(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],

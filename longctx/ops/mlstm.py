@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from longctx.ops.gated_linear import BEFORE, by_spans, einsum, elapsed, join, split, start_clock
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 # Of log forget gates. A decay must come out as 0 after it is multiplied by exp(m), so that this is far below
 # gated_linear's; sums of 64 are still exact.
@@ -64,6 +64,7 @@ class Transition(NamedTuple):
     state: State
 
 
+@checked
 def recurrent(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -114,6 +115,7 @@ def recurrent(
     return jnp.moveaxis(y, 0, 1).astype(v.dtype), state
 
 
+@checked
 def chunked(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -133,6 +135,7 @@ def chunked(
     return y, State(columns[..., :-1], columns[..., -1], scale[..., 0, 0])
 
 
+@checked
 def transition(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],

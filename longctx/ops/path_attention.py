@@ -39,7 +39,7 @@ from jaxtyping import Array, Bool, Float, Int
 from longctx.ops.attention import Partial, merge
 from longctx.ops.gated_delta import unit_inverse
 from longctx.ops.gated_linear import einsum, split
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 
 class Past(NamedTuple):
@@ -59,6 +59,7 @@ class Span(NamedTuple):
     product: Float[Array, "B H K K"]  # what it does to keys before it
 
 
+@checked
 def recurrent(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -105,6 +106,7 @@ def recurrent(
     return jnp.moveaxis(y, 0, 1).astype(v.dtype), keys
 
 
+@checked
 def chunked(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from longctx.ops.gated_linear import einsum
 from longctx.ops.linear_scan import cut, join
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 NUMBERS = 2**16  # in the states of chunks side by side; the backward pass of a span holds C times as many
 
@@ -38,6 +38,7 @@ class Transition(NamedTuple):
     state: Float[Array, "B D N"]
 
 
+@checked
 def recurrent(
     x: Float[Array, "B T D"],
     delta: Float[Array, "B T D"],
@@ -78,6 +79,7 @@ def recurrent(
     return jnp.moveaxis(y, 0, 1).astype(x.dtype), h
 
 
+@checked
 def chunked(
     x: Float[Array, "B T D"],
     delta: Float[Array, "B T D"],
@@ -104,6 +106,7 @@ def chunked(
     return y.astype(x.dtype), h
 
 
+@checked
 def transition(
     x: Float[Array, "B T D"],
     delta: Float[Array, "B T D"],

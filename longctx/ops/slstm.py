@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from longctx.ops.gated_linear import einsum
 from longctx.ops.linear_scan import cut, join
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 LARGEST = 1e30  # of pre-activations, either sign: differences of infinities are no numbers
 
@@ -42,6 +42,7 @@ class State(NamedTuple):
     m: Float[Array, "B H K"]
 
 
+@checked
 def recurrent(
     wx: Float[Array, "B T 4 H K"],
     r: Float[Array, "4 H K K"],
@@ -82,6 +83,7 @@ def recurrent(
     return jnp.moveaxis(y, 0, 1).astype(wx.dtype), state
 
 
+@checked
 def chunked(
     wx: Float[Array, "B T 4 H K"],
     r: Float[Array, "4 H K K"],

@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, Int
 
 from longctx.ops import minibatch as grid
 from longctx.ops.gated_linear import FLOOR, einsum
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 Weights = tuple[Float[Array, "... H I O"], ...]  # one per layer of the memory
 
@@ -46,6 +46,7 @@ class State(NamedTuple):
     surprise: Weights
 
 
+@checked
 def recurrent(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -104,6 +105,7 @@ def recurrent(
     return jnp.moveaxis(y, 0, 1).astype(v.dtype), state
 
 
+@checked
 def chunked(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],

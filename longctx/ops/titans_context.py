@@ -41,7 +41,7 @@ from jaxtyping import Array, Float, Int
 from longctx.ops import minibatch as grid
 from longctx.ops import titans
 from longctx.ops.gated_linear import einsum
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 
 class Cell(NamedTuple):
@@ -70,6 +70,7 @@ class State(NamedTuple):
     values: Float[Array, "B C 2 H K"]
 
 
+@checked
 def recurrent(
     x: Float[Array, "B T D"],
     q: Float[Array, "B T H K"],
@@ -172,6 +173,7 @@ def recurrent(
     return jnp.moveaxis(o, 0, 1).astype(x.dtype), state
 
 
+@checked
 def chunked(
     x: Float[Array, "B T D"],
     q: Float[Array, "B T H K"],

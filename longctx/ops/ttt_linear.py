@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 
 from longctx.ops import minibatch as grid
 from longctx.ops.gated_linear import einsum
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 _EPSILON = 1e-6
 
@@ -46,6 +46,7 @@ class State(NamedTuple):
     pending: Float[Array, "B H K+1 K"]
 
 
+@checked
 def recurrent(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -105,6 +106,7 @@ def recurrent(
     return jnp.moveaxis(y, 0, 1).astype(v.dtype), state
 
 
+@checked
 def chunked(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],

@@ -357,9 +357,10 @@ def test_choice_is_logged_once(caplog):
         ({"implementation": "flash"}, "choose one of dense, blockwise, cudnn, splash"),
         ({"k": jnp.zeros((2, 9, 2, 8)), "v": jnp.zeros((2, 9, 2, 8))}, "q has 8 tokens and k has 9"),
         ({"k": jnp.zeros((2, 8, 3, 8)), "v": jnp.zeros((2, 8, 3, 8))}, "q a multiple of k's heads"),
-        ({"v": jnp.zeros((2, 7, 2, 8))}, r"expected \[B, T, H, K\]"),
+        ({"v": jnp.zeros((2, 7, 2, 8))}, r"v is float32\[2, 7, 2, 8\], expected Float\[B, S, G, V\]"),
         ({"kv_segment_ids": jnp.ones((2, 8), jnp.int32)}, "without segment_ids"),
-        ({"segment_ids": jnp.ones((2, 9), jnp.int32)}, "one id per token"),
+        ({"segment_ids": jnp.ones((2, 9), jnp.int32)}, r"segment_ids is int32\[2, 9\], expected Int\[B, T\]"),
+        ({"segment_ids": Segments.single(2, 9)}, "one id per token"),
     ],
     ids=str,
 )
