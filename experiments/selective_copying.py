@@ -23,7 +23,7 @@ def get_config(arg: str = "gated_delta") -> ConfigDict:
     config.data.kind = "selective_copying"
     config.data.vocab_size = 16  # noise, "write", and 14 data tokens
     config.data.items = 16  # data tokens a row
-    config.data.lengths = (1024, 4096, 16384)  # tokens of the rows tested, the 16 to write at their end among them
+    config.data.lengths = (64, 256, 1024, 4096, 16384)  # tokens of the rows tested, the 16 to write included
 
     # Attention needs a convolution to tell tokens' neighbours; its default rotary positions tell their order.
     options = {"conv_width": 4} if kind == "attention" else {}
@@ -38,10 +38,14 @@ def get_config(arg: str = "gated_delta") -> ConfigDict:
     }
 
     config.training = ConfigDict()
-    config.training.stages = ((1000, 16, 256), (1000, 8, 1024), (2000, 8, 4096))  # (steps, rows, tokens a row)
+    # (steps, rows, tokens a row): writing in order is learnt among little noise, and then to pass over more of it.
+    config.training.stages = ((200, 64, 32), (600, 32, 48), (2500, 32, 64))
+    config.training.stages += ((700, 16, 256), (400, 8, 1024), (200, 4, 4096))
     config.training.learning_rate = 2e-3
+    config.training.final_learning_rate = 0.02
     config.training.warmup_steps = 50
     config.training.weight_decay = 0.0
+    config.training.label_smoothing = 0.1  # as in experiments/induction_heads.py
 
     config.evaluation = ConfigDict()
     config.evaluation.samples = 64  # rows per length, 16 answers each

@@ -57,7 +57,7 @@ def cross_entropy(
     hidden: Float[Array, "B T D"],
     unembedding: Float[Array, "V D"],
     targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
+    weights: Float[Array, "B T"] | Bool[Array, "B T"],
     *,
     smoothing: float = 0.0,
     chunk: int | None = None,
