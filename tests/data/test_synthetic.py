@@ -20,6 +20,7 @@ CASES = {
     "mqar": SMALL,
     "mqar, zero filler": dataclasses.replace(SMALL, random_filler=False),
     "selective_copying": SelectiveCopying(**SHORT),
+    "selective_copying, mixed": SelectiveCopying(items=8, train=(16, 24, 64, 128), **SHORT),
     "parity": StateTracking("parity", **SHORT),
     "s3": StateTracking("s3", **SHORT),
     "s5": StateTracking("s5", **SHORT),
@@ -209,6 +210,15 @@ def test_mqar_rows_hold_whole_documents_of_one_setting():
     assert not row["answers"][padding].any()
 
 
+def test_selective_copying_rows_hold_whole_documents_of_one_length_that_fits():
+    """Seen to fail: lengths that do not fit drawn too; one document a row."""
+    row = rows(CASES["selective_copying, mixed"], batch=50, length=70)
+    counts = {tuple(np.bincount(ids)) for ids in row["segment_ids"]}
+    assert counts == {(6, 16, 16, 16, 16), (22, 24, 24), (6, 64)}
+    padding = row["segment_ids"] == 0
+    assert not row["answers"][padding].any()
+
+
 @pytest.mark.parametrize(
     ("kind", "task"),
     [(cls.kind, cls(lengths=(2**20,))) for cls in (InductionHeads, SelectiveCopying, StateTracking)]
@@ -231,6 +241,7 @@ def test_a_million_tokens_in_seconds(kind, task):
         ("induction_heads", {"length": (64,)}, "data.length is not a field; did you mean 'lengths'?"),
         ("selective_copying", {"items": 0}, "data.items is 0"),
         ("selective_copying", {"items": 40}, "too few for the task 'selective_copying'; with its options they need 80"),
+        ("selective_copying", {"train": (64, 31)}, "train is (64, 31); rows of these options have at least 32 tokens"),
         ("mqar", {"train": ((64, 17),)}, "data.train[0].length is 64 and pairs is 17; give an even length"),
         ("mqar", {"train": ()}, "data.train is empty"),
         ("mqar", {"vocab_size": 128}, "data.vocab_size is 128, which has 63 keys"),

@@ -23,7 +23,7 @@ from typing import ClassVar
 import numpy as np
 
 from longctx.data.packing import Row
-from longctx.data.synthetic.task import Task, row
+from longctx.data.synthetic.task import Task, end_to_end, row
 
 FILLER = 0
 
@@ -91,11 +91,7 @@ class MQAR(Task):
 
     def _filled(self, rng, setting: Setting, length: int) -> Row:
         """One row `[length]` of documents end to end."""
-        count = length // setting.length
-        documents = self._documents(rng, count, setting)
-        documents["segment_ids"] = documents["segment_ids"] * np.arange(1, count + 1, dtype=np.int32)[:, None]
-        rest = length - count * setting.length
-        return {name: np.pad(array.reshape(-1), (0, rest)) for name, array in documents.items()}
+        return end_to_end(self._documents(rng, length // setting.length, setting), length)
 
     def _documents(self, rng, batch: int, setting: Setting) -> Row:
         length, pairs, half = setting.length, setting.pairs, self.vocab_size // 2

@@ -8,6 +8,9 @@ order is asked for. What was written before is not shown: the model must count. 
     answers                      5 9 2
 
 Mamba has T = 4,096 and a vocabulary of 16: noise, "write" and 14 data tokens.
+
+Rows of one length always have the same amount of noise, and a layer may learn to count it instead of passing it over.
+So documents of several lengths may be mixed in training, as MQAR mixes them.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 
 from longctx.data.packing import Row
-from longctx.data.synthetic.task import Task, row, short_lengths
+from longctx.data.synthetic.task import Task, end_to_end, row, short_lengths
 
 NOISE, WRITE = 0, 1
 
@@ -32,25 +35,35 @@ class SelectiveCopying(Task):
     vocab_size: int = 16  # noise, "write", and data tokens
     items: int = 16  # M, data tokens a row
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)  # tokens of the rows tested, places to write included
+    train: tuple[int, ...] = ()  # tokens of the documents that fill the rows trained on; none: one as long as the row
 
     def problems(self):
         yield from super().problems()
         if self.items < 1:
             yield f"items is {self.items}; give at least 1"
-        yield from short_lengths(self.lengths, self.shortest())
+        yield from short_lengths(self.lengths, 2 * self.items)
+        yield from short_lengths(self.train, 2 * self.items, "train")
         if self.vocab_size < 4:
             yield f"vocab_size is {self.vocab_size}; noise, 'write' and two data tokens are needed at least"
 
     def shortest(self) -> int:
-        """As many places as items in the context, and to write."""
-        return 2 * self.items
+        """A document of `train`, or as many places as items in the context, and to write."""
+        return min(self.train, default=2 * self.items)
 
     def guessing(self, length: int) -> float:
         """One of the data tokens."""
         return 1 / (self.vocab_size - 2)
 
     def rows(self, rng: np.random.Generator, batch: int, length: int) -> Row:
-        """See the module."""
+        """Each row is filled with documents of one length of `train` that fits, drawn for the row, and padding."""
+        if not self.train:
+            return self.test_rows(rng, batch, length)
+        drawn = rng.choice([each for each in self.train if each <= length], batch)
+        found = [end_to_end(self.test_rows(rng, length // each, each), length) for each in drawn]
+        return {name: np.stack([each[name] for each in found]) for name in found[0]}
+
+    def test_rows(self, rng: np.random.Generator, batch: int, length: int) -> Row:
+        """Single documents; see the module."""
         items, context = self.items, length - self.items
         places = np.stack([rng.choice(context, items, replace=False, shuffle=False) for _ in range(batch)])
         data = rng.integers(2, self.vocab_size, (batch, items), dtype=np.int32)

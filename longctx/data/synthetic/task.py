@@ -71,7 +71,14 @@ def row(tokens: np.ndarray, targets: np.ndarray, answers: np.ndarray) -> Row:
     }
 
 
-def short_lengths(lengths: tuple[int, ...], shortest: int) -> Iterator[str]:
+def end_to_end(documents: Row, length: int) -> Row:
+    """Documents `[n, T]` after one another as one row `[length]`; what is left is padding."""
+    count, each = documents["tokens"].shape
+    documents["segment_ids"] = documents["segment_ids"] * np.arange(1, count + 1, dtype=np.int32)[:, None]
+    return {name: np.pad(array.reshape(-1), (0, length - count * each)) for name, array in documents.items()}
+
+
+def short_lengths(lengths: tuple[int, ...], shortest: int, name: str = "lengths") -> Iterator[str]:
     """A problem if one of `lengths` is below `shortest`."""
     if lengths and min(lengths) < shortest:
-        yield f"lengths is {lengths}; rows of these options have at least {shortest} tokens"
+        yield f"{name} is {lengths}; rows of these options have at least {shortest} tokens"
