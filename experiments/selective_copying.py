@@ -24,7 +24,7 @@ def get_config(arg: str = "gated_delta") -> ConfigDict:
     config.data.vocab_size = 16  # noise, "write", and 14 data tokens
     config.data.items = 16  # data tokens a row
     config.data.lengths = (64, 256, 1024, 4096, 16384)  # tokens of the rows tested, the 16 to write included
-    # Tokens of the documents trained on. Were they as long as the rows, the noise would be counted, not passed over.
+    # Tokens of the documents that fill a row. Were they as long as it, noise would be counted, not passed over.
     config.data.train = (32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 
     # Attention needs a convolution to tell tokens' neighbours; its default rotary positions tell their order.
@@ -40,7 +40,7 @@ def get_config(arg: str = "gated_delta") -> ConfigDict:
     }
 
     config.training = ConfigDict()
-    config.training.stages = ((1500, 16, 128), (1500, 16, 256), (400, 8, 1024), (200, 4, 4096))  # (steps, rows, tokens)
+    config.training.stages = ((1200, 16, 128), (1500, 8, 512), (600, 2, 4096))  # (steps, rows, tokens)
     config.training.learning_rate = 2e-3
     config.training.final_learning_rate = 0.02
     config.training.warmup_steps = 50

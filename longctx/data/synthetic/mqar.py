@@ -91,7 +91,7 @@ class MQAR(Task):
 
     def _filled(self, rng, setting: Setting, length: int) -> Row:
         """One row `[length]` of documents end to end."""
-        return end_to_end(self._documents(rng, length // setting.length, setting), length)
+        return end_to_end([self._documents(rng, length // setting.length, setting)], length)
 
     def _documents(self, rng, batch: int, setting: Setting) -> Row:
         length, pairs, half = setting.length, setting.pairs, self.vocab_size // 2

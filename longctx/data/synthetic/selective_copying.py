@@ -16,6 +16,7 @@ So documents of several lengths may be mixed in training, as MQAR mixes them.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -55,12 +56,18 @@ class SelectiveCopying(Task):
         return 1 / (self.vocab_size - 2)
 
     def rows(self, rng: np.random.Generator, batch: int, length: int) -> Row:
-        """Each row is filled with documents of one length of `train` that fits, drawn for the row, and padding."""
+        """Rows of documents, each of a length drawn from those of `train` that still fit; what is left is padding."""
         if not self.train:
             return self.test_rows(rng, batch, length)
-        drawn = rng.choice([each for each in self.train if each <= length], batch)
-        found = [end_to_end(self.test_rows(rng, length // each, each), length) for each in drawn]
+        found = [end_to_end(self._documents(rng, length), length) for _ in range(batch)]
         return {name: np.stack([each[name] for each in found]) for name in found[0]}
+
+    def _documents(self, rng: np.random.Generator, length: int) -> Iterator[Row]:
+        """Documents `[1, T]` of at most `length` tokens together."""
+        while fitting := [each for each in self.train if each <= length]:
+            drawn = int(rng.choice(fitting))
+            yield self.test_rows(rng, 1, drawn)
+            length -= drawn
 
     def test_rows(self, rng: np.random.Generator, batch: int, length: int) -> Row:
         """Single documents; see the module."""

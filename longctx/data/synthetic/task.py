@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -71,11 +71,15 @@ def row(tokens: np.ndarray, targets: np.ndarray, answers: np.ndarray) -> Row:
     }
 
 
-def end_to_end(documents: Row, length: int) -> Row:
-    """Documents `[n, T]` after one another as one row `[length]`; what is left is padding."""
-    count, each = documents["tokens"].shape
-    documents["segment_ids"] = documents["segment_ids"] * np.arange(1, count + 1, dtype=np.int32)[:, None]
-    return {name: np.pad(array.reshape(-1), (0, length - count * each)) for name, array in documents.items()}
+def end_to_end(documents: Iterable[Row], length: int) -> Row:
+    """Documents, some `[n, T]` of each length T, after one another as one row `[length]`; what is left is padding."""
+    found, count = list(documents), 0
+    for some in found:
+        n = len(some["tokens"])
+        some["segment_ids"] = some["segment_ids"] * np.arange(count + 1, count + n + 1, dtype=np.int32)[:, None]
+        count += n
+    joined = {name: np.concatenate([some[name].reshape(-1) for some in found]) for name in found[0]}
+    return {name: np.pad(array, (0, length - len(array))) for name, array in joined.items()}
 
 
 def short_lengths(lengths: tuple[int, ...], shortest: int, name: str = "lengths") -> Iterator[str]:
