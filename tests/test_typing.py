@@ -1,4 +1,4 @@
-"""`checked`: what an op is given has the shapes and numbers of its signature. Broken by never refusing (all fail)."""
+"""`checked`: what an op is given has the shapes and numbers of its signature. Broken by never refusing: all refusals fail."""
 
 from __future__ import annotations
 
