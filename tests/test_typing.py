@@ -1,4 +1,7 @@
-"""`checked`: what an op is given has the shapes and numbers of its signature. Broken by never refusing: all refusals fail."""
+"""`checked`: what an op is given has the shapes and numbers of its signature.
+
+Broken by never refusing: all refusals fail.
+"""
 
 from __future__ import annotations
 
