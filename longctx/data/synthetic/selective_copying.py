@@ -10,7 +10,7 @@ order is asked for. What was written before is not shown: the model must count. 
 Mamba has T = 4,096 and a vocabulary of 16: noise, "write" and 14 data tokens.
 
 Rows of one length always have the same amount of noise, and a layer may learn to count it instead of passing it over.
-So documents of several lengths may be mixed in training, as MQAR mixes them.
+So documents of several lengths may be mixed in training.
 """
 
 from __future__ import annotations
