@@ -168,7 +168,7 @@ def finished(cells: dict[str, Cell], task: str, mixer: str, arguments) -> list[C
 
 
 def measure(cells: dict[str, Cell], task: str, mixer: str, arguments) -> list[Cell]:
-    """Runs what a sweep lacks; the new cells."""
+    """Runs what a sweep lacks; the new cells, each written to the file of cells when it is finished."""
     cells, new = dict(cells), []
     device = f"{os.cpu_count()} cores of {processor()}, {jax.devices()[0].platform}, jax {jax.__version__}"
     runner = functools.cache(lambda: Runner(experiment_of(task, mixer, arguments.size, 1.0, 0)))
@@ -186,6 +186,8 @@ def measure(cells: dict[str, Cell], task: str, mixer: str, arguments) -> list[Ce
             }
             cells[key] = names | runner().run(rate, seed) | {"device": device}
             new.append(cells[key])
+            with arguments.cells.open("a", encoding="utf-8") as file:  # a line in one piece, whoever else appends
+                file.write(json.dumps(cells[key]) + "\n")
         return cells[key]
 
     sweep(cell, arguments.rates, arguments.seeds)
@@ -300,15 +302,10 @@ def main() -> None:
     pairs = [(task, mixer) for task in arguments.tasks for mixer in arguments.mixers]
     # A process for each mixer: its programs go when it ends.
     context = multiprocessing.get_context("spawn")
-    with (
-        arguments.cells.open("a", encoding="utf-8") as file,
-        concurrent.futures.ProcessPoolExecutor(arguments.processes, context, max_tasks_per_child=1) as pool,
-    ):
+    with concurrent.futures.ProcessPoolExecutor(arguments.processes, context, max_tasks_per_child=1) as pool:
         waiting = {pool.submit(measure, cells, task, mixer, arguments): (task, mixer) for task, mixer in pairs}
         for future in concurrent.futures.as_completed(waiting):
             new = future.result()
-            file.writelines(json.dumps(cell) + "\n" for cell in new)
-            file.flush()
             cells |= {cell["experiment"]: cell for cell in new}
             arguments.cells.with_suffix(".md").write_text(report(cells, arguments), encoding="utf-8")
             tell(*waiting[future], new)

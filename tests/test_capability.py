@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import json
 import pathlib
 import sys
 
@@ -63,12 +62,10 @@ def test_cells_are_run_once_and_tabled(capability, tmp_path):
         mixers=["gla", "gated_delta:heads=2"],
         cells=tmp_path / "cells.jsonl",
     )
-    cells = {}
     for mixer in given.mixers:
-        cells |= {cell["experiment"]: cell for cell in capability.measure(cells, "mqar", mixer, given)}
+        capability.measure({}, "mqar", mixer, given)
     expected = [("mqar", 1e-3, 0), ("mqar", 2e-3, 0), ("mqar", 4e-3, 0), ("mqar", 2e-3, 1)]
     assert capability.ran == 2 * expected
-    given.cells.write_text("".join(json.dumps(cell) + "\n" for cell in cells.values()))
     cells = capability.read(given.cells)
     assert len(cells) == 8
     assert [capability.measure(cells, "mqar", mixer, given) for mixer in given.mixers] == [[], []]  # all were found
@@ -82,6 +79,24 @@ def test_cells_are_run_once_and_tabled(capability, tmp_path):
     given.rates = [1e-3, 2e-3]
     assert "| 0.002* |" in capability.report(cells, given)
     assert len(capability.ran) == 8  # a report runs nothing
+
+
+def test_a_stopped_sweep_keeps_its_finished_cells(capability, tmp_path, monkeypatch):
+    """Fails if: cells were written when all of a mixer are finished."""
+    given = argparse.Namespace(size="smoke", rates=[1e-3, 2e-3], seeds=2, cells=tmp_path / "cells.jsonl")
+    run = capability.Runner.run
+
+    def stop_at_the_second_rate(self, rate, seed):
+        if rate == 2e-3:
+            raise KeyboardInterrupt
+        return run(self, rate, seed)
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(capability.Runner, "run", stop_at_the_second_rate)
+        with pytest.raises(KeyboardInterrupt):
+            capability.measure({}, "mqar", "gla", given)
+    new = capability.measure(capability.read(given.cells), "mqar", "gla", given)
+    assert [(cell["rate"], cell["seed"]) for cell in new] == [(2e-3, 0), (2e-3, 1)]
 
 
 def test_another_experiment_is_another_cell(capability):
