@@ -150,12 +150,12 @@ def best(cells: list[Cell]) -> Cell:
 
 
 def sweep(cell: Callable[[float, int], Cell | None], rates: list[float], seeds: int) -> list[Cell]:
-    """The cells of the best rate, one a seed; none if no rate has been run yet, or all diverge."""
+    """The cells of the best rate, one a seed; none while a rate has not been run, or if all diverge."""
     first = [cell(rate, 0) for rate in rates]
-    first = [found for found in first if found is not None and "diverged" not in found]
-    if not first:
+    known = [found for found in first if found is not None and "diverged" not in found]
+    if None in first or not known:
         return []
-    rate = best(first)["rate"]
+    rate = best(known)["rate"]
     others = [cell(rate, seed) for seed in range(seeds)]
     return [found for found in others if found is not None and "diverged" not in found]
 
