@@ -15,7 +15,7 @@ from longctx.layers.basic import Linear, RMSNorm, ShortConv, like_queries, undo_
 from longctx.layers.rotary import rotate
 from longctx.memory.cache import KVCache
 from longctx.ops import attention as ops
-from longctx.ops.patterns import Causal, Global, Pattern, Window
+from longctx.ops.patterns import Causal, Pattern, Sinks, Window
 from longctx.parallel import sequence
 from longctx.typing import Segments
 
@@ -82,7 +82,7 @@ class Attention(nnx.Module):
         window, tokens = self.options.window, self.options.global_tokens
         if not window:
             return Causal()
-        return Causal() & (Window(window) | Global(tokens)) if tokens else Causal() & Window(window)
+        return Causal() & (Window(window) | Sinks(tokens)) if tokens else Causal() & Window(window)
 
     def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: AttentionState | None = None):
         """Returns `(y[B, T, D], AttentionState)`."""

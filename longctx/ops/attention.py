@@ -10,13 +10,7 @@ For query t with visible keys s, per head (Vaswani et al., arXiv:1706.03762):
 A query may see a key if both bear the same document id, neither is padding, and the pattern shows it at their
 positions. A query that sees nothing gives 0 and has L = -inf.
 
-`(out, L)` over a part of the keys is a *partial result*, and partial results over disjoint parts merge by
-
-    L = log(e^{L_1} + e^{L_2});    out = e^{L_1 - L} out_1 + e^{L_2 - L} out_2
-
-which is associative: key blocks in a loop, devices in a ring (arXiv:2310.01889), shards of a cache in a tree all
-use it. A learned sink (GPT-OSS) is a key with value 0 whose logit is a parameter of the head: the partial result
-`(0, sink)`, merged once at the end.
+`(out, L)` over a part of the keys is a partial result (`ops/partial.py`).
 
 Implementations: "dense" (the definition; holds all logits), "blockwise" (`ops/blockwise.py`), "cudnn" and
 "splash" (`ops/kernels/`).
@@ -26,28 +20,21 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from longctx.ops import blockwise
+from longctx.ops import blockwise, thinned
 from longctx.ops.kernels import cudnn, splash
+from longctx.ops.partial import Partial, add_sinks
 from longctx.ops.patterns import Causal, Pattern
 from longctx.typing import Segments, checked
 
 _CAUSAL = Causal()
 _DENSE_LOGITS = 128 * 128  # up to this many logits a head, holding them all costs no more than a loop over blocks
 _CPU_LOGITS = 1 << 20  # logits a step, all heads together, that a CPU's cache holds; accelerators want long steps
-
-
-class Partial(NamedTuple):
-    """Attention over a part of the keys. Both float32; 0 and -inf for a query that sees none of them."""
-
-    output: Float[Array, "B T H V"]
-    logsumexp: Float[Array, "B T H"]
 
 
 @checked
@@ -103,13 +90,12 @@ def attention(
     case["decay"] = decay
     chosen = _choose(q, k, v, pattern, case) if implementation is None else implementation
     if chosen == "dense":
-        own = queries if keys is None else keys
-        mask = (queries.ids[:, :, None] == own.ids[:, None, :]) & (queries.ids[:, :, None] > 0)
-        mask &= pattern.mask(queries.positions[:, :, None], own.positions[:, None, :])
+        mask = (queries.ids[:, :, None] == keys.ids[:, None, :]) & (queries.ids[:, :, None] > 0)
+        mask &= pattern.mask(queries.positions[:, :, None], keys.positions[:, None, :])
         return dense(q, k, v, mask, scale=scale, sinks=sinks, soft_cap=soft_cap, decay=decay, kv_decay=kv_decay)
     if chosen == "blockwise":
         plan = _plan(q, k, pattern, scale, soft_cap, block)
-        result = Partial(*blockwise.blockwise(q, k, v, queries, keys, plan, decay, kv_decay))
+        result = thinned.attend(q, k, v, queries, keys, plan, decay, kv_decay, own=kv_segment_ids is None)
         result = result if sinks is None else add_sinks(result, sinks)
         return result.output.astype(v.dtype)
     if chosen not in _KERNELS:
@@ -143,26 +129,7 @@ def attention_partial(
     queries, keys = _tokens(q, k, segment_ids, kv_segment_ids)
     plan = _plan(q, k, pattern, scale, soft_cap, block)
     kv_decay = decay if kv_decay is None else kv_decay
-    return Partial(*blockwise.blockwise(q, k, v, queries, keys, plan, decay, kv_decay))
-
-
-def merge(first: Partial, then: Partial) -> Partial:
-    """Attention over the keys of both; the parts must be disjoint. Associative and commutative."""
-    peak = jnp.maximum(first.logsumexp, then.logsumexp)
-    peak = jax.lax.stop_gradient(jnp.where(jnp.isneginf(peak), 0.0, peak))
-    weights = jnp.exp(first.logsumexp - peak), jnp.exp(then.logsumexp - peak)
-    total = weights[0] + weights[1]
-    seen = total > 0
-    total = jnp.where(seen, total, 1.0)
-    shares = (weight / total for weight in weights)
-    output = sum(share[..., None] * part.output for share, part in zip(shares, (first, then), strict=True))
-    return Partial(output, jnp.where(seen, peak + jnp.log(total), -jnp.inf))
-
-
-def add_sinks(partial: Partial, sinks: Float[Array, " H"]) -> Partial:
-    """The partial result with each head's sink in its denominator; once, when all keys have been merged."""
-    logsumexp = jnp.broadcast_to(sinks.astype(jnp.float32), partial.logsumexp.shape)
-    return merge(partial, Partial(jnp.zeros_like(partial.output), logsumexp))
+    return thinned.attend(q, k, v, queries, keys, plan, decay, kv_decay, own=kv_segment_ids is None)
 
 
 def dense(q, k, v, mask, *, scale, sinks=None, soft_cap=None, decay=None, kv_decay=None):
@@ -189,7 +156,7 @@ _KERNELS = {"cudnn": cudnn, "splash": splash}
 _PLATFORM_KERNELS = {"gpu": "cudnn", "tpu": "splash"}
 
 
-def _tokens(q, k, segment_ids, kv_segment_ids) -> tuple[blockwise.Tokens, blockwise.Tokens | None]:
+def _tokens(q, k, segment_ids, kv_segment_ids) -> tuple[blockwise.Tokens, blockwise.Tokens]:
     """Ids and positions of queries and keys, once the shapes are found to fit."""
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"q has {q.shape[2]} heads and k has {k.shape[2]}; give q a multiple of k's heads.")
@@ -202,14 +169,14 @@ def _tokens(q, k, segment_ids, kv_segment_ids) -> tuple[blockwise.Tokens, blockw
             )
         if segment_ids is None:  # known while tracing, and so is all the work
             positions = np.arange(length, dtype=np.int32)[None]
-            return blockwise.Tokens(np.ones_like(positions), positions), None
+            return (blockwise.Tokens(np.ones_like(positions), positions),) * 2
     elif segment_ids is None:
         raise ValueError("kv_segment_ids were given without segment_ids; pass both, so that positions are known.")
     sides = [Segments.of(segment_ids, batch, length)]
     if kv_segment_ids is not None:
         sides.append(Segments.of(kv_segment_ids, batch, k.shape[1]))
-    queries, *keys = [blockwise.Tokens(jnp.asarray(side.ids), jnp.asarray(side.positions)) for side in sides]
-    return queries, keys[0] if keys else None
+    tokens = [blockwise.Tokens(jnp.asarray(side.ids), jnp.asarray(side.positions)) for side in sides]
+    return tokens[0], tokens[-1]
 
 
 def _plan(q, k, pattern: Pattern, scale: float | None, soft_cap: float | None, block: int | None) -> blockwise.Plan:

@@ -14,9 +14,10 @@ D = rowsum(dO * O) - dL, the row's own share of the gradient,
 
 in one sweep over the pairs, five matrix products each.
 
-Both passes are one loop over a *schedule*: the list of the touched pairs. Its candidates come from the pattern's
-block map by row index; ranges of ids and positions, known at run time, strike out the pairs in which no row of
-the batch has a visible pair of tokens, and put first those that are wholly visible, which need no mask.
+Both passes are one loop over a *schedule*: the list of the touched pairs. Its candidates are the pairs that the pattern
+touches, or at least is near to by their places in the row; ranges of ids and positions, known at run time, strike out
+those in which no row of the batch has a visible pair of tokens, and put first those that are wholly visible, which need
+no mask.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import numpy as np
 from jax.numpy import float32 as f32
 from jaxtyping import Array, Float, Int
 
-from longctx.ops.patterns import Pattern, Range
+from longctx.ops.patterns import Pattern, Range, touched_pairs
 
 
 class Tokens(NamedTuple):
@@ -67,7 +68,8 @@ def blockwise(
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G V"],
     queries: Tokens,
-    keys: Tokens | None,
+    keys: Tokens,
+    places: tuple[Range, Range] | None,
     plan: Plan,
     decay: Float[Array, "B T H"] | None = None,
     kv_decay: Float[Array, "B S H"] | None = None,
@@ -77,7 +79,9 @@ def blockwise(
     Args:
       q, k, v: as in `attention`.
       queries: ids and positions of the queries, `[B, T]`, or `[1, T]` if all rows are alike.
-      keys: the same of the keys, `[B, S]`; None where the keys are the same tokens as the queries.
+      keys: the same of the keys, `[B, S]`.
+      places: between which places in one row each query, `[T]`, and each key, `[S]`, lies; None where nothing is
+        known of that. Used where positions are known at run time only.
       plan: pattern, scale, soft cap and block sizes.
       decay, kv_decay: sums of log decays at queries and keys; neither or both.
 
@@ -86,8 +90,8 @@ def blockwise(
     batch, length, heads, _ = q.shape
     groups = k.shape[2]
     q_tokens = token_blocks(queries, plan.q_block)
-    k_tokens = token_blocks(queries if keys is None else keys, plan.k_block)
-    schedule = make_schedule(plan, q_tokens, k_tokens, length if keys is None else None)
+    k_tokens = token_blocks(keys, plan.k_block)
+    schedule = make_schedule(plan, q_tokens, k_tokens, places)
     q = (q * plan.scale).astype(q.dtype)
     q_blocks = _split(q.reshape(batch, length, groups, heads // groups, -1), plan.q_block)
     k_blocks = _split(k[:, :, :, None], plan.k_block)
@@ -132,31 +136,27 @@ def token_blocks(tokens: Tokens, block: int) -> Tokens:
     return Tokens(*map(split, tokens))
 
 
-def make_schedule(plan: Plan, q: Tokens, k: Tokens, length: int | None) -> Schedule:
-    """The touched pairs of blocks. `length` is T where the keys are the queries' own tokens."""
+def make_schedule(plan: Plan, q: Tokens, k: Tokens, places: tuple[Range, Range] | None) -> Schedule:
+    """The touched pairs of blocks; arguments as `blockwise`, the tokens by block."""
     known = isinstance(q.ids, np.ndarray) and isinstance(k.ids, np.ndarray)
     xp = np if known else jnp
-    if length is None:
-        candidates = np.ones((len(q.ids), len(k.ids)), bool)
+    (q_ids, q_positions), (k_ids, k_positions) = _ranges(q), _ranges(k)
+    if known:  # rows apart below
+        sides = (Range(side.first.min(-1), side.last.max(-1)) for side in (q_positions, k_positions))
+        i, j = touched_pairs(plan.pattern.touches, *sides)
+    elif places is not None:
+        i, j = touched_pairs(plan.pattern.near, *map(_spans, places, (plan.q_block, plan.k_block)))
     else:
-        candidates = plan.pattern.block_map(length, (plan.q_block, plan.k_block), packed=not known)
-    i, j = np.nonzero(candidates)  # in the order of i
-
-    def ranges(x, ids, pairs):  # over the valid tokens of each block; an empty block gives an inverted range
-        limit = np.iinfo(np.int32)
-        first = xp.where(ids > 0, x, limit.max // 2).min(-1)
-        last = xp.where(ids > 0, x, limit.min // 2).max(-1)
-        return Range(first[pairs], last[pairs])
-
-    q_ids, k_ids = ranges(q.ids, q.ids, i), ranges(k.ids, k.ids, j)
-    q_positions, k_positions = ranges(q.positions, q.ids, i), ranges(k.positions, k.ids, j)
+        i, j = (side.reshape(-1) for side in np.indices((len(q.ids), len(k.ids))))
+    q_ids, q_positions = jax.tree.map(lambda x: x[i], (q_ids, q_positions))
+    k_ids, k_positions = jax.tree.map(lambda x: x[j], (k_ids, k_positions))
     touched = (q_ids.first <= k_ids.last) & (k_ids.first <= q_ids.last)
     touched &= plan.pattern.touches(q_positions, k_positions)
     whole = (q_ids.first == q_ids.last) & (k_ids.first == k_ids.last) & (q_ids.first == k_ids.first)
     whole &= (q.ids > 0).all(-1)[i] & (k.ids > 0).all(-1)[j] & plan.pattern.covers(q_positions, k_positions)
     touched, whole = touched.any(-1), whole.all(-1)
     order = xp.argsort(3 * i + xp.where(whole, 0, xp.where(touched, 1, 2)), stable=True)
-    ends = np.cumsum(candidates.sum(1), dtype=np.int32)
+    ends = np.searchsorted(i, np.arange(len(q.ids)), side="right").astype(np.int32)
     start = np.concatenate([np.zeros(1, np.int32), ends[:-1]])
 
     def count(pairs):  # of each query block
@@ -164,6 +164,27 @@ def make_schedule(plan: Plan, q: Tokens, k: Tokens, length: int | None) -> Sched
         return sums[ends] - sums[start]
 
     return Schedule(xp.asarray(j, np.int32)[order], start, start + count(whole), start + count(touched))
+
+
+def _ranges(tokens: Tokens) -> tuple[Range, Range]:
+    """Of the ids and of the positions of each block's valid tokens, `[blocks, rows]`; inverted where it has none."""
+    xp = np if isinstance(tokens.ids, np.ndarray) else jnp
+    limit = np.iinfo(np.int32)
+
+    def side(x):
+        first = xp.where(tokens.ids > 0, x, limit.max // 2).min(-1)
+        return Range(first, xp.where(tokens.ids > 0, x, limit.min // 2).max(-1))
+
+    return side(tokens.ids), side(tokens.positions)
+
+
+def _spans(places: Range, block: int) -> Range:
+    """From the first to the last place of each block."""
+
+    def split(x):
+        return np.pad(x, (0, -len(x) % block), mode="edge").reshape(-1, block)
+
+    return Range(split(places.first).min(-1), split(places.last).max(-1))
 
 
 def _logits(plan: Plan, q, k):

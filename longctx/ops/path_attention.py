@@ -36,9 +36,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from longctx.ops.attention import Partial, merge
 from longctx.ops.gated_delta import unit_inverse
 from longctx.ops.gated_linear import einsum, split
+from longctx.ops.partial import Partial, merge
 from longctx.typing import Segments, checked
 
 

@@ -42,13 +42,13 @@ def last(tree: Any, n: int, axis_name: str) -> Any:
     return jax.tree.map(fetch, tree)
 
 
-def first(tree: Any, segments: Segments, n: int, axis_name: str) -> Any:
-    """The first `n` tokens of the document in progress where this shard begins, inside a `jax.shard_map`.
+def anchors(tree: Any, segments: Segments, chosen: tuple[int, ...], axis_name: str) -> Any:
+    """The chosen tokens of the document in progress where this shard begins, inside a `jax.shard_map`.
 
     Args:
       tree: arrays `[B, T, ...]`, this device's shard of contiguous shards along `axis_name`.
       segments: of this shard's tokens, with positions within the whole document.
-      n: tokens, position 0 to n - 1.
+      chosen: n positions within the document.
       axis_name: the mesh axis.
 
     Returns:
@@ -56,7 +56,7 @@ def first(tree: Any, segments: Segments, n: int, axis_name: str) -> Any:
     """
     # Tokens of the shard's last document, each in the slot of its position.
     current = segments.valid & (segments.runs == segments.runs[:, -1:])
-    found = current[:, None] & (segments.positions[:, None] == jnp.arange(n)[:, None])  # [B, n, T]
+    found = current[:, None] & (segments.positions[:, None] == jnp.asarray(chosen)[:, None])  # [B, n, T]
     held = jnp.any(found, axis=2)
     index = jnp.argmax(found, axis=2)
 
@@ -70,7 +70,7 @@ def first(tree: Any, segments: Segments, n: int, axis_name: str) -> Any:
 
 
 class _Opening(NamedTuple):
-    """What a span does to the first tokens of the document in progress: fills some slots, or begins anew."""
+    """What a span does to the chosen tokens of the document in progress: fills some slots, or begins anew."""
 
     tokens: Any  # [B, n, ...]
     held: Bool[Array, "B n"]

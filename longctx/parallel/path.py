@@ -14,8 +14,9 @@ import functools
 import jax
 from jaxtyping import Array, Float
 
-from longctx.ops.attention import attention_partial, merge
+from longctx.ops.attention import attention_partial
 from longctx.ops.gated_linear import einsum
+from longctx.ops.partial import merge
 from longctx.ops.path_attention import attend
 from longctx.ops.patterns import Causal
 from longctx.parallel.ring import onward

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from longctx.ops.attention import Partial, attention_partial, merge
+from longctx.ops.attention import attention_partial
+from longctx.ops.partial import Partial, merge
 from longctx.ops.patterns import Pattern
 from longctx.typing import Segments
 

@@ -12,7 +12,7 @@ What a device must know of those before it, and the bytes it sends for that:
 | ... of In-Place TTT, briefly | the tokens, where they are fewer numbers      | those of its tokens             |
 | recurrence, not associative  | the state, device after device in turn        | devices - 1 states              |
 | attention of bounded reach   | the last keys and values, by a halo exchange  | those of `reach` tokens         |
-| ... with n global tokens     | also the first of the document, by a scan     | those of ⌈log₂ devices⌉ n       |
+| ... with n anchors           | also these of the document, by a scan         | those of ⌈log₂ devices⌉ n       |
 | attention of unbounded reach | all keys and values, round a ring             | those of T tokens               |
 | PaTH attention               | the same, and each shard's product            | those of T tokens               |
 """
@@ -31,7 +31,8 @@ from jaxtyping import Array, Float
 
 from longctx.ops import attention as attention_ops
 from longctx.ops import causal_conv, path_attention
-from longctx.ops.patterns import Pattern
+from longctx.ops.partial import add_sinks
+from longctx.ops.patterns import Keys, Pattern
 from longctx.parallel import halo, mesh, path, prefix, ring
 from longctx.typing import Segments
 
@@ -109,10 +110,10 @@ def attention(
     """
     if not _splits(q.shape[1]):
         return attention_ops.attention(q, k, v, pattern, segment_ids=segments, decay=decay, **options)
-    if pattern.ahead:
+    if pattern.ahead != 0:
         raise ValueError(
-            f"{pattern} looks {pattern.ahead} tokens ahead, and shards of a sequence only look back; "
-            "combine it with Causal(), or set mesh.context to 1."
+            f"{pattern} looks {'any number of' if pattern.ahead is None else pattern.ahead} tokens ahead, and shards of "
+            "a sequence only look back; combine it with Causal(), or set mesh.context to 1."
         )
     shard = _near if pattern.reach is not None else _far
     sinks = options.pop("sinks", None)
@@ -152,17 +153,17 @@ def attention_on_paths(
 
 
 def _near(q, k, v, pattern: Pattern, segments: Segments, *, decay=None, **options):
-    """One shard's attention of bounded reach: to its own keys, the last ones before it, and the global ones."""
+    """One shard's attention of bounded reach: to its own keys, the last ones before it, and the anchors."""
     length = q.shape[1]
     own = (k, v, segments.ids, segments.positions, *(() if decay is None else (decay,)))
     reach = min(pattern.reach, (jax.lax.axis_size("context") - 1) * length)
     before = halo.last(own, reach, "context")
     parts = [before, own]
-    if pattern.global_tokens:
-        parts.insert(0, halo.first(own, segments, pattern.global_tokens, "context"))
+    if pattern.anchors:
+        parts.insert(0, halo.anchors(own, segments, pattern.anchors, "context"))
         # Those among the last tokens before the shard would count twice.
-        far = before[3] >= pattern.global_tokens
-        parts[1] = (*before[:2], jnp.where(far, before[2], 0), *before[3:])
+        twice = Keys(pattern.anchors).seen(before[3])
+        parts[1] = (*before[:2], jnp.where(twice, 0, before[2]), *before[3:])
     keys, values, ids, positions, *decays = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
     held = Segments(ids, positions, jnp.zeros_like(ids, bool))
     options |= {"decay": decay, "kv_decay": decays[0]} if decays else {}
@@ -177,7 +178,7 @@ def _far(q, k, v, pattern: Pattern, segments: Segments, *, sinks=None, implement
             "several devices share the sequence; leave it None, or choose 'blockwise'."
         )
     result = ring.attention(q, k, v, pattern, segments, "context", **options)
-    result = result if sinks is None else attention_ops.add_sinks(result, sinks)
+    result = result if sinks is None else add_sinks(result, sinks)
     return result.output.astype(v.dtype)
 
 

@@ -10,13 +10,29 @@ import pytest
 
 from longctx.ops import attention as ops
 from longctx.ops import blockwise
-from longctx.ops.attention import attention, attention_partial, merge
+from longctx.ops.attention import attention, attention_partial
 from longctx.ops.kernels import splash
-from longctx.ops.patterns import Causal, Global, Window
+from longctx.ops.partial import Partial, add_sinks, merge
+from longctx.ops.patterns import (
+    Blocks,
+    Causal,
+    Chunked,
+    Dilated,
+    Fixed,
+    Global,
+    Keys,
+    Queries,
+    RandomBlocks,
+    Range,
+    ShiftedGroups,
+    Sinks,
+    Strided,
+    Window,
+)
 from longctx.typing import Segments
 
 TOLERANCE = 2e-5  # float32, of values of order 1 to 10
-LOCAL = Causal() & (Window(20) | Global(3))
+LOCAL = Causal() & (Window(20) | Sinks(3))
 
 attend = jax.jit(attention, static_argnames=("pattern", "scale", "soft_cap", "implementation", "block"))
 
@@ -115,13 +131,51 @@ def test_dense_is_the_formula():
         (Causal() & Window(20), 200, 16, True, {"sinks": True}),
         (LOCAL, 200, 16, True, {"sinks": True}),
         (LOCAL, 130, 32, False, {}),
-        (Global(5), 63, 64, True, {}),
+        (Sinks(5), 63, 64, True, {}),
     ],
     ids=str,
 )
 def test_blockwise_is_dense(pattern, length, block, pack, options):
     """Outputs and all gradients. Fails without the soft cap's slope, the mask's -inf, or the test for whole blocks."""
     compare(inputs(length), pattern, packed(length) if pack else None, block=block, **options)
+
+
+SPARSE = [
+    Causal() & Chunked(24),
+    Causal() & ShiftedGroups(24),
+    Causal() & Strided(5),
+    Strided(3),
+    Causal() & (Window(12) | Strided(12)),
+    Causal() & (Chunked(16) | Fixed(16, 2)),
+    Causal() & Dilated(64, 4, 1),
+    Dilated(30, 7, 2),
+    Causal() & (Window(9) | Global((3, 40))),
+    Window(9) | Global(4),
+    Keys((2, 50)) | Queries((7,)),
+    Causal() & (Window(8) | Sinks(4) | RandomBlocks(8, 2)),
+    Causal() & Blocks(np.random.default_rng(5).random((6, 8)) < 0.4, 16),
+    Causal() & Strided(4) & ~Window(20),
+    Causal() & Dilated(64, 4, 1) & Strided(8),
+    Strided(4) & Sinks(9),
+]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("pattern", SPARSE, ids=str)
+def test_sparse_patterns_blockwise_are_dense(pattern, pack):
+    """Outputs and all gradients, whatever order of tokens the parts of a pattern are worked on in.
+
+    Fails if: a part is not made disjoint from those before it; a folded row is put back in another order; a chosen
+    query's result goes to another query.
+    """
+    compare(inputs(100), pattern, packed(100) if pack else None, block=16, sinks=pack)
+
+
+@pytest.mark.parametrize("pattern", SPARSE, ids=str)
+def test_sparse_patterns_see_a_cache(pattern):
+    """Keys that are not the queries' own tokens: what came before them, and themselves."""
+    keys, queries = Segments.single(2, 100), Segments.single(2, 40, offset=60)
+    compare(inputs(40, keys=100), pattern, queries, keys, block=16)
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(3, 3), (4, 1)])
@@ -219,7 +273,7 @@ def test_partial_results_merge():
             attention_partial(q, k[:, tokens], v[:, tokens], LOCAL, segments, part(segments, tokens), block=16)
             for tokens in (slice(0, 35), slice(35, 70))
         ]
-        return ops.add_sinks(merge(*parts), sinks).output
+        return add_sinks(merge(*parts), sinks).output
 
     cotangent = x.pop("d")
     dense = functools.partial(attention, pattern=LOCAL, segment_ids=segments, implementation="dense")
@@ -229,10 +283,8 @@ def test_partial_results_merge():
 def test_merge_is_associative_and_knows_nothing():
     """In any order, with one part that saw no key; far apart logsumexps overflow nothing."""
     rng = np.random.default_rng(0)
-    parts = [
-        ops.Partial(rng.standard_normal((1, 3, 2, 4)), scale * rng.standard_normal((1, 3, 2))) for scale in (1, 99)
-    ]
-    parts.append(ops.Partial(np.zeros((1, 3, 2, 4)), np.full((1, 3, 2), -np.inf)))
+    parts = [Partial(rng.standard_normal((1, 3, 2, 4)), scale * rng.standard_normal((1, 3, 2))) for scale in (1, 99)]
+    parts.append(Partial(np.zeros((1, 3, 2, 4)), np.full((1, 3, 2), -np.inf)))
     a, b, nothing = [jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), part) for part in parts]
     expected = merge(a, b)
     weights = np.exp(np.stack([a.logsumexp, b.logsumexp]).astype(np.float64))
@@ -272,7 +324,8 @@ def test_work_is_only_on_touched_blocks(pattern):
     segments = jax.tree.map(lambda x: jnp.asarray(x[:1]), packed(length))
     tokens = blockwise.token_blocks(blockwise.Tokens(segments.ids, segments.positions), block)
     plan = blockwise.Plan(pattern, 1.0, None, block, block)
-    schedule = jax.tree.map(np.asarray, blockwise.make_schedule(plan, tokens, tokens, length))
+    place = Range(np.arange(length), np.arange(length))
+    schedule = jax.tree.map(np.asarray, blockwise.make_schedule(plan, tokens, tokens, (place, place)))
 
     ids, positions = np.asarray(segments.ids[0]), np.asarray(segments.positions[0])
     mask = pattern.mask(positions[:, None], positions[None, :]) & (ids[:, None] == ids[None, :]) & (ids > 0)

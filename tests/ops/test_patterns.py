@@ -1,30 +1,73 @@
 """Patterns: the dense mask is the formula, and everything else that a pattern says of itself follows from the mask."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops.patterns import Causal, Chunked, Global, Range, Window
+from longctx.ops.patterns import (
+    Blocks,
+    Causal,
+    Chunked,
+    Dilated,
+    Everything,
+    Fixed,
+    Global,
+    Keys,
+    Queries,
+    RandomBlocks,
+    Range,
+    ShiftedGroups,
+    Sinks,
+    Strided,
+    Window,
+    disjoint,
+)
 
 LENGTH = 50
-EXACT = [
+LAYOUT = np.random.default_rng(3).random((5, 6)) < 0.3
+STRIDED, FIXED = Causal() & (Window(6) | Strided(6)), Causal() & (Chunked(8) | Fixed(8, 2))
+BIGBIRD = Causal() & (Window(5) | Global(3) | RandomBlocks(4, 2, seed=1))
+PATTERNS = [
     Causal(),
-    Causal() & Window(1),
-    Causal() & Window(7),
-    Causal() & Global(3),
-    Causal() & (Window(7) | Global(3)),
-    (Causal() & Window(5)) | (Causal() & Global(20)),
+    Everything(),
     Window(7),
     Chunked(7),
-    Causal() & Chunked(7),
+    ShiftedGroups(7),
+    Strided(5),
+    Fixed(7, 2),
+    Dilated(20, 3, 1),
+    Dilated(12, 4, 3),
+    Dilated(9, 1),
+    Sinks(3),
+    Keys((2, 11, 40)),
+    Queries((0, 30)),
     Global(3),
-]
-PATTERNS = [
-    *EXACT,
-    Window(7) | Global(3),
-    Window(9) & Global(6),
+    Global((5, 30)),
+    RandomBlocks(4, 2),
+    RandomBlocks(3, 1, seed=7),
+    Blocks(LAYOUT, 8),
+    Causal() & Window(1),
+    Causal() & Window(7),
+    Causal() & Sinks(3),
+    Causal() & (Window(7) | Sinks(3)),
+    (Causal() & Window(5)) | (Causal() & Sinks(20)),
+    Causal() & Chunked(7),
+    Causal() & ShiftedGroups(8),
+    Causal() & Dilated(16, 2, 1),
+    Window(7) | Sinks(3),
+    Window(9) & Sinks(6),
     Causal() | Window(4),
-    Causal() & (Chunked(6) | Global(9)),
-    Causal() & (Window(16) | Global(9)) & Window(40),
+    Causal() & (Chunked(6) | Sinks(9)),
+    Causal() & (Window(16) | Sinks(9)) & Window(40),
+    STRIDED,
+    FIXED,
+    BIGBIRD,
+    Causal() & (Window(6) | Global((3, 20))),
+    Causal() & ~Window(9),
+    Causal() & ~Chunked(8) & Blocks(LAYOUT, 8),
+    Strided(4) & Strided(6),
+    Strided(4) | Strided(6),
+    Dilated(24, 2) & Strided(3),
 ]
 BLOCKS = [1, 4, 16, 64, (16, 4), (4, 16)]
 
@@ -40,38 +83,73 @@ def by_block(mask, block, reduce):
     return np.stack([reduce(np.stack(rows)[:, j : j + k_block], axis=1) for j in range(0, mask.shape[1], k_block)], 1)
 
 
+def drawn_for(row, number, seed):
+    """The blocks drawn for a block of queries, in Python's integers."""
+    found = []
+    for part in range(number):
+        first, end = row * part // number, row * (part + 1) // number
+        x = 0
+        for given in (row, part, seed):
+            x = ((x ^ given) * 0x9E3779B1 + 0x7F4A7C15) % 2**32
+            x = ((x ^ (x >> 16)) * 0x85EBCA6B) % 2**32
+            x = ((x ^ (x >> 13)) * 0xC2B2AE35) % 2**32
+            x ^= x >> 16
+        found += [first + (x >> 1) % (end - first)] if end > first else []
+    return found
+
+
 @pytest.mark.parametrize(
     ("pattern", "visible"),
     [
         (Causal(), lambda q, k: k <= q),
         (Window(7), lambda q, k: abs(q - k) < 7),
         (Chunked(7), lambda q, k: q // 7 == k // 7),
-        (Global(3), lambda q, k: k < 3),
-        (Causal() & (Window(7) | Global(3)), lambda q, k: k <= q and (q - k < 7 or k < 3)),
+        (ShiftedGroups(7), lambda q, k: (q + 3) // 7 == (k + 3) // 7),
+        (Strided(5), lambda q, k: (q - k) % 5 == 0),
+        (Fixed(7, 2), lambda q, k: k % 7 in (5, 6)),
+        (Dilated(20, 3, 1), lambda q, k: q // 20 == k // 20 and q % 20 % 3 == k % 20 % 3 == 1),
+        (Sinks(3), lambda q, k: k < 3),
+        (Global(3), lambda q, k: q < 3 or k < 3),
+        (Global((30, 5)), lambda q, k: q in (5, 30) or k in (5, 30)),
+        (RandomBlocks(4, 2, 9), lambda q, k: k // 4 in drawn_for(q // 4, 2, 9)),
+        (Blocks(LAYOUT, 8), lambda q, k: q < 40 and k < 48 and LAYOUT[q // 8, k // 8]),
+        (Causal() & (Window(7) | Sinks(3)), lambda q, k: k <= q and (q - k < 7 or k < 3)),
+        (Causal() & ~Window(7), lambda q, k: q - k >= 7),
     ],
+    ids=str,
 )
 def test_mask_is_the_formula(pattern, visible):
     expected = [[visible(q, k) for k in range(LENGTH)] for q in range(LENGTH)]
     np.testing.assert_array_equal(dense(pattern), expected)
+    positions = jnp.arange(LENGTH)
+    np.testing.assert_array_equal(pattern.mask(positions[:, None], positions[None, :]), expected)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_block_map_covers_the_mask(pattern, block):
-    """No touched block is missing; for the usual patterns none is superfluous. Fails with Window.touches off by one."""
-    touched = by_block(dense(pattern), block, np.any)
-    found = pattern.block_map(LENGTH, block)
+def test_block_map_is_that_of_the_mask(pattern, block):
+    """No touched block is missing and none is superfluous. Fails with Window.touches off by one."""
+    np.testing.assert_array_equal(pattern.block_map(LENGTH, block), by_block(dense(pattern), block, np.any))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_pairs_of_many_blocks(pattern):
+    """Coarse blocks are asked first: none of the touched ones may be lost on the way."""
+    touched = by_block(dense(pattern, 300), 2, np.any)
+    found = np.zeros_like(touched)
+    i, j = pattern.pairs(300, 2)
+    found[i, j] = True
     assert not (touched & ~found).any()
-    if pattern in EXACT:
-        np.testing.assert_array_equal(found, touched)
+    assert (np.diff(i * 1000 + j) > 0).all()
 
 
 @pytest.mark.parametrize("block", [4, 16, (16, 4)], ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_packed_block_map_covers_every_packing(pattern, block):
+def test_packed_pairs_cover_every_packing(pattern, block):
     """Wherever documents begin; exact for one document under a causal band."""
     rng = np.random.default_rng(0)
-    found = pattern.block_map(LENGTH, block, packed=True)
+    found = np.zeros_like(by_block(dense(pattern), block, np.any))
+    found[pattern.pairs(LENGTH, block, packed=True)] = True
     for starts in (rng.choice(LENGTH, size, replace=False) for size in (0, 1, 3, 10)):
         document = np.isin(np.arange(LENGTH), starts).cumsum()
         first = np.array([np.flatnonzero(document == one)[0] for one in document])
@@ -100,37 +178,89 @@ def test_reach_bounds_what_is_visible(pattern):
     Seen to fail: Chunked saying that it is a band.
     """
     q, k = np.indices((LENGTH, LENGTH))
-    band = (k - q <= pattern.ahead) & (True if pattern.reach is None else q - k <= pattern.reach)
+    ahead = True if pattern.ahead is None else k - q <= pattern.ahead
+    band = ahead & (True if pattern.reach is None else q - k <= pattern.reach)
     mask = dense(pattern)
-    assert not (mask & ~(band | (k < pattern.global_tokens))).any()
+    assert not (mask & ~(band | (ahead & np.isin(k, pattern.anchors)))).any()
     if pattern.band:
         np.testing.assert_array_equal(mask, band)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_thin_patterns_say_what_they_leave_out(pattern):
+    """Distances are multiples of the stride, queries and keys left out have none visible, and `inside` is the rest."""
+    mask, positions = dense(pattern), np.arange(LENGTH)
+    q, k = np.nonzero(mask)
+    assert not ((q - k) % pattern.stride).any()
+    left = (positions[:, None] - positions) % pattern.stride == 0
+    for which, axis in ((pattern.seeing(positions), 1), (pattern.seen(positions), 0)):
+        if which is not None:
+            assert not mask.any(axis)[~which].any()
+            left &= np.expand_dims(which, axis)
+    np.testing.assert_array_equal(dense(pattern.inside) & left, mask)
+    assert pattern.thin == (not left.all())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_disjoint_parts_are_the_whole(pattern):
+    masks = [dense(part) for part in disjoint(pattern)]
+    np.testing.assert_array_equal(np.sum(masks, axis=0), dense(pattern))
+
+
 @pytest.mark.parametrize(
-    ("pattern", "reach", "ahead", "global_tokens"),
-    [
-        (Causal(), None, 0, 0),
-        (Causal() & Window(512), 511, 0, 0),
-        (Causal() & (Window(512) | Global(4)), 511, 0, 4),
-        (Causal() & Global(4), 0, 0, 4),
-        (Window(8), 7, 7, 0),
-        (Chunked(8), 7, 7, 0),
-        (Causal() & Chunked(8), 7, 0, 0),
-        (Causal() | Window(8), None, 7, 0),
-    ],
+    ("pattern", "parts"), [(Causal() & Window(7), 1), (STRIDED, 2), (FIXED, 2), (BIGBIRD, 3), (Strided(4), 1)]
 )
-def test_reach_is_as_short_as_can_be(pattern, reach, ahead, global_tokens):
-    assert (pattern.reach, pattern.ahead, pattern.global_tokens) == (reach, ahead, global_tokens)
+def test_unions_come_apart_where_it_pays(pattern, parts):
+    found = disjoint(pattern)
+    assert len(found) == parts
+    assert [part.thin for part in found[-parts + 1 :]] == [True] * (parts - 1) or parts == 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reach", "ahead", "anchors"),
+    [
+        (Causal(), None, 0, ()),
+        (Causal() & Window(512), 511, 0, ()),
+        (Causal() & (Window(512) | Sinks(4)), 511, 0, (0, 1, 2, 3)),
+        (Causal() & Sinks(4), 0, 0, (0, 1, 2, 3)),
+        (Window(8), 7, 7, ()),
+        (Chunked(8), 7, 7, ()),
+        (Causal() & Chunked(8), 7, 0, ()),
+        (Causal() | Window(8), None, 7, ()),
+        (Causal() & (Window(8) | Global((3, 50))), 50, 0, (3, 50)),
+        (Causal() & Dilated(64, 4), 63, 0, ()),
+        (STRIDED, None, 0, ()),
+        (Causal() & Blocks(np.eye(4, dtype=bool), 16), 15, 0, ()),
+    ],
+    ids=str,
+)
+def test_reach_is_as_short_as_can_be(pattern, reach, ahead, anchors):
+    assert (pattern.reach, pattern.ahead, pattern.anchors) == (reach, ahead, anchors)
 
 
 def test_patterns_are_values():
     """Equal patterns are equal keys, so that a jitted function traces once for them."""
-    assert Causal() & (Window(8) | Global(2)) == Causal() & (Window(8) | Global(2))
+    assert Causal() & (Window(8) | Blocks(LAYOUT, 2)) == Causal() & (Window(8) | Blocks(LAYOUT, 2))
     assert len({Causal() & Window(8), Causal() & Window(8), Causal() & Window(9)}) == 2
 
 
-@pytest.mark.parametrize("make", [lambda: Window(0), lambda: Chunked(0), lambda: Global(0)])
-def test_empty_patterns_are_refused(make):
-    with pytest.raises(ValueError, match="at least 1"):
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Window(0), "size 0; give at least 1"),
+        (lambda: Chunked(0), "at least 1"),
+        (lambda: Sinks(0), "at least 1"),
+        (lambda: Strided(0), "at least 1"),
+        (lambda: Fixed(4, 5), "give at most 4"),
+        (lambda: Dilated(4, 2, 2), "offset from 0 to dilation - 1"),
+        (lambda: Dilated(2, 4), "at most the segment"),
+        (lambda: Global((3, 3)), "ascending order"),
+        (lambda: Keys(()), "at least one"),
+        (lambda: RandomBlocks(4, 0), "at least 1"),
+        (lambda: Blocks(np.zeros((2, 2), bool), 4), "at least one True"),
+        (lambda: Blocks(np.ones((2, 2)), 4), "float64"),
+    ],
+)
+def test_patterns_that_cannot_be_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
         make()

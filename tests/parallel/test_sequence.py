@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from longctx import config
 from longctx.ops import gated_delta, gated_linear, linear_scan, slstm
-from longctx.ops.patterns import Causal, Global, Window
+from longctx.ops.patterns import Causal, Sinks, Window
 from longctx.parallel import mesh, rules, sequence
 from longctx.typing import Segments
 
@@ -59,7 +59,7 @@ OPS = {
     "slstm": (in_turn, [MATRIX[:3], (*HEAD[:2], "gates", *HEAD[2:]), ("gates", *MATRIX[1:])]),
     "convolution": (convolving, [("batch", "before", "mlp"), ("batch", "time", "mlp"), ("taps", "mlp")]),
     "window": (attending(Causal() & Window(11)), [("heads",)] + [HEAD] * 3),
-    "global": (attending(Causal() & (Window(11) | Global(3)), implementation="blockwise"), [("heads",)] + [HEAD] * 3),
+    "global": (attending(Causal() & (Window(11) | Sinks(3)), implementation="blockwise"), [("heads",)] + [HEAD] * 3),
     "full": (attending(Causal(), soft_cap=5.0), [("heads",)] + [HEAD] * 3),
 }
 BOUNDED = [name for name in OPS if name != "full"]

@@ -17,7 +17,7 @@ def refusal(q, k, v, pattern, *, segment_ids, kv_segment_ids, sinks, soft_cap, d
         return "takes rows of one document only; pass no segment ids, or use 'blockwise'."
     if sinks is not None or soft_cap is not None or decay is not None:
         return "has neither sinks, nor soft cap, nor decay; use 'blockwise'."
-    if pattern.ahead or not pattern.band:
+    if pattern.ahead != 0 or not pattern.band:
         return f"computes causal attention, windowed or not, and the pattern is {pattern}; use 'blockwise'."
     if len({q.dtype, k.dtype, v.dtype}) > 1 or q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 or float16, and q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast, or use 'blockwise'."

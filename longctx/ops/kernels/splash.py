@@ -24,7 +24,7 @@ def refusal(q, k, v, pattern, *, segment_ids, kv_segment_ids, sinks, soft_cap, d
         return "takes keys that are the queries' own tokens, and kv_segment_ids were given; use 'blockwise'."
     if sinks is not None or decay is not None:
         return "has neither sinks nor decay; use 'blockwise'."
-    if pattern.ahead or not pattern.band:
+    if pattern.ahead != 0 or not pattern.band:
         return f"computes causal attention, windowed or not, and the pattern is {pattern}; use 'blockwise'."
     mesh = jax.sharding.get_abstract_mesh()
     automatic = [name for name in mesh.auto_axes if mesh.shape[name] > 1]

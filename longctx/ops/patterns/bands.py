@@ -1,0 +1,115 @@
+"""Patterns whose tokens lie together: bands around the diagonal, and groups of neighbours."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from longctx.ops.patterns.algebra import Pattern
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal(Pattern):
+    """The query's own token and all before it."""
+
+    reach = None
+    ahead = 0
+    band = True
+
+    def mask(self, q_positions, k_positions):
+        return k_positions <= q_positions
+
+    def touches(self, q, k):
+        return k.first <= q.last
+
+    def covers(self, q, k):
+        return k.last <= q.first
+
+
+@dataclasses.dataclass(frozen=True)
+class Window(Pattern):
+    """Tokens less than `size` away, on both sides; with `Causal()` the last `size` tokens, the own included.
+
+    Beltagy et al., arXiv:2004.05150 (Longformer).
+    """
+
+    size: int
+    band = True
+
+    def __post_init__(self):
+        at_least_one(self, "size")
+
+    @property
+    def reach(self) -> int:
+        return self.size - 1
+
+    @property
+    def ahead(self) -> int:
+        return self.size - 1
+
+    def mask(self, q_positions, k_positions):
+        return (q_positions - k_positions < self.size) & (k_positions - q_positions < self.size)
+
+    def touches(self, q, k):
+        return (q.first - k.last < self.size) & (k.first - q.last < self.size)
+
+    def covers(self, q, k):
+        return (q.last - k.first < self.size) & (k.last - q.first < self.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunked(Pattern):
+    """The query's own group of `size` tokens, groups counted from the document's start."""
+
+    size: int
+
+    def __post_init__(self):
+        at_least_one(self, "size")
+
+    @property
+    def reach(self) -> int:
+        return self.size - 1
+
+    @property
+    def ahead(self) -> int:
+        return self.size - 1
+
+    @property
+    def _shift(self) -> int:
+        return 0
+
+    def _group(self, positions):
+        return (positions + self._shift) // self.size
+
+    def mask(self, q_positions, k_positions):
+        return self._group(q_positions) == self._group(k_positions)
+
+    def touches(self, q, k):
+        return (self._group(q.first) <= self._group(k.last)) & (self._group(k.first) <= self._group(q.last))
+
+    def covers(self, q, k):
+        first, last = self._group(q.first), self._group(q.last)
+        return (first == last) & (self._group(k.first) == first) & (self._group(k.last) == first)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShiftedGroups(Chunked):
+    """`Chunked` with its groups moved by half a group: the first has `size - size // 2` tokens.
+
+    LongLoRA (Chen et al., arXiv:2309.12307) has half the heads attend within groups and the others within shifted
+    ones. There the last half group joins the first; here it is a group of its own, so that nothing looks ahead.
+    """
+
+    @property
+    def _shift(self) -> int:
+        return self.size // 2
+
+
+def at_least_one(pattern: Pattern, *names: str) -> None:
+    """Refuses a pattern one of whose named fields is less than 1.
+
+    Raises:
+      ValueError: with the field, what it is, and what to give.
+    """
+    for name in names:
+        if getattr(pattern, name) < 1:
+            raise ValueError(f"{pattern} has {name} {getattr(pattern, name)}; give at least 1.")
