@@ -22,6 +22,14 @@ The weight g_j is 1 for pairs that make many turns in the trained length, 0 for 
 Angles are exact at every position. A product p θ in float32 is off by up to a radian at p = 10^7; so θ / 2π is kept
 as a 64-bit fraction of a turn, and p times it in integers that wrap around: whole turns drop out before anything is
 rounded. All that does not depend on arrays is NumPy's float64, known while tracing.
+
+The schemes share these arguments, and raise a ValueError that names the one that cannot be:
+
+    width    R, even; 0 for NoPE
+    base     b, above 1
+    factor   s, the length to reach over the trained length; at least 1
+    trained  L, at least 2
+    length   T, of the row, or of the cache that it will fill, since cached keys stay as they were turned
 """
 
 from __future__ import annotations
@@ -82,7 +90,7 @@ def rotate(x: Float[Array, "B T H K"], positions: Int[Array, "B T"], rotation: R
     # Products with the identity, which XLA:CPU does not fuse: else every head takes the cosines of its own, in most of
     # the time of the whole rotation.
     cos, sin = (
-        rotation.magnitude * jnp.matmul(part, jnp.eye(half), precision="highest")[:, :, None]
+        rotation.magnitude * jnp.matmul(part, jnp.eye(half, dtype=jnp.float32), precision="highest")[:, :, None]
         for part in (jnp.cos(angle), jnp.sin(angle))
     )
     turned, passed = jnp.split(x, [rotation.width], axis=-1)
@@ -118,14 +126,6 @@ def _upper_product(a: UInt[Array, "..."], b: UInt[np.ndarray, "..."]) -> UInt[Ar
     return a_upper * b_upper + (middle >> 16) + (carried >> 16)
 
 
-# The schemes. They share these arguments, and raise a ValueError that names one that cannot be:
-#   width    R, even; 0 for NoPE.
-#   base     b, above 1.
-#   factor   s, the length to reach over the trained length; at least 1.
-#   trained  L, the tokens the model was trained on; at least 2.
-#   length   T, of the row, or of the cache that the row will fill, since its keys stay as they were turned.
-
-
 def rope(width: int, base: float) -> Rotation:
     """θ_j = b^(-2j/R)."""
     _expect("width", width, "an even number of channels, or 0 for none", width >= 0 and width % 2 == 0)
@@ -150,7 +150,7 @@ def ntk(width: int, base: float, factor: float) -> Rotation:
 def dynamic_ntk(width: int, base: float, factor: float, trained: int, length: int) -> Rotation:
     """RoPE up to the trained length, beyond it `ntk` with the factor 1 + s (T/L - 1).
 
-    With s = 1 that is T/L, the paper's; transformers has other s as well.
+    With s = 1 that is T/L, as in the paper; transformers has the s.
     """
     _expect_factor(factor)
     _expect_trained(trained)

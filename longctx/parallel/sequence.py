@@ -31,9 +31,9 @@ from jaxtyping import Array, Float
 
 from longctx.ops import attention as attention_ops
 from longctx.ops import causal_conv, path_attention
-from longctx.ops.partial import add_sinks
-from longctx.ops.patterns import Keys, Pattern
-from longctx.parallel import halo, mesh, path, prefix, ring
+from longctx.ops.patterns import Pattern
+from longctx.parallel import attention as sharded
+from longctx.parallel import mesh, path, prefix
 from longctx.typing import Segments
 
 _WHOLE, _SHARD = PartitionSpec(), PartitionSpec(None, "context")
@@ -112,14 +112,13 @@ def attention(
         return attention_ops.attention(q, k, v, pattern, segment_ids=segments, decay=decay, **options)
     if pattern.ahead != 0:
         raise ValueError(
-            f"{pattern} looks {'any number of' if pattern.ahead is None else pattern.ahead} tokens ahead, and shards of "
-            "a sequence only look back; combine it with Causal(), or set mesh.context to 1."
+            f"{pattern} lets a query see keys after it, and shards of a sequence only look back; "
+            "combine it with Causal(), or set mesh.context to 1."
         )
-    shard = _near if pattern.reach is not None else _far
     sinks = options.pop("sinks", None)
 
     def run(q, k, v, decay, segments, sinks):
-        return shard(q, k, v, pattern, segments, decay=decay, sinks=sinks, **options)
+        return sharded.attention(q, k, v, pattern, segments, "context", decay=decay, sinks=sinks, **options)
 
     island = _island(run, (_SHARD, _SHARD, _SHARD, _SHARD, _SHARD, _WHOLE), _SHARD)
     return island(q, k, v, decay, Segments.of(segments, *q.shape[:2]), _float32(sinks))
@@ -150,36 +149,6 @@ def attention_on_paths(
     y = island(*inputs, Segments.of(segments, *q.shape[:2]))
     # The keys at the end of the row are for a cache, which training has not: nobody reads them, and they cost nothing.
     return y, path_attention.chunked(*inputs, None, segments)[1]
-
-
-def _near(q, k, v, pattern: Pattern, segments: Segments, *, decay=None, **options):
-    """One shard's attention of bounded reach: to its own keys, the last ones before it, and the anchors."""
-    length = q.shape[1]
-    own = (k, v, segments.ids, segments.positions, *(() if decay is None else (decay,)))
-    reach = min(pattern.reach, (jax.lax.axis_size("context") - 1) * length)
-    before = halo.last(own, reach, "context")
-    parts = [before, own]
-    if pattern.anchors:
-        parts.insert(0, halo.anchors(own, segments, pattern.anchors, "context"))
-        # Those among the last tokens before the shard would count twice.
-        twice = Keys(pattern.anchors).seen(before[3])
-        parts[1] = (*before[:2], jnp.where(twice, 0, before[2]), *before[3:])
-    keys, values, ids, positions, *decays = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
-    held = Segments(ids, positions, jnp.zeros_like(ids, bool))
-    options |= {"decay": decay, "kv_decay": decays[0]} if decays else {}
-    return attention_ops.attention(q, keys, values, pattern, segments, held, **options)
-
-
-def _far(q, k, v, pattern: Pattern, segments: Segments, *, sinks=None, implementation: str | None = None, **options):
-    """One shard's attention of unbounded reach."""
-    if implementation not in (None, "blockwise"):
-        raise NotImplementedError(
-            f"implementation '{implementation}' gives no partial results, which attention to all tokens needs when "
-            "several devices share the sequence; leave it None, or choose 'blockwise'."
-        )
-    result = ring.attention(q, k, v, pattern, segments, "context", **options)
-    result = result if sinks is None else add_sinks(result, sinks)
-    return result.output.astype(v.dtype)
 
 
 def _splits(length: int) -> bool:

@@ -193,6 +193,15 @@ def test_rotation_is_exact_at_every_position(base):
     np.testing.assert_allclose(y, np.concatenate([np.cos(angles), np.sin(angles)], axis=1), rtol=0, atol=1e-6)
 
 
+def test_upper_half_of_a_product():
+    """Bit for bit that of Python's integers. Seen to fail: without the carry of the lowest halves, or of the middle."""
+    a = np.random.default_rng(2).integers(0, 2**32, 1000, np.uint32)
+    a[:4] = 0, 1, 2**16, 2**32 - 1
+    for b in (np.uint32(2**32 - 1), np.uint32(2**16 - 1), np.uint32(0xDEADBEEF)):
+        wanted = [one * int(b) >> 32 for one in a.tolist()]
+        np.testing.assert_array_equal(positions._upper_product(jnp.asarray(a), b), wanted)
+
+
 def test_fast_frequencies_wrap_around():
     """More than a turn a token, and backwards. Seen to fail: turns not taken modulo 2^64, an overflow."""
     rotation = Rotation(np.array([7.0, 1e9, -2.0]))

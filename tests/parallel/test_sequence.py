@@ -12,7 +12,17 @@ from jax.sharding import NamedSharding
 
 from longctx import config
 from longctx.ops import gated_delta, gated_linear, linear_scan, slstm
-from longctx.ops.patterns import Causal, Sinks, Window
+from longctx.ops.patterns import (
+    Causal,
+    Chunked,
+    Dilated,
+    Fixed,
+    Global,
+    RandomBlocks,
+    Sinks,
+    Strided,
+    Window,
+)
 from longctx.parallel import mesh, rules, sequence
 from longctx.typing import Segments
 
@@ -60,9 +70,17 @@ OPS = {
     "convolution": (convolving, [("batch", "before", "mlp"), ("batch", "time", "mlp"), ("taps", "mlp")]),
     "window": (attending(Causal() & Window(11)), [("heads",)] + [HEAD] * 3),
     "global": (attending(Causal() & (Window(11) | Sinks(3)), implementation="blockwise"), [("heads",)] + [HEAD] * 3),
+    "dilated": (attending(Causal() & Dilated(24, 3, 1)), [("heads",)] + [HEAD] * 3),
+    "dilated by 1": (attending(Causal() & Dilated(24, 1)), [("heads",)] + [HEAD] * 3),
+    "chosen": (attending(Causal() & (Window(5) | Global((2, 9)))), [("heads",)] + [HEAD] * 3),
+    "strided": (attending(Causal() & (Window(8) | Strided(8))), [("heads",)] + [HEAD] * 3),
+    "strided, round": (attending(Causal() & Strided(6)), [("heads",)] + [HEAD] * 3),
+    "fixed": (attending(Causal() & (Chunked(12) | Fixed(12, 2))), [("heads",)] + [HEAD] * 3),
+    "random": (attending(Causal() & (Window(4) | RandomBlocks(4, 2))), [("heads",)] + [HEAD] * 3),
     "full": (attending(Causal(), soft_cap=5.0), [("heads",)] + [HEAD] * 3),
 }
-BOUNDED = [name for name in OPS if name != "full"]
+UNBOUNDED = ("strided", "strided, round", "fixed", "random", "full")
+BOUNDED = [name for name in OPS if name not in UNBOUNDED]
 
 
 def arguments(name, length=LENGTH):
@@ -115,7 +133,8 @@ def test_shards_equal_whole(name, sizes):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max())), got, whole(name)
     )
-    assert not re.findall(r"\b(all-gather|all-to-all)", compiled.as_text())
+    if name != "fixed":  # which gathers the tokens that all see
+        assert not re.findall(r"\b(all-gather|all-to-all)", compiled.as_text())
 
 
 def bytes_sent(name, length):
@@ -128,8 +147,8 @@ def bytes_sent(name, length):
 
 @pytest.mark.parametrize("name", BOUNDED)
 def test_bytes_do_not_grow(name):
-    """A bounded op sends as much for 64 tokens as for 256. Fails if a whole shard is sent in place of a halo."""
-    assert bytes_sent(name, LENGTH) == bytes_sent(name, 4 * LENGTH) > 0
+    """A bounded op sends as much for 256 tokens as for 512. Fails if a whole shard is sent in place of a halo."""
+    assert bytes_sent(name, 4 * LENGTH) == bytes_sent(name, 8 * LENGTH) > 0
 
 
 def test_ring_keeps_no_other_keys():
@@ -171,7 +190,7 @@ def test_refusals():
     with jax.set_mesh(mesh.make(config.Mesh(1, 8, 1))):
         with pytest.raises(ValueError, match=r"a span of 63 tokens .* context=8 devices; pad it .* such as 64"):
             sequence.attention(q[:, 1:], k[:, 1:], v[:, 1:], Causal(), None)
-        with pytest.raises(ValueError, match="looks 3 tokens ahead"):
+        with pytest.raises(ValueError, match=r"Window\(size=4\) lets a query see keys after it"):
             sequence.attention(q, k, v, Window(4), None)
         with pytest.raises(NotImplementedError, match="implementation 'cudnn' gives no partial results"):
             sequence.attention(q, k, v, Causal(), None, implementation="cudnn")

@@ -48,7 +48,7 @@ SCHEMES = {
     "longrope, long": (positions.longrope(*EXTENDED, TRAINED + 1, SHORT, LONG), LONGROPE, TRAINED + 1),
 }
 X = np.sin(0.7 * np.arange(2 * 3 * 2 * WIDTH, dtype=np.float32)).reshape(2, 3, 2, WIDTH)
-PLACES = np.array([[0, 1, 2], [50, 3, 120]], np.int32)
+PLACES = np.array([[0, 1, 2], [17, 3, 20]], np.int32)
 DISTANCE = np.arange(-200, 200)
 HEADS = (1, 8, 12, 20)
 
@@ -78,7 +78,7 @@ def theirs() -> dict[str, np.ndarray]:
     found = {}
     for name, (_, parameters, length) in SCHEMES.items():
         config = LlamaConfig(**sizes, rope_parameters={"rope_theta": BASE} | parameters)
-        frequencies, magnitude = schemes[parameters["rope_type"]](config, "cpu", seq_len=length)
+        frequencies, magnitude = schemes[parameters["rope_type"]](config, device="cpu", seq_len=length)
         found[name] = np.append(frequencies.numpy(), np.float32(magnitude))
     x = torch.from_numpy(X)
     module = LlamaRotaryEmbedding(LlamaConfig(**sizes, rope_parameters={"rope_theta": BASE} | YARN))
@@ -95,7 +95,7 @@ def theirs() -> dict[str, np.ndarray]:
 
 
 def test_golden():
-    """Ours = the stored results of transformers, to 2e-6 of each number.
+    """Ours = the stored results of transformers, to 1e-6 of each number.
 
     Seen to fail: s for 1/s in ntk; the ramp of yarn a pair later; long for short; neighbouring channels as pairs; a
     magnitude on queries and keys of its square root; distances of the other sign.
@@ -103,7 +103,7 @@ def test_golden():
     golden, found = json.loads(GOLDEN.read_text()), ours()
     assert golden.keys() == found.keys()
     for name, value in found.items():
-        np.testing.assert_allclose(value, golden[name], rtol=2e-6, atol=2e-6 * (name == "rotate"), err_msg=name)
+        np.testing.assert_allclose(value, golden[name], rtol=1e-6, atol=1e-6 * (name == "rotate"), err_msg=name)
 
 
 def test_peer():
@@ -113,7 +113,7 @@ def test_peer():
     golden, again = json.loads(GOLDEN.read_text()), theirs()
     assert golden.keys() == again.keys()
     for name, value in again.items():
-        np.testing.assert_allclose(golden[name], value, rtol=2e-6, atol=2e-6 * (name == "rotate"), err_msg=name)
+        np.testing.assert_allclose(golden[name], value, rtol=1e-6, atol=1e-6 * (name == "rotate"), err_msg=name)
 
 
 if __name__ == "__main__":

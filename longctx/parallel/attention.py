@@ -1,0 +1,164 @@
+"""One shard's softmax attention under any pattern, inside a `jax.shard_map` over contiguous shards of the sequence.
+
+A pattern is taken apart as on one device, and each part moves no more keys than it must; partial results merge.
+
+| part of the pattern          | moves                                                                     |
+|------------------------------|---------------------------------------------------------------------------|
+| of bounded reach             | the last `reach` keys before the shard: a halo; of these only what is seen |
+| ... with anchors             | also these, by a prefix scan                                              |
+| at multiples of a stride     | each token once, to the device that has all tokens of its residue         |
+| of unbounded reach, few seen | the keys that are seen, gathered                                          |
+| of unbounded reach           | all keys, round a ring                                                    |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from longctx.ops import attention as ops
+from longctx.ops.partial import Partial, add_sinks, merge
+from longctx.ops.patterns import Keys, Pattern, disjoint
+from longctx.parallel import exchange, halo, ring
+from longctx.typing import Segments
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    pattern: Pattern,
+    segments: Segments,
+    axis_name: str,
+    *,
+    decay: Float[Array, "B T H"] | None = None,
+    sinks: Float[Array, " H"] | None = None,
+    implementation: str | None = None,
+    **options,
+) -> Float[Array, "B T H V"]:
+    """Attention of this shard's queries to the keys of all shards that the pattern lets them see.
+
+    Args:
+      q, k, v: this device's shards.
+      pattern: which keys a query may see within its document; it does not look ahead.
+      segments: of this shard's tokens; ids and positions are those of the whole rows.
+      axis_name: the mesh axis.
+      decay: sums of log decays at this shard's tokens, counted from the start of their documents.
+      sinks, implementation, options: as in `longctx.ops.attention.attention`.
+
+    Raises:
+      NotImplementedError: an implementation other than "blockwise" is named for a pattern that takes partial results.
+    """
+    if pattern.reach is not None and disjoint(pattern) == (pattern,):
+        keys = _keys_near(k, v, decay, segments, pattern, axis_name)
+        return _attend(
+            ops.attention, q, decay, segments, keys, pattern, sinks=sinks, implementation=implementation, **options
+        )
+    if implementation not in (None, "blockwise"):
+        raise NotImplementedError(
+            f"implementation '{implementation}' gives no partial results, which {pattern} needs when several devices "
+            "share the sequence; leave it None, or choose 'blockwise'."
+        )
+    parts = (_part(q, k, v, decay, segments, part, axis_name, **options) for part in disjoint(pattern))
+    result = functools.reduce(merge, parts)
+    result = result if sinks is None else add_sinks(result, sinks)
+    return result.output.astype(v.dtype)
+
+
+def _part(q, k, v, decay, segments: Segments, pattern: Pattern, axis_name: str, **options) -> Partial:
+    """One part of a pattern that was taken apart."""
+    devices = jax.lax.axis_size(axis_name)
+    if pattern.reach is not None:
+        keys = _keys_near(k, v, decay, segments, pattern, axis_name)
+    elif pattern.seen(np.zeros(1, int)) is not None:
+        keys = _keys_seen(k, v, decay, segments, pattern, axis_name)
+    elif pattern.stride % devices == 0 and q.shape[1] % pattern.stride == 0:
+        return _by_residue(q, k, v, decay, segments, pattern, axis_name, **options)
+    else:
+        return ring.attention(q, k, v, pattern, segments, axis_name, decay=decay, **options)
+    return _attend(ops.attention_partial, q, decay, segments, keys, pattern, **options)
+
+
+def _attend(op, q, decay, segments, keys, pattern, **options):
+    *keys, kv_decay, held = keys
+    if decay is not None:
+        options |= {"decay": decay, "kv_decay": kv_decay}
+    return op(q, *keys, pattern, segments, held, **options)
+
+
+def _keys_near(k, v, decay, segments: Segments, pattern: Pattern, axis_name: str):
+    """Keys, values, decays and segments of the shard's own tokens, of the last ones before it, and of the anchors."""
+    length = k.shape[1]
+    own = (k, v, decay, segments)
+    reach = min(pattern.reach, (jax.lax.axis_size(axis_name) - 1) * length)
+    if reach and pattern.seen(np.zeros(1, int)) is not None:
+        seen = _seen(own, min(reach, length), pattern, axis_name)
+        before = halo.last(seen, -(-reach // length) * seen[0].shape[1], axis_name)
+    else:
+        before = halo.last(own, reach, axis_name)
+    parts = [before, own]
+    if pattern.anchors:
+        # Those among the last tokens before the shard would count twice.
+        twice = Keys(pattern.anchors).seen(before[3].positions)
+        held = dataclasses.replace(before[3], ids=jnp.where(twice, 0, before[3].ids))
+        anchors = halo.anchors(own, segments, pattern.anchors, axis_name)
+        parts = [anchors, (*before[:3], held), own]
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
+
+
+def _keys_seen(k, v, decay, segments: Segments, pattern: Pattern, axis_name: str):
+    """The same of the shard's own tokens, and of all before it that are seen."""
+    own = (k, v, decay, segments)
+    seen = _seen(own, k.shape[1], pattern, axis_name)
+    gathered = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, axis=1, tiled=True), seen)
+    shard = jnp.arange(gathered[0].shape[1]) // seen[0].shape[1]
+    earlier = shard < jax.lax.axis_index(axis_name)
+    gathered = *gathered[:3], dataclasses.replace(gathered[3], ids=jnp.where(earlier, gathered[3].ids, 0))
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), gathered, own)
+
+
+def _seen(own, count: int, pattern: Pattern, axis_name: str):
+    """Of the last `count` tokens of a shard, those that later shards may see, and padding where there can be more.
+
+    They are of the shard's last document, and seen by the pattern. `own`: arrays by token, and last their segments.
+    """
+    segments = own[-1]
+    # How many of `count` neighbouring tokens can be seen, wherever they stand.
+    sums = np.pad(np.cumsum(pattern.seen(np.arange(jax.lax.axis_size(axis_name) * segments.ids.shape[1]))), (1, 0))
+    most = max(1, int((sums[count:] - sums[: len(sums) - count]).max()))
+    chosen = segments.valid & (segments.runs == segments.runs[:, -1:]) & pattern.seen(segments.positions)
+    own, chosen = jax.tree.map(lambda x: x[:, x.shape[1] - count :], (own, chosen))
+    order = jnp.argsort(~chosen, axis=1, stable=True)[:, :most]
+    held = dataclasses.replace(own[-1], ids=jnp.where(chosen, own[-1].ids, 0))
+
+    def take(x):
+        return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+    return jax.tree.map(take, (*own[:-1], held))
+
+
+def _by_residue(q, k, v, decay, segments: Segments, pattern: Pattern, axis_name: str, **options) -> Partial:
+    """Each device attends among all tokens of the row whose places have residues of its own, one row for each.
+
+    A document is contiguous, so that places have the same distances as positions.
+    """
+    stride, devices, (batch, length) = pattern.stride, jax.lax.axis_size(axis_name), q.shape[:2]
+
+    def out(x):
+        x = jnp.moveaxis(x.reshape(batch, -1, devices, stride // devices, *x.shape[2:]), 2, 0)
+        x = exchange.all_to_all(x, axis_name)  # [shard, batch, tokens, residue, ...]
+        return jnp.moveaxis(x, (0, 3), (2, 1)).reshape(batch * stride // devices, -1, *x.shape[4:])
+
+    def home(x):
+        x = x.reshape(batch, stride // devices, devices, -1, *x.shape[2:])
+        x = exchange.all_to_all(jnp.moveaxis(x, (2, 1), (0, 3)), axis_name)  # [residues, batch, tokens, residue, ...]
+        return jnp.moveaxis(x, 0, 2).reshape(batch, length, *x.shape[4:])
+
+    q, k, v, decay, segments = jax.tree.map(out, (q, k, v, decay, segments))
+    partial = ops.attention_partial(q, k, v, pattern.inside, segments, decay=decay, **options)
+    return jax.tree.map(home, partial)
