@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 from longctx.ops import blockwise, thinned
 from longctx.ops.kernels import cudnn, splash
 from longctx.ops.partial import Partial, add_sinks
-from longctx.ops.patterns import Causal, Pattern
+from longctx.ops.patterns import Causal, Heads, Pattern
 from longctx.typing import Segments, checked
 
 _CAUSAL = Causal()
@@ -42,7 +42,7 @@ def attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G V"],
-    pattern: Pattern = _CAUSAL,
+    pattern: Pattern | Heads = _CAUSAL,
     segment_ids: Int[Array, "B T"] | Segments | None = None,
     kv_segment_ids: Int[Array, "B S"] | Segments | None = None,
     *,
@@ -60,7 +60,7 @@ def attention(
       q: queries. Head h reads the keys and values of group h // (H // G).
       k: keys.
       v: values.
-      pattern: which keys of its document a query may see.
+      pattern: which keys of its document a query may see, and how many times; `Heads` for heads that differ.
       segment_ids: document of each query, 0 for padding; ids differ between the documents of a row. None: the
         row is one document. Plain ids are taken for whole documents, positions counted from the row's start.
       kv_segment_ids: the same for keys that are not the queries' own tokens (a cache and then the span: S != T);
@@ -83,6 +83,10 @@ def attention(
       ValueError: shapes that do not fit together, an unknown implementation.
       NotImplementedError: the named implementation cannot compute this case, or not on this platform.
     """
+    if isinstance(pattern, Heads):
+        options = {"scale": scale, "soft_cap": soft_cap, "implementation": implementation, "block": block}
+        call = functools.partial(attention, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, **options)
+        return by_head(call, pattern, q, k, v, sinks=sinks, decay=decay, kv_decay=kv_decay)
     queries, keys = _tokens(q, k, segment_ids, kv_segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kv_decay = decay if kv_decay is None else kv_decay
@@ -90,9 +94,9 @@ def attention(
     case["decay"] = decay
     chosen = _choose(q, k, v, pattern, case) if implementation is None else implementation
     if chosen == "dense":
-        mask = (queries.ids[:, :, None] == keys.ids[:, None, :]) & (queries.ids[:, :, None] > 0)
-        mask &= pattern.mask(queries.positions[:, :, None], keys.positions[:, None, :])
-        return dense(q, k, v, mask, scale=scale, sinks=sinks, soft_cap=soft_cap, decay=decay, kv_decay=kv_decay)
+        document = (queries.ids[:, :, None] == keys.ids[:, None, :]) & (queries.ids[:, :, None] > 0)
+        times = document * pattern.times(queries.positions[:, :, None], keys.positions[:, None, :])
+        return dense(q, k, v, times, scale=scale, sinks=sinks, soft_cap=soft_cap, decay=decay, kv_decay=kv_decay)
     if chosen == "blockwise":
         plan = _plan(q, k, pattern, scale, soft_cap, block)
         result = thinned.attend(q, k, v, queries, keys, plan, decay, kv_decay, own=kv_segment_ids is None)
@@ -132,8 +136,38 @@ def attention_partial(
     return thinned.attend(q, k, v, queries, keys, plan, decay, kv_decay, own=kv_segment_ids is None)
 
 
-def dense(q, k, v, mask, *, scale, sinks=None, soft_cap=None, decay=None, kv_decay=None):
-    """The definition. `mask[B or 1, T, S]` is True where the query may see the key; holds `[B, H, T, S]` logits."""
+def by_head(attend, heads: Heads, q, k, v, **by_head) -> Float[Array, "B T H V"]:
+    """`attend(q, k, v, pattern, **by_head)` for the heads of each pattern, put together again.
+
+    Args:
+      attend: such as `attention`, with all other arguments bound.
+      heads: which head has which pattern.
+      q, k, v: as in `attention`.
+      by_head: arrays whose last axis is that of the heads, or None.
+    """
+    period = len(heads.patterns) if q.shape[2] % len(heads.patterns) == 0 else q.shape[2]
+    repeats = q.shape[2] // k.shape[2]
+
+    def pick(x, axis, chosen):  # sliced, not gathered, within each period: heads may be split over devices
+        x = x.reshape(*x.shape[:axis], -1, period, *x.shape[axis + 1 :]).take(np.array(chosen), axis + 1)
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+    outputs, order = [], []
+    for pattern, chosen in heads.groups(period):
+        keys = k, v  # shared as before
+        if repeats == 1:
+            keys = (pick(x, 2, chosen) for x in keys)
+        elif repeats % period:  # one for each head
+            keys = (pick(x.repeat(repeats, axis=2), 2, chosen) for x in keys)
+        own = {name: None if x is None else pick(x, x.ndim - 1, chosen) for name, x in by_head.items()}
+        y = attend(pick(q, 2, chosen), *keys, pattern, **own)
+        outputs.append(y.reshape(*y.shape[:2], -1, len(chosen), y.shape[-1]))
+        order += chosen
+    return jnp.concatenate(outputs, axis=3)[:, :, :, np.argsort(order)].reshape(*q.shape[:3], v.shape[-1])
+
+
+def dense(q, k, v, times, *, scale, sinks=None, soft_cap=None, decay=None, kv_decay=None):
+    """The definition. `times[B or 1, T, S]`: how often the query sees the key, or whether. Holds all logits."""
     q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])  # heads by group
     logits = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32) * scale
     if soft_cap is not None:
@@ -141,7 +175,9 @@ def dense(q, k, v, mask, *, scale, sinks=None, soft_cap=None, decay=None, kv_dec
     if decay is not None:
         now, since = (jnp.moveaxis(x.reshape(*x.shape[:2], *q.shape[2:4]), 1, -1) for x in (decay, kv_decay))
         logits += now[..., :, None] - since[..., None, :]
-    mask = mask[:, None, None]
+    mask = times[:, None, None] > 0
+    if times.dtype != bool:
+        logits += jnp.log(jnp.maximum(times, 1).astype(jnp.float32))[:, None, None]
     # A row without a visible key would be 0 / 0: its softmax runs over zeros and is then masked away.
     logits = jnp.where(mask, logits, jnp.where(mask.any(-1, keepdims=True), -jnp.inf, 0.0))
     if sinks is not None:

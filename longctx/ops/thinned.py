@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from longctx.ops.blockwise import Plan, Tokens, blockwise
 from longctx.ops.partial import Partial, merge
-from longctx.ops.patterns import Range, disjoint
+from longctx.ops.patterns import Range, terms
 
 
 def attend(
@@ -47,7 +47,7 @@ def attend(
     """
     places = tuple(Range(np.arange(x.shape[1]), np.arange(x.shape[1])) for x in (q, k)) if own else None
     arrays = (q, decay), (k, v, kv_decay)
-    parts = (dataclasses.replace(plan, pattern=pattern) for pattern in disjoint(plan.pattern))
+    parts = (dataclasses.replace(plan, pattern=pattern) for pattern in terms(plan.pattern))
     return functools.reduce(merge, (_part(*arrays, queries, keys, places, part) for part in parts))
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from longctx.ops import attention as ops
 from longctx.ops.partial import Partial, add_sinks, merge
-from longctx.ops.patterns import Keys, Pattern, disjoint
+from longctx.ops.patterns import Keys, Pattern, terms
 from longctx.parallel import exchange, halo, ring
 from longctx.typing import Segments
 
@@ -54,7 +54,7 @@ def attention(
     Raises:
       NotImplementedError: an implementation other than "blockwise" is named for a pattern that takes partial results.
     """
-    if pattern.reach is not None and disjoint(pattern) == (pattern,):
+    if pattern.reach is not None and terms(pattern) == (pattern,):
         keys = _keys_near(k, v, decay, segments, pattern, axis_name)
         return _attend(
             ops.attention, q, decay, segments, keys, pattern, sinks=sinks, implementation=implementation, **options
@@ -64,7 +64,7 @@ def attention(
             f"implementation '{implementation}' gives no partial results, which {pattern} needs when several devices "
             "share the sequence; leave it None, or choose 'blockwise'."
         )
-    parts = (_part(q, k, v, decay, segments, part, axis_name, **options) for part in disjoint(pattern))
+    parts = (_part(q, k, v, decay, segments, part, axis_name, **options) for part in terms(pattern))
     result = functools.reduce(merge, parts)
     result = result if sinks is None else add_sinks(result, sinks)
     return result.output.astype(v.dtype)

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 
 from longctx.ops import attention as attention_ops
 from longctx.ops import causal_conv, path_attention
-from longctx.ops.patterns import Pattern
+from longctx.ops.patterns import Heads, Pattern
 from longctx.parallel import attention as sharded
 from longctx.parallel import mesh, path, prefix
 from longctx.typing import Segments
@@ -90,9 +90,10 @@ def attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G V"],
-    pattern: Pattern,
+    pattern: Pattern | Heads,
     segments: Segments | None,
     decay: Float[Array, "B T H"] | None = None,
+    sinks: Float[Array, " H"] | None = None,
     **options,
 ) -> Float[Array, "B T H V"]:
     """Softmax attention of the span's tokens to each other.
@@ -102,20 +103,22 @@ def attention(
       pattern: which keys a query may see within its document.
       segments: the documents of the span; None is one document.
       decay: at each token the sum of the log decays of its document, as `recurrence` gives it; None is no decay.
-      options: of `longctx.ops.attention.attention`.
+      sinks, options: of `longctx.ops.attention.attention`.
 
     Raises:
       ValueError: T is not a multiple of the devices along `context`, or the pattern looks ahead while several
         devices share the span.
     """
+    if isinstance(pattern, Heads):
+        call = functools.partial(attention, segments=segments, **options)
+        return attention_ops.by_head(call, pattern, q, k, v, decay=decay, sinks=sinks)
     if not _splits(q.shape[1]):
-        return attention_ops.attention(q, k, v, pattern, segment_ids=segments, decay=decay, **options)
+        return attention_ops.attention(q, k, v, pattern, segment_ids=segments, decay=decay, sinks=sinks, **options)
     if pattern.ahead != 0:
         raise ValueError(
             f"{pattern} lets a query see keys after it, and shards of a sequence only look back; "
             "combine it with Causal(), or set mesh.context to 1."
         )
-    sinks = options.pop("sinks", None)
 
     def run(q, k, v, decay, segments, sinks):
         return sharded.attention(q, k, v, pattern, segments, "context", decay=decay, sinks=sinks, **options)

@@ -20,6 +20,7 @@ from longctx.ops.patterns import (
     Dilated,
     Fixed,
     Global,
+    Heads,
     Keys,
     Queries,
     RandomBlocks,
@@ -157,7 +158,28 @@ SPARSE = [
     Causal() & Strided(4) & ~Window(20),
     Causal() & Dilated(64, 4, 1) & Strided(8),
     Strided(4) & Sinks(9),
+    Causal() & (Dilated(16, 1) + Dilated(32, 2) + Dilated(64, 4, 1)),
+    Heads((Causal() & Chunked(24), Causal() & ShiftedGroups(24))),
+    Heads((Causal() & Window(9), Causal(), Causal() & Window(9))),
 ]
+
+
+def test_longnet_is_mixed_by_denominators():
+    """Equation 9 of arXiv:2307.02486: each pair's softmax, weighted by its share of the sum of all denominators."""
+    x, length = inputs(64), 64
+    q, k, v = (x[name].astype(np.float64) for name in ("q", "k", "v"))
+    outputs, totals = np.zeros((2, 2, length, 4, 6)), np.zeros((2, 2, length, 4))
+    patterns = Causal() & Dilated(16, 1), Causal() & Dilated(64, 4, 1)
+    for n, pattern in enumerate(patterns):
+        for b, t, h in np.ndindex(2, length, 4):
+            seen = [s for s in range(length) if pattern.mask(t, s)]
+            weights = np.exp(k[b, seen, h // 2] @ q[b, t, h] / np.sqrt(8))
+            totals[n, b, t, h] = weights.sum()
+            outputs[n, b, t, h] = weights @ v[b, seen, h // 2] / max(weights.sum(), 1e-30)
+    expected = (outputs * (totals / totals.sum(0))[..., None]).sum(0)
+    for implementation in ("dense", "blockwise"):
+        found = attend(x["q"], x["k"], x["v"], patterns[0] + patterns[1], implementation=implementation, block=16)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("pack", [False, True])

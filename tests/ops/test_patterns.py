@@ -12,6 +12,7 @@ from longctx.ops.patterns import (
     Everything,
     Fixed,
     Global,
+    Heads,
     Keys,
     Queries,
     RandomBlocks,
@@ -20,7 +21,7 @@ from longctx.ops.patterns import (
     Sinks,
     Strided,
     Window,
-    disjoint,
+    terms,
 )
 
 LENGTH = 50
@@ -68,6 +69,8 @@ PATTERNS = [
     Strided(4) & Strided(6),
     Strided(4) | Strided(6),
     Dilated(24, 2) & Strided(3),
+    Causal() & (Dilated(12, 1) + Dilated(24, 2) + Dilated(48, 4, 1)),
+    (Window(5) + Chunked(8)) & (Causal() + Strided(3)),
 ]
 BLOCKS = [1, 4, 16, 64, (16, 4), (4, 16)]
 
@@ -202,16 +205,17 @@ def test_thin_patterns_say_what_they_leave_out(pattern):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_disjoint_parts_are_the_whole(pattern):
-    masks = [dense(part) for part in disjoint(pattern)]
-    np.testing.assert_array_equal(np.sum(masks, axis=0), dense(pattern))
+def test_terms_are_the_whole(pattern):
+    masks = [dense(part) for part in terms(pattern)]
+    positions = np.arange(LENGTH)
+    np.testing.assert_array_equal(np.sum(masks, axis=0), pattern.times(positions[:, None], positions[None, :]))
 
 
 @pytest.mark.parametrize(
     ("pattern", "parts"), [(Causal() & Window(7), 1), (STRIDED, 2), (FIXED, 2), (BIGBIRD, 3), (Strided(4), 1)]
 )
 def test_unions_come_apart_where_it_pays(pattern, parts):
-    found = disjoint(pattern)
+    found = terms(pattern)
     assert len(found) == parts
     assert [part.thin for part in found[-parts + 1 :]] == [True] * (parts - 1) or parts == 1
 
@@ -242,6 +246,23 @@ def test_patterns_are_values():
     """Equal patterns are equal keys, so that a jitted function traces once for them."""
     assert Causal() & (Window(8) | Blocks(LAYOUT, 2)) == Causal() & (Window(8) | Blocks(LAYOUT, 2))
     assert len({Causal() & Window(8), Causal() & Window(8), Causal() & Window(9)}) == 2
+
+
+def test_sums_count():
+    """A key that two patterns of a sum show is seen twice, in an intersection as often as all its factors say."""
+    positions = np.arange(8)
+    q, k = positions[:, None], positions[None, :]
+    both = Causal() & (Window(2) + Chunked(4))
+    expected = [[(k <= q) * ((q - k < 2) + (q // 4 == k // 4)) for k in range(8)] for q in range(8)]
+    np.testing.assert_array_equal(both.times(q, k), expected)
+    np.testing.assert_array_equal(both.mask(q, k), np.greater(expected, 0))
+
+
+def test_heads_take_patterns_in_turn():
+    heads = Heads((Window(2), Causal(), Window(2)))
+    assert heads.groups(5) == ((Window(2), (0, 2, 3)), (Causal(), (1, 4)))
+    with pytest.raises(ValueError, match="at least one"):
+        Heads(())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-r"""What a pattern is, and how patterns combine: `&`, `|` and `~`."""
+r"""What a pattern is, and how patterns combine: `&`, `|`, `~` and `+`."""
 
 from __future__ import annotations
 
@@ -45,12 +45,19 @@ class Pattern:
     def __or__(self, other: Pattern) -> Pattern:
         return Either(self, other)
 
+    def __add__(self, other: Pattern) -> Pattern:
+        return Sum(self, other)
+
     def __invert__(self) -> Pattern:
         return Not(self)
 
     def mask(self, q_positions: Int[Array, "..."], k_positions: Int[Array, "..."]) -> Bool[Array, "..."]:
         """True where the query may see the key. The positions broadcast, e.g. `[T, 1]` with `[S]` to `[T, S]`."""
         raise NotImplementedError
+
+    def times(self, q_positions: Int[Array, "..."], k_positions: Int[Array, "..."]) -> Array:
+        """How many times the query sees the key: more than once only where patterns are added."""
+        return self.mask(q_positions, k_positions)
 
     def touches(self, q: Range, k: Range) -> Any:
         """False only where no query of the range `q` sees any key of the range `k`."""
@@ -89,6 +96,11 @@ class Pattern:
     @property
     def parts(self) -> tuple[Pattern, ...]:
         """Patterns whose union is this one."""
+        return (self,)
+
+    @property
+    def summands(self) -> tuple[Pattern, ...]:
+        """Patterns whose sum this one is, none of which counts a key twice."""
         return (self,)
 
     @property
@@ -265,6 +277,9 @@ class Both(Pattern):
     def covers(self, q, k):
         return self.first.covers(q, k) & self.second.covers(q, k)
 
+    def times(self, q_positions, k_positions):
+        return self.first.times(q_positions, k_positions) * self.second.times(q_positions, k_positions)
+
     def seeing(self, positions):
         return _all_of(self.first.seeing(positions), self.second.seeing(positions))
 
@@ -279,8 +294,17 @@ class Both(Pattern):
     @property
     def parts(self) -> tuple[Pattern, ...]:
         """A union within either is one of intersections."""
-        pairs = [(one, other) for one in self.first.parts for other in self.second.parts]
-        return (self,) if len(pairs) == 1 else tuple(one & other for one, other in pairs)
+        return self._distributed(self.first.parts, self.second.parts)
+
+    @property
+    def summands(self) -> tuple[Pattern, ...]:
+        """A sum within either is one of intersections."""
+        return self._distributed(self.first.summands, self.second.summands)
+
+    def _distributed(self, firsts, seconds):
+        if len(firsts) == len(seconds) == 1:
+            return (self,)
+        return tuple(first & second for first in firsts for second in seconds)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -338,6 +362,28 @@ class Either(Pattern):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
+class Sum(Either):
+    """What one of two patterns shows, and twice what both show: `first + second`.
+
+    Attention under a sum is that under each pattern, mixed by the denominators of their softmax; a key that is seen
+    n times has log n added to its logit.
+    """
+
+    band = False
+
+    def __repr__(self):
+        return f"{self.first} + {self.second}"
+
+    def times(self, q_positions, k_positions):
+        first, second = (one.times(q_positions, k_positions) for one in (self.first, self.second))
+        return first.astype(np.int32) + second.astype(np.int32)
+
+    @property
+    def summands(self) -> tuple[Pattern, ...]:
+        return self.first.summands + self.second.summands
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Not(Pattern):
     """What a pattern does not show: `~pattern`."""
 
@@ -362,12 +408,16 @@ class Not(Pattern):
         return self.pattern
 
 
-def disjoint(pattern: Pattern) -> tuple[Pattern, ...]:
-    """Patterns that share no pair of tokens and together show what `pattern` shows.
+def terms(pattern: Pattern) -> tuple[Pattern, ...]:
+    """Patterns whose attentions, merged, are that under `pattern`: its summands, each taken apart where it pays.
 
-    The first is what has no better order of tokens than their own; each of the others is thin. One pattern alone where
-    nothing is gained by taking it apart.
+    The parts of a summand share no pair of tokens. The first is what has no better order of tokens than their own; each
+    of the others is thin.
     """
+    return tuple(part for summand in pattern.summands for part in _disjoint(summand))
+
+
+def _disjoint(pattern: Pattern) -> tuple[Pattern, ...]:
     parts = pattern.parts
     if pattern.thin or not any(part.thin for part in parts):
         return (pattern,)
@@ -376,3 +426,26 @@ def disjoint(pattern: Pattern) -> tuple[Pattern, ...]:
     for part in (part for part in parts if part.thin):
         found.append(part & ~functools.reduce(operator.or_, found) if found else part)
     return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Patterns that heads take in turn: head h has `patterns[h % len(patterns)]`."""
+
+    patterns: tuple[Pattern, ...]
+
+    def __post_init__(self):
+        if not self.patterns:
+            raise ValueError("Heads has no patterns; give at least one.")
+
+    @property
+    def union(self) -> Pattern:
+        """What any head sees."""
+        return functools.reduce(operator.or_, self.patterns)
+
+    def groups(self, heads: int) -> tuple[tuple[Pattern, tuple[int, ...]], ...]:
+        """Each different pattern, and the heads of so many that have it."""
+        found: dict[Pattern, list[int]] = {}
+        for head in range(heads):
+            found.setdefault(self.patterns[head % len(self.patterns)], []).append(head)
+        return tuple((pattern, tuple(chosen)) for pattern, chosen in found.items())
