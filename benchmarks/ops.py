@@ -98,7 +98,7 @@ def row(name: str, seconds: list[float], peer: str, operations: float) -> dict:
 def growth(short: int = 16384, long: int = 65536) -> list[tuple[str, float, float]]:
     """Microseconds a token of every mixer with a bounded state, forward, at two lengths."""
     layers = {name: (cls, cls.Config()) for name, cls in MIXERS.items() if name != "attention"}
-    layers["attention, window=512"] = (MIXERS["attention"], MIXERS["attention"].Config(window=512))
+    layers["attention, window=512"] = (MIXERS["attention"], MIXERS["attention"].Config(pattern="Window(512)"))
     width, found = 128, []
     for name, (cls, options) in layers.items():
         layer = cls(width, options, nnx.Rngs(params=0))

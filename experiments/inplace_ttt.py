@@ -51,7 +51,14 @@ def get_config(arg: str = "inplace_ttt") -> ConfigDict:
     config.model.repeats = 3
     config.model.blocks = ConfigDict()
     config.model.blocks.block = {
-        "mixer": {"kind": "attention", "heads": 2, "kv_heads": 2, "head_width": 64, "window": 64, "conv_width": 4},
+        "mixer": {
+            "kind": "attention",
+            "heads": 2,
+            "kv_heads": 2,
+            "head_width": 64,
+            "pattern": "Window(64)",
+            "conv_width": 4,
+        },
         "mlp": MLPS[kind],
     }
 

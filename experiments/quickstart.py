@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "heads": 2,
             "kv_heads": 2,  # heads of keys and values; divides heads
             "head_width": 64,
-            "window": 64,  # tokens a query looks back on, itself included
+            "pattern": "Window(64)",  # what a query sees: its own token and the 63 before it
             "conv_width": 4,
         },
         "mlp": mlp(),

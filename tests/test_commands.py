@@ -71,7 +71,7 @@ CASES = {
     ),
     "unknown option": (
         [FILE, WORKDIR, "--config.model.blocks.only.mixer.windo=1"],
-        "'model.blocks.only.mixer.windo' is not a field; did you mean 'model.blocks.only.mixer.window'",
+        "'model.blocks.only.mixer.pattrn' is not a field; did you mean 'model.blocks.only.mixer.pattern'",
     ),
     "wrong type": (
         [FILE, WORKDIR, "--config.model.repeats=abc"],

@@ -35,8 +35,14 @@ MODULES = (importlib.import_module(f"{ops.__name__}.{found.name}") for found in 
 FAMILIES = [module for module in MODULES if hasattr(module, "recurrent") and hasattr(module, "chunked")]
 
 VARIANTS = {
-    "attention/window": ("attention", {"window": 11}),
-    "attention/window+global": ("attention", {"window": 11, "global_tokens": 3}),
+    "attention/window": ("attention", {"pattern": "Window(11)"}),
+    "attention/window+sinks": ("attention", {"pattern": "Window(11) | Sinks(3)"}),
+    "attention/strided": ("attention", {"pattern": "Window(8) | Strided(8)"}),
+    "attention/longnet": (
+        "attention",
+        {"pattern": "Dilated(16, 1) + Dilated(48, 3, 1), Dilated(16, 1) + Dilated(48, 3)"},
+    ),
+    "attention/bigbird": ("attention", {"pattern": "Window(5) | Global((0, 9)) | RandomBlocks(8, 2)"}),
     "attention/everything": (
         "attention",
         {"kv_heads": 2, "rope_base": 0.0, "conv_width": 4, "sinks": True, "soft_cap": 5.0, "length_base": 16.0},
@@ -53,9 +59,9 @@ VARIANTS = {
 }
 LAYERS = {name: (name, {}) for name in (*MIXERS, *MLPS)} | VARIANTS
 # Layers whose state holds every token, so that what crosses devices grows with the sequence.
-UNBOUNDED = {"attention", "attention/everything", "forgetting", "path"}
+UNBOUNDED = {"attention", "attention/strided", "attention/bigbird", "attention/everything", "forgetting", "path"}
 # Layers whose state has room for every token of the document.
-GROWING_STATE = UNBOUNDED | {"attention/window+global"}
+GROWING_STATE = UNBOUNDED
 
 
 def slow(*values):

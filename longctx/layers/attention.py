@@ -1,4 +1,4 @@
-"""Softmax attention as a mixer: full or sliding-window, grouped keys and values, rotary or no positions."""
+"""Softmax attention as a mixer: any pattern, grouped keys and values, rotary or no positions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from longctx.layers.basic import Linear, RMSNorm, ShortConv, like_queries, undo_
 from longctx.layers.rotary import rotate
 from longctx.memory.cache import KVCache
 from longctx.ops import attention as ops
-from longctx.ops.patterns import Causal, Pattern, Sinks, Window
+from longctx.ops.patterns import Heads, Pattern, causal, parse
 from longctx.parallel import sequence
 from longctx.typing import Segments
 
@@ -30,9 +30,10 @@ class AttentionState:
 
 
 class Attention(nnx.Module):
-    """Causal softmax attention over the document so far, or over its last `window` tokens.
+    """Causal softmax attention over what a pattern shows of the document so far.
 
-    State: `KVCache` of `window` tokens, or of `capacity` tokens where the window is unbounded.
+    State: a `KVCache` of as many tokens as the pattern reaches back, the own included, and of its anchors; of
+    `capacity` tokens where its reach is unbounded.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,7 @@ class Attention(nnx.Module):
         heads: int = 4  # H
         kv_heads: int = 4  # G, divides H
         head_width: int = 32  # K
-        window: int = 0  # tokens a query looks back on, itself included; 0: the whole document
-        global_tokens: int = 0  # with a window: first tokens of the document that every query sees
+        pattern: str = "Causal()"  # what a query sees of the tokens up to it, such as "Window(512) | Sinks(4)"
         rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions (NoPE)
         conv_width: int = 0  # taps of a causal convolution on queries, keys and values; 0: none
         qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
@@ -54,12 +54,14 @@ class Attention(nnx.Module):
                 yield f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads"
             if self.rope_base and self.head_width % 2:
                 yield f"head_width is {self.head_width}; rotary positions need an even one"
-            if min(self.window, self.global_tokens, self.conv_width, self.rope_base, self.soft_cap) < 0:
-                yield "window, global_tokens, conv_width, rope_base and soft_cap must not be negative"
+            if min(self.conv_width, self.rope_base, self.soft_cap) < 0:
+                yield "conv_width, rope_base and soft_cap must not be negative"
             if self.length_base and self.length_base <= 1:
                 yield f"length_base is {self.length_base}; give a length above 1, or 0 for no scaling"
-            if self.global_tokens and not self.window:
-                yield f"global_tokens is {self.global_tokens} without a window; full attention sees all tokens"
+            try:
+                parse(self.pattern)
+            except ValueError as error:
+                yield f"pattern: {error}"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options
@@ -77,12 +79,9 @@ class Attention(nnx.Module):
         self.sinks = nnx.Param(jnp.zeros(options.heads, jnp.float32), axes=("heads",)) if options.sinks else None
 
     @property
-    def pattern(self):
+    def pattern(self) -> Pattern | Heads:
         """Which keys a query may see."""
-        window, tokens = self.options.window, self.options.global_tokens
-        if not window:
-            return Causal()
-        return Causal() & (Window(window) | Sinks(tokens)) if tokens else Causal() & Window(window)
+        return causal(parse(self.options.pattern))
 
     def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: AttentionState | None = None):
         """Returns `(y[B, T, D], AttentionState)`."""
@@ -116,13 +115,14 @@ class Attention(nnx.Module):
         return self.out(y.reshape(batch, length, -1)), AttentionState(cache, tail)
 
     def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
-        options = self.options
-        # Global tokens are the first of the document, which a ring of the last W would lose.
-        capacity = options.window if options.window and not options.global_tokens else capacity
-        return KVCache.empty(batch, capacity, options.kv_heads, options.head_width, options.head_width, dtype)
+        options, pattern = self.options, self.pattern.union
+        anchors = () if pattern.reach is None else pattern.anchors
+        capacity = capacity if pattern.reach is None else pattern.reach + 1
+        width = options.head_width
+        return KVCache.empty(batch, capacity, options.kv_heads, width, width, dtype, anchors=anchors)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> AttentionState:
-        """The state before any token, with room for `capacity` tokens (a window needs no more than itself)."""
+        """The state before any token, with room for `capacity` tokens (a bounded reach needs no more than itself)."""
         tail = None if self.conv is None else self.conv.init_state(batch)
         return AttentionState(self._empty(batch, capacity, dtype), tail)
 
@@ -131,7 +131,7 @@ def attend_with_cache(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G V"],
-    pattern: Pattern,
+    pattern: Pattern | Heads,
     segments: Segments,
     before: KVCache,
     after: KVCache,

@@ -62,7 +62,7 @@ class LaCT(nnx.Module):
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options
         heads, size, hidden = options.heads, options.head_width, options.hidden
-        window = Attention.Config(heads=heads, kv_heads=heads, head_width=size, window=options.window)
+        window = Attention.Config(heads=heads, kv_heads=heads, head_width=size, pattern=f"Window({options.window})")
         self.window = Attention(width, window, rngs)
         self.query = Linear(width, heads * size, ("embed", "heads"), rngs)
         like_query = like_queries(self.query, heads, size)

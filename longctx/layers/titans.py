@@ -85,7 +85,7 @@ class Titans(nnx.Module):
         self.norm = RMSNorm(size, ("head",))
         self.gate = Linear(width, channels, ("embed", "heads"), rngs)
         self.out = Linear(channels, width, ("heads", "embed"), rngs, initial=undo_values(self.value, heads, size))
-        window = Attention.Config(heads=heads, kv_heads=heads, head_width=size, window=options.window)
+        window = Attention.Config(heads=heads, kv_heads=heads, head_width=size, pattern=f"Window({options.window})")
         self.window = Attention(width, window, rngs) if options.window else None
 
     @property

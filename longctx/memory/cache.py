@@ -3,7 +3,8 @@
 A token's slot is its number modulo S, so appending never moves what is there. A slot knows its token's
 position within the document (-1: empty), which is all that attention needs: order in the ring means nothing.
 With S at least the length of a document the ring never wraps and holds all of it; with S = W it is the state
-of sliding-window attention.
+of sliding-window attention. Tokens at chosen positions, the anchors of a pattern, have slots of their own after the
+ring's, which nothing overwrites.
 """
 
 from __future__ import annotations
@@ -14,39 +15,52 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from longctx.ops.patterns import Keys
 from longctx.typing import Segments
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the last S tokens of the document in progress.
+    """Keys and values of the last S tokens of the document in progress, and of its n anchors; N = S + n.
 
     Attributes:
-      keys: `[B, S, G, K]`.
-      values: `[B, S, G, V]`.
-      positions: `[B, S]` int32, position within the document of the token in each slot, -1 where empty.
+      keys: `[B, N, G, K]`.
+      values: `[B, N, G, V]`.
+      positions: `[B, N]` int32, position within the document of the token in each slot, -1 where empty.
       count: `[B]` int32, tokens appended so far; the next one goes to slot `count % S`.
-      decay: `[B, S, H]` float32, where logits decay: the sum of log decays up to each token (None: they do not).
+      decay: `[B, N, H]` float32, where logits decay: the sum of log decays up to each token (None: they do not).
+      anchors: positions within the document, ascending, of the tokens in the last n slots; part of the structure.
     """
 
-    keys: Float[Array, "B S G K"]
-    values: Float[Array, "B S G V"]
-    positions: Int[Array, "B S"]
+    keys: Float[Array, "B N G K"]
+    values: Float[Array, "B N G V"]
+    positions: Int[Array, "B N"]
     count: Int[Array, " B"]
-    decay: Float[Array, "B S H"] | None = None
+    decay: Float[Array, "B N H"] | None = None
+    anchors: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @classmethod
     def empty(
-        cls, batch: int, capacity: int, heads: int, key_width: int, value_width: int, dtype, decays: int = 0
+        cls,
+        batch: int,
+        capacity: int,
+        heads: int,
+        key_width: int,
+        value_width: int,
+        dtype,
+        decays: int = 0,
+        anchors: tuple[int, ...] = (),
     ) -> KVCache:
-        """A cache of `capacity` empty slots; `decays` is the number H of heads whose logits decay."""
+        """A ring of `capacity` empty slots, and one for each anchor; `decays`: the number H of heads that decay."""
+        slots = capacity + len(anchors)
         return cls(
-            jnp.zeros((batch, capacity, heads, key_width), dtype),
-            jnp.zeros((batch, capacity, heads, value_width), dtype),
-            jnp.full((batch, capacity), -1, jnp.int32),
+            jnp.zeros((batch, slots, heads, key_width), dtype),
+            jnp.zeros((batch, slots, heads, value_width), dtype),
+            jnp.full((batch, slots), -1, jnp.int32),
             jnp.zeros(batch, jnp.int32),
-            jnp.zeros((batch, capacity, decays), jnp.float32) if decays else None,
+            jnp.zeros((batch, slots, decays), jnp.float32) if decays else None,
+            anchors,
         )
 
     def append(
@@ -60,24 +74,38 @@ class KVCache:
 
         A span of more than S tokens leaves its last S; a document of more than S tokens overwrites its oldest.
         """
-        batch, capacity = self.positions.shape
+        batch, slots = self.positions.shape
+        capacity = slots - len(self.anchors)
         last = segments.runs[:, -1:]
-        kept = segments.valid & (segments.runs == last)
-        rank = jnp.cumsum(kept, axis=1, dtype=jnp.int32) - 1
+        current = segments.valid & (segments.runs == last)
+        rank = jnp.cumsum(current, axis=1, dtype=jnp.int32) - 1
         total = rank[:, -1:] + 1
-        kept &= rank >= total - capacity
-        slot = jnp.where(kept, (self.count[:, None] + rank) % capacity, capacity)  # out of range: not written
+        # Out of range: not written.
+        slot = jnp.where(current & (rank >= total - capacity), (self.count[:, None] + rank) % capacity, slots)
+        if self.anchors:
+            number = jnp.searchsorted(jnp.array(self.anchors), segments.positions)
+            anchor = jnp.where(current & Keys(self.anchors).seen(segments.positions), capacity + number, slots)
         row = jnp.arange(batch)[:, None]
+
+        def write(held, new):
+            new = new.astype(held.dtype)
+            held = held.at[row, slot].set(new, mode="drop")
+            return held.at[row, anchor].set(new, mode="drop") if self.anchors else held
+
         return KVCache(
-            self.keys.at[row, slot].set(keys.astype(self.keys.dtype), mode="drop"),
-            self.values.at[row, slot].set(values.astype(self.values.dtype), mode="drop"),
-            jnp.where(last > 0, -1, self.positions).at[row, slot].set(segments.positions, mode="drop"),
+            write(self.keys, keys),
+            write(self.values, values),
+            write(jnp.where(last > 0, -1, self.positions), segments.positions),
             self.count + total[:, 0],
-            None if decay is None else self.decay.at[row, slot].set(decay, mode="drop"),
+            None if decay is None else write(self.decay, decay),
+            self.anchors,
         )
 
     @property
     def segments(self) -> Segments:
-        """The slots as keys: id 1 for the document in progress, 0 for an empty slot."""
+        """The slots as keys: id 1 for the document in progress, 0 for an empty slot, or an anchor's in the ring."""
         held = self.positions >= 0
+        if self.anchors:
+            in_ring = jnp.arange(held.shape[1]) < held.shape[1] - len(self.anchors)
+            held &= ~(in_ring & Keys(self.anchors).seen(self.positions))
         return Segments(held.astype(jnp.int32), jnp.maximum(self.positions, 0), jnp.zeros_like(held))

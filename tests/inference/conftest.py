@@ -18,7 +18,7 @@ CONFIG = {
                 "mixer": {"kind": "gated_delta", "heads": 2, "key_width": 8, "value_width": 8, "conv_width": 4},
                 "mlp": MLP,
             },
-            "local": {"mixer": ATTENTION | {"window": 8}, "mlp": MLP},
+            "local": {"mixer": ATTENTION | {"pattern": "Window(8)"}, "mlp": MLP},
             "full": {"mixer": ATTENTION | {"rope_base": 0.0, "conv_width": 3}, "mlp": MLP},
         },
     },

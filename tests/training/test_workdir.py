@@ -22,7 +22,7 @@ def started(tmp_path, parse, corpus):
 def test_an_experiment_survives_json(parse):
     """Tuples of stages, blocks with their options, booleans and floats."""
     experiment = parse(
-        {"kind": "attention", "heads": 4, "kv_heads": 2, "sinks": True, "window": 8}, learning_rate=1 / 3
+        {"kind": "attention", "heads": 4, "kv_heads": 2, "sinks": True, "pattern": "Window(8)"}, learning_rate=1 / 3
     )
     again = config.parse(json.loads(json.dumps(workdirs.to_dict(experiment))), MIXERS, MLPS, TASKS)
     assert workdirs.to_dict(again) == workdirs.to_dict(experiment)

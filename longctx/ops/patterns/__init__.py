@@ -52,6 +52,7 @@ from longctx.ops.patterns.sparse import (
     Sinks,
     Strided,
 )
+from longctx.ops.patterns.text import causal, parse
 
 __all__ = [
     "Blocks",
@@ -75,6 +76,8 @@ __all__ = [
     "Strided",
     "Sum",
     "Window",
+    "causal",
+    "parse",
     "terms",
     "touched_pairs",
 ]

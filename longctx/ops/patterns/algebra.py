@@ -104,6 +104,11 @@ class Pattern:
         return (self,)
 
     @property
+    def union(self) -> Pattern:
+        """What any head sees: itself, as all heads have it."""
+        return self
+
+    @property
     def thin(self) -> bool:
         """Whether it leaves out whole queries, keys or distances, so that in another order its tokens lie together."""
         return self.stride > 1 or self.seeing(np.zeros(1, int)) is not None or self.seen(np.zeros(1, int)) is not None
