@@ -1,9 +1,8 @@
 """The key-value cache of softmax attention: a ring of the last S tokens of the document in progress.
 
-A token's slot is its number modulo S, so appending never moves what is there. A slot knows its token's
-position within the document (-1: empty), which is all that attention needs: order in the ring means nothing.
-With S at least the length of a document the ring never wraps and holds all of it; with S = W it is the state
-of sliding-window attention. Tokens at chosen positions, the anchors of a pattern, have slots of their own after the
+A token's slot is its position within the document modulo S, so appending never moves what is there, and a slot knows
+its token's position (-1: empty). With S at least the length of a document the ring never wraps and holds all of it, in
+order; with S = W it is the state of sliding-window attention. Tokens at chosen positions, the anchors of a pattern, have slots of their own after the
 ring's, which nothing overwrites.
 """
 
@@ -28,7 +27,6 @@ class KVCache:
       keys: `[B, N, G, K]`.
       values: `[B, N, G, V]`.
       positions: `[B, N]` int32, position within the document of the token in each slot, -1 where empty.
-      count: `[B]` int32, tokens appended so far; the next one goes to slot `count % S`.
       decay: `[B, N, H]` float32, where logits decay: the sum of log decays up to each token (None: they do not).
       anchors: positions within the document, ascending, of the tokens in the last n slots; part of the structure.
     """
@@ -36,7 +34,6 @@ class KVCache:
     keys: Float[Array, "B N G K"]
     values: Float[Array, "B N G V"]
     positions: Int[Array, "B N"]
-    count: Int[Array, " B"]
     decay: Float[Array, "B N H"] | None = None
     anchors: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
@@ -58,7 +55,6 @@ class KVCache:
             jnp.zeros((batch, slots, heads, key_width), dtype),
             jnp.zeros((batch, slots, heads, value_width), dtype),
             jnp.full((batch, slots), -1, jnp.int32),
-            jnp.zeros(batch, jnp.int32),
             jnp.zeros((batch, slots, decays), jnp.float32) if decays else None,
             anchors,
         )
@@ -76,12 +72,11 @@ class KVCache:
         """
         batch, slots = self.positions.shape
         capacity = slots - len(self.anchors)
-        last = segments.runs[:, -1:]
-        current = segments.valid & (segments.runs == last)
-        rank = jnp.cumsum(current, axis=1, dtype=jnp.int32) - 1
-        total = rank[:, -1:] + 1
+        started = segments.runs[:, -1:]
+        current = segments.valid & (segments.runs == started)
+        last = jnp.where(current, segments.positions, -1).max(axis=1, keepdims=True)
         # Out of range: not written.
-        slot = jnp.where(current & (rank >= total - capacity), (self.count[:, None] + rank) % capacity, slots)
+        slot = jnp.where(current & (segments.positions > last - capacity), segments.positions % capacity, slots)
         if self.anchors:
             number = jnp.searchsorted(jnp.array(self.anchors), segments.positions)
             anchor = jnp.where(current & Keys(self.anchors).seen(segments.positions), capacity + number, slots)
@@ -95,8 +90,7 @@ class KVCache:
         return KVCache(
             write(self.keys, keys),
             write(self.values, values),
-            write(jnp.where(last > 0, -1, self.positions), segments.positions),
-            self.count + total[:, 0],
+            write(jnp.where(started > 0, -1, self.positions), segments.positions),
             None if decay is None else write(self.decay, decay),
             self.anchors,
         )

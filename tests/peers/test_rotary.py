@@ -97,8 +97,8 @@ def theirs() -> dict[str, np.ndarray]:
 def test_golden():
     """Ours = the stored results of transformers, to 1e-6 of each number.
 
-    Seen to fail: s for 1/s in ntk; the ramp of yarn a pair later; long for short; neighbouring channels as pairs; a
-    magnitude on queries and keys of its square root; distances of the other sign.
+    Seen to fail: s for 1/s in ntk; yarn's weights a pair later; long for short; neighbouring channels as pairs; no
+    magnitude; distances of the other sign; ALiBi's second, fourth, ... slopes of the next power of 2.
     """
     golden, found = json.loads(GOLDEN.read_text()), ours()
     assert golden.keys() == found.keys()
