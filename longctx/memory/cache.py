@@ -2,8 +2,8 @@
 
 A token's slot is its position within the document modulo S, so appending never moves what is there, and a slot knows
 its token's position (-1: empty). With S at least the length of a document the ring never wraps and holds all of it, in
-order; with S = W it is the state of sliding-window attention. Tokens at chosen positions, the anchors of a pattern, have slots of their own after the
-ring's, which nothing overwrites.
+order; with S = W it is the state of sliding-window attention. Tokens at chosen positions, the anchors of a pattern,
+have slots of their own after the ring's, which nothing overwrites.
 """
 
 from __future__ import annotations
