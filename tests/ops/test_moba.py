@@ -1,0 +1,69 @@
+"""MoBA: the fast form against the definition, and the definition against a loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longctx.ops import moba
+from longctx.typing import Segments
+
+BLOCK, COUNT = 8, 3
+
+
+def inputs(length, keys=None):
+    rng = np.random.default_rng(0)
+    shapes = (2, length, 4, 8), (2, keys or length, 2, 8), (2, keys or length, 2, 6), (2, length, 4, 6)
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def packed(length):
+    """A document, padding, a document that ends with the row; and one document with padding at both ends."""
+    ids = np.zeros((2, length), int)
+    ids[0, : length // 3], ids[0, length // 3 + 2 :] = 1, 2
+    ids[1, 3 : length - 5] = 4
+    positions = np.where(ids > 0, np.arange(length) - np.array([[0], [3]]), 0)
+    positions[0, length // 3 + 2 :] -= length // 3 + 2
+    return Segments.from_ids(ids, positions)
+
+
+def test_definition_is_the_formula():
+    length = 45
+    q, k, v, _ = inputs(length)
+    found = moba.recurrent(q, k, v, Segments.single(2, length), Segments.single(2, length), block=BLOCK, count=COUNT)
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    for b, t, h in np.ndindex(2, length, 4):
+        own = t // BLOCK
+        means = [k[b, c * BLOCK : (c + 1) * BLOCK, h // 2].mean(0) for c in range(own)]
+        best = sorted(range(own), key=lambda c: -(means[c] @ q[b, t, h]))[: COUNT - 1]
+        seen = [s for c in (*best, own) for s in range(c * BLOCK, (c + 1) * BLOCK) if s <= t]
+        weights = np.exp(k[b, seen, h // 2] @ q[b, t, h] / np.sqrt(8))
+        np.testing.assert_allclose(found[b, t, h], weights @ v[b, seen, h // 2] / weights.sum(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("length", "pack"), [(1, False), (7, False), (50, False), (50, True), (70, True)])
+def test_fast_form_is_the_definition(length, pack):
+    """Outputs and gradients. Fails if a block of another document, or one that is not whole, can be chosen."""
+    *arrays, cotangent = inputs(length)
+    segments = packed(length) if pack else Segments.single(2, length)
+
+    def run(attend):
+        def loss(q, k, v):
+            y = attend(q, k, v, segments, segments, block=BLOCK, count=COUNT)
+            return jnp.vdot(y, cotangent), y
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+
+    (gradients, y), (expected_gradients, expected) = run(moba.chunked), run(moba.recurrent)
+    for a, b in zip((y, *gradients), (expected, *expected_gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+def test_a_span_sees_what_came_before():
+    """Queries that are the last tokens of the row of keys."""
+    q, k, v, _ = inputs(60)
+    row = Segments.single(2, 60)
+    options = {"block": BLOCK, "count": COUNT}
+    whole = moba.chunked(q, k, v, row, row, **options)
+    last = moba.chunked(q[:, 41:], k, v, Segments.single(2, 19, offset=41), row, **options)
+    np.testing.assert_allclose(last, whole[:, 41:], atol=1e-5)
