@@ -19,8 +19,8 @@ giraffe_truncated  θ_j, ρ or 0, from the fastest to the slowest  the same
 
 The weight g_j is 1 for pairs that make many turns in the trained length, 0 for those that make no whole one.
 
-Angles are exact at every position. A product p θ in float32 is off by up to a radian at p = 10^7; so θ / 2π is kept
-as a 64-bit fraction of a turn, and p times it in integers that wrap around: whole turns drop out before anything is
+Angles are exact at every position. A product p θ in float32 is off by up to 0.8 at p = 10^7; so θ / 2π is kept as
+a 64-bit fraction of a turn, and p times it in integers that wrap around: whole turns drop out before anything is
 rounded. All that does not depend on arrays is NumPy's float64, known while tracing.
 
 The schemes share these arguments, and raise a ValueError that names the one that cannot be:
@@ -202,7 +202,7 @@ def yarn(
     )
     if truncate:
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, width - 1)
+    first, last = max(first, 0), min(last, width - 1)  # as in the released code, not R/2 - 1
     fallen = np.clip((np.arange(width // 2) - first) / max(last - first, 1e-3), 0, 1)
     return Rotation(_slowed(theta, factor, 1 - fallen), yarn_magnitude(factor) if magnitude is None else magnitude)
 

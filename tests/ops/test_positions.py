@@ -149,12 +149,9 @@ def test_yarn_magnitude():
         (lambda: positions.rope(8, math.nan), "base is nan"),
         (lambda: positions.linear(8, BASE, 0.5), "factor is 0.5; expected the length to reach"),
         (lambda: positions.ntk(8, BASE, 0), "factor is 0"),
-        (lambda: positions.dynamic_ntk(8, BASE, 2, 0, 10), "trained is 0; expected the number of tokens"),
         (lambda: positions.ntk_by_parts(8, BASE, 2, 10, 1, 32), r"\(fast, slow\) is \(1, 32\); expected fast > slow"),
         (lambda: positions.yarn(8, BASE, 2, 10, 32, 0), r"\(fast, slow\) is \(32, 0\)"),
-        (lambda: positions.yarn(8, BASE, 0.9, 10), "factor is 0.9"),
         (lambda: positions.yarn_magnitude(0.9), "factor is 0.9"),
-        (lambda: positions.llama3(8, BASE, 2, 1), "trained is 1"),
         (lambda: positions.longrope(8, BASE, 2, 10, 10, [1] * 3, [1] * 4), "short is 3 numbers; expected 4 positive"),
         (lambda: positions.longrope(8, BASE, 2, 10, 10, [1] * 4, [1, 1, 1, 0]), "long is 4 numbers; expected 4 pos"),
         (lambda: positions.giraffe_power(8, BASE, -1), "power is -1"),
@@ -173,6 +170,25 @@ def test_what_cannot_be_is_refused_in_a_sentence(make, message):
     """Seen to fail: any one of the checks left out."""
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        lambda factor, trained: positions.dynamic_ntk(8, BASE, factor, trained, 20),
+        lambda factor, trained: positions.ntk_by_parts(8, BASE, factor, trained),
+        lambda factor, trained: positions.yarn(8, BASE, factor, trained, magnitude=1.0),
+        lambda factor, trained: positions.llama3(8, BASE, factor, trained),
+        lambda factor, trained: positions.longrope(8, BASE, factor, trained, 20, [1] * 4, [1] * 4, magnitude=1.0),
+    ],
+    ids=["dynamic_ntk", "ntk_by_parts", "yarn", "llama3", "longrope"],
+)
+def test_an_extension_needs_a_longer_length(scheme):
+    """Seen to fail: the checks left out of any one scheme."""
+    with pytest.raises(ValueError, match=r"factor is 0\.9; expected the length to reach over the trained length"):
+        scheme(0.9, 10)
+    with pytest.raises(ValueError, match="trained is 1; expected the number of tokens"):
+        scheme(2, 1)
 
 
 def turn(x, places, rotation):
