@@ -1,4 +1,4 @@
-"""The ring of keys and values, against a list of tokens."""
+"""The ring of keys and values, and its anchors, against a list of tokens."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,3 +36,25 @@ def test_holds_the_last_tokens_of_the_document_in_progress():
             assert sorted(found) == held[row]
             assert (cache.values[row, slots] == -cache.keys[row, slots]).all()
         assert (np.asarray(cache.segments.ids) == (np.asarray(cache.positions) >= 0)).all()
+
+
+def test_holds_the_anchors_of_the_document_in_progress():
+    """Whatever the ring has lost. Fails if an anchor in the ring counts twice, or one of a finished document stays."""
+    cache = KVCache.empty(2, 2, heads=1, key_width=1, value_width=1, dtype=jnp.float32, anchors=(0, 3))
+    held, number = [{}, {}], 0.0
+    for ids, positions in spans():
+        tokens = np.zeros((2, len(ids[0])), np.float32)
+        for row in range(2):
+            for t, (identity, position) in enumerate(zip(ids[row], positions[row], strict=True)):
+                number += 1
+                tokens[row, t] = number
+                if identity:
+                    held[row] = {**({} if position == 0 else held[row]), position: number}
+        x = jnp.asarray(tokens)[..., None, None]
+        cache = cache.append(x, x, Segments.from_ids(np.array(ids), np.array(positions)))
+        for row in range(2):
+            last = max(held[row])
+            expected = {p: n for p, n in held[row].items() if p > last - 2 or p in (0, 3)}
+            seen = np.asarray(cache.segments.ids[row]) == 1
+            found = zip(cache.segments.positions[row][seen].tolist(), cache.keys[row, seen, 0, 0].tolist(), strict=True)
+            assert sorted(found) == sorted(expected.items())

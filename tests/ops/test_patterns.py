@@ -21,6 +21,8 @@ from longctx.ops.patterns import (
     Sinks,
     Strided,
     Window,
+    causal,
+    parse,
     terms,
 )
 
@@ -285,3 +287,41 @@ def test_heads_take_patterns_in_turn():
 def test_patterns_that_cannot_be_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Window(512) | Sinks(4)", Window(512) | Sinks(4)),
+        (" Dilated(16, 1) + Dilated(32, 2, offset=1)", Dilated(16, 1) + Dilated(32, 2, 1)),
+        ("~Window(9) & (Chunked(8) | Global((1, 5)))", ~Window(9) & (Chunked(8) | Global((1, 5)))),
+        ("Window(4), Strided(4)", Heads((Window(4), Strided(4)))),
+        ("Blocks(((True, False), (True, True)), 8)", None),
+    ],
+)
+def test_patterns_are_read_from_text(text, expected):
+    found = parse(text)
+    assert expected is None or found == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Window(4", "is not a pattern: "),
+        ("Windw(4)", r"not a pattern at 'Windw\(4\)'; write Causal, Window"),
+        ("Window(0)", "size 0; give at least 1"),
+        ("Window()", r"'Window\(\)' is not a pattern"),
+        ("Window(__import__('os'))", "is not a pattern"),
+        ("Window(4) - Sinks(1)", "is not a pattern at"),
+        ("3", "is not a pattern at '3'"),
+    ],
+)
+def test_text_that_is_no_pattern_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(text)
+
+
+def test_patterns_become_causal():
+    assert causal(Window(4)) == Causal() & Window(4)
+    assert causal(Causal()) == Causal()
+    assert causal(Heads((Window(4), Causal()))) == Heads((Causal() & Window(4), Causal()))
