@@ -14,6 +14,7 @@ from longctx.ops.patterns import (
     Global,
     Heads,
     Keys,
+    Pattern,
     Queries,
     RandomBlocks,
     Range,
@@ -36,6 +37,8 @@ PATTERNS = [
     Window(7),
     Chunked(7),
     ShiftedGroups(7),
+    Chunked(5, back=1),
+    Causal() & Chunked(6, back=1) & ~Chunked(3, back=1),
     Strided(5),
     Fixed(7, 2),
     Dilated(20, 3, 1),
@@ -109,6 +112,7 @@ def drawn_for(row, number, seed):
         (Causal(), lambda q, k: k <= q),
         (Window(7), lambda q, k: abs(q - k) < 7),
         (Chunked(7), lambda q, k: q // 7 == k // 7),
+        (Chunked(7, back=2), lambda q, k: 0 <= q // 7 - k // 7 <= 2),
         (ShiftedGroups(7), lambda q, k: (q + 3) // 7 == (k + 3) // 7),
         (Strided(5), lambda q, k: (q - k) % 5 == 0),
         (Fixed(7, 2), lambda q, k: k % 7 in (5, 6)),
@@ -121,7 +125,7 @@ def drawn_for(row, number, seed):
         (Causal() & (Window(7) | Sinks(3)), lambda q, k: k <= q and (q - k < 7 or k < 3)),
         (Causal() & ~Window(7), lambda q, k: q - k >= 7),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, Pattern) else "",
 )
 def test_mask_is_the_formula(pattern, visible):
     expected = [[visible(q, k) for k in range(LENGTH)] for q in range(LENGTH)]
@@ -232,6 +236,7 @@ def test_unions_come_apart_where_it_pays(pattern, parts):
         (Window(8), 7, 7, ()),
         (Chunked(8), 7, 7, ()),
         (Causal() & Chunked(8), 7, 0, ()),
+        (Causal() & Chunked(8, back=2), 23, 0, ()),
         (Causal() | Window(8), None, 7, ()),
         (Causal() & (Window(8) | Global((3, 50))), 50, 0, (3, 50)),
         (Causal() & Dilated(64, 4), 63, 0, ()),

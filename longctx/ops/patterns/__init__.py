@@ -13,7 +13,7 @@ part, not the pattern's. With p and s the positions of query and key,
 
     Causal():            s <= p
     Window(w):           |p - s| < w
-    Chunked(n):          p // n = s // n
+    Chunked(n, b):       0 <= p // n - s // n <= b; b is 0 unless given
     ShiftedGroups(n):    (p + n//2) // n = (s + n//2) // n
     Strided(n):          p - s is a multiple of n
     Fixed(n, c):         s mod n >= n - c

@@ -58,16 +58,19 @@ class Window(Pattern):
 
 @dataclasses.dataclass(frozen=True)
 class Chunked(Pattern):
-    """The query's own group of `size` tokens, groups counted from the document's start."""
+    """The query's own group of `size` tokens and `back` groups before it, counted from the document's start."""
 
     size: int
+    back: int = 0
 
     def __post_init__(self):
         at_least_one(self, "size")
+        if self.back < 0:
+            raise ValueError(f"{self} has back {self.back}; give 0 groups before the query's own, or more.")
 
     @property
     def reach(self) -> int:
-        return self.size - 1
+        return (self.back + 1) * self.size - 1
 
     @property
     def ahead(self) -> int:
@@ -81,14 +84,16 @@ class Chunked(Pattern):
         return (positions + self._shift) // self.size
 
     def mask(self, q_positions, k_positions):
-        return self._group(q_positions) == self._group(k_positions)
+        behind = self._group(q_positions) - self._group(k_positions)
+        return (behind >= 0) & (behind <= self.back)
 
     def touches(self, q, k):
-        return (self._group(q.first) <= self._group(k.last)) & (self._group(k.first) <= self._group(q.last))
+        nearest, farthest = self._group(q.first) - self._group(k.last), self._group(q.last) - self._group(k.first)
+        return (nearest <= self.back) & (farthest >= 0)
 
     def covers(self, q, k):
-        first, last = self._group(q.first), self._group(q.last)
-        return (first == last) & (self._group(k.first) == first) & (self._group(k.last) == first)
+        nearest, farthest = self._group(q.first) - self._group(k.last), self._group(q.last) - self._group(k.first)
+        return (nearest >= 0) & (farthest <= self.back)
 
 
 @dataclasses.dataclass(frozen=True)
