@@ -38,7 +38,14 @@ MIXERS = {
         "pattern": "Window(128)",
         "conv_width": 4,
     },
-    "full": {"kind": "attention", "heads": 2, "kv_heads": 2, "head_width": 64, "rope_base": 0.0, "conv_width": 4},
+    "full": {
+        "kind": "attention",
+        "heads": 2,
+        "kv_heads": 2,
+        "head_width": 64,
+        "positions": {"kind": "nope"},
+        "conv_width": 4,
+    },
     "block_recurrent": {"kind": "block_recurrent", "heads": 2, "head_width": 64, "block": 128, "vectors": 32},
     "infini": {"kind": "infini", "heads": 2, "head_width": 64, "segment": 128},
 }

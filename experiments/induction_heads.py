@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 # Each needs a convolution to see the token before. A layer that never forgets is right at any length if noise writes
 # nothing where the answer is read: exactly nothing, which ReLU's zeros allow and training at 256 tokens finds.
 OPTIONS = {
-    "attention": {"rope_base": 0.0, "conv_width": 4},  # positions would not reach beyond the trained length
+    # Positions would not reach beyond the trained length.
+    "attention": {"positions": {"kind": "nope"}, "conv_width": 4},
     "delta_net": {"activation": "relu"},
     "linear_attention": {"feature_map": "relu2", "conv_width": 4},
 }

@@ -29,7 +29,7 @@ def get_config(arg: str = "gated_delta") -> ConfigDict:
     config.data.random_filler = True  # or token 0
 
     # Attention needs a convolution to see the token before each value, and no positions, to read longer rows.
-    options = {"rope_base": 0.0, "conv_width": 4} if kind == "attention" else {}
+    options = {"positions": {"kind": "nope"}, "conv_width": 4} if kind == "attention" else {}
     config.model = ConfigDict()
     config.model.width = 64  # D
     config.model.pattern = ("block",)

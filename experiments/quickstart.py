@@ -71,7 +71,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "heads": 2,
             "kv_heads": 2,
             "head_width": 64,
-            "rope_base": 0.0,  # of the rotary frequencies; 0: no positions
+            "positions": {"kind": "nope"},  # none; the default is {"kind": "rope", "base": 10_000.0}
             "conv_width": 4,
             "length_base": 256.0,  # n: logits are scaled by log(tokens so far + 1) / log n
         },

@@ -340,9 +340,26 @@ def _build(cls: type, tree: Any, path: str, problems: list[str]) -> Any:
     return instance
 
 
+def _kind(base: type, tree: Any, path: str, problems: list[str]) -> Any:
+    """`{"kind": "yarn", ...}` as the options of that kind, one of `base.kinds`."""
+    if isinstance(tree, base):
+        return tree
+    if not isinstance(tree, dict):
+        problems.append(f"{path} is {tree!r}; give a dictionary of its kind and options")
+        return None
+    options = dict(tree)
+    kind = options.pop("kind", None)
+    if kind not in base.kinds:
+        problems.append(f"{path}.kind is '{kind}'; choose one of {', '.join(sorted(base.kinds))}")
+        return None
+    return _build(base.kinds[kind], options, path, problems)
+
+
 def _value(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     """`value` as the type `hint` asks for it."""
     origin = typing.get_origin(hint)
+    if hasattr(hint, "kinds"):
+        return _kind(hint, value, path, problems)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, path, problems)
     if origin is tuple:

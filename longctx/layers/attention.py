@@ -1,4 +1,4 @@
-"""Softmax attention as a mixer: any pattern, grouped keys and values, rotary or no positions."""
+"""Softmax attention as a mixer: any pattern, any positions, grouped keys and values."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, RMSNorm, ShortConv, like_queries, undo_values
-from longctx.layers.rotary import rotate
+from longctx.layers.positions import CoPE, Positions, Rope
 from longctx.memory.cache import KVCache
 from longctx.ops import attention as ops
-from longctx.ops.patterns import Heads, Pattern, causal, parse
+from longctx.ops import cope
+from longctx.ops.biases import Bias
+from longctx.ops.patterns import Causal, Heads, Pattern, causal, parse
 from longctx.parallel import sequence
 from longctx.typing import Segments
 
@@ -42,7 +44,7 @@ class Attention(nnx.Module):
         kv_heads: int = 4  # G, divides H
         head_width: int = 32  # K
         pattern: str = "Causal()"  # what a query sees of the tokens up to it, such as "Window(512) | Sinks(4)"
-        rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions (NoPE)
+        positions: Positions = Rope()  # one of `layers/positions.py`, such as {"kind": "yarn", "factor": 8.0}
         conv_width: int = 0  # taps of a causal convolution on queries, keys and values; 0: none
         qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
         length_base: float = 0.0  # n: logits are scaled by log(tokens so far + 1) / log n; 0: not
@@ -52,16 +54,20 @@ class Attention(nnx.Module):
         def problems(self):
             if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
                 yield f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads"
-            if self.rope_base and self.head_width % 2:
-                yield f"head_width is {self.head_width}; rotary positions need an even one"
-            if min(self.conv_width, self.rope_base, self.soft_cap) < 0:
-                yield "conv_width, rope_base and soft_cap must not be negative"
+            if min(self.conv_width, self.soft_cap) < 0:
+                yield "conv_width and soft_cap must not be negative"
+            yield from (f"positions.{problem}" for problem in self.positions.refusals(self.head_width))
             if self.length_base and self.length_base <= 1:
                 yield f"length_base is {self.length_base}; give a length above 1, or 0 for no scaling"
             try:
-                parse(self.pattern)
+                pattern = causal(parse(self.pattern))
             except ValueError as error:
                 yield f"pattern: {error}"
+                return
+            if isinstance(self.positions, CoPE) and (pattern != Causal() or self.sinks or self.soft_cap):
+                yield "positions 'cope' has neither pattern, nor sinks, nor soft_cap; leave them as they are by default"
+            if isinstance(pattern, Heads) and self.positions.several:
+                yield "positions that take attention apart have the same pattern for all heads; give one pattern"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options
@@ -77,14 +83,22 @@ class Attention(nnx.Module):
         self.query_norm = RMSNorm(options.head_width, ("head",), initial=1.5) if options.qk_norm else None
         self.key_norm = RMSNorm(options.head_width, ("head",)) if options.qk_norm else None
         self.sinks = nnx.Param(jnp.zeros(options.heads, jnp.float32), axes=("heads",)) if options.sinks else None
+        learned = options.positions.initial(options.heads, options.head_width)
+        self.positions = None if learned is None else nnx.Param(learned, axes=options.positions.axes)
 
     @property
     def pattern(self) -> Pattern | Heads:
         """Which keys a query may see."""
         return causal(parse(self.options.pattern))
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: AttentionState | None = None):
-        """Returns `(y[B, T, D], AttentionState)`."""
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        segments: Segments,
+        state: AttentionState | None = None,
+        bias: Bias | None = None,
+    ):
+        """Returns `(y[B, T, D], AttentionState)`; `bias` is added to logits, instead of that of the positions."""
         batch, length, _ = x.shape
         options = self.options
         parts = [self.query(x), self.key(x), self.value(x)]
@@ -96,23 +110,37 @@ class Attention(nnx.Module):
         q, k, v = (part.reshape(batch, length, -1, options.head_width) for part in parts)
         if options.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
-        if options.rope_base:
-            q, k = rotate(q, segments.positions, options.rope_base), rotate(k, segments.positions, options.rope_base)
         if options.length_base:
             # The more keys share a softmax, the sharper it must be (Nakanishi, 2025, "Scalable-Softmax").
             tokens = segments.positions.astype(jnp.float32)[..., None, None] + 1
             q = (q * jnp.log(tokens + 1) / math.log(options.length_base)).astype(q.dtype)
+        cache = self._empty(batch, length, x.dtype) if state is None else state.cache
+        known = cache.positions.shape[1] - len(cache.anchors)
+        k = options.positions.stored(k, segments.positions, known)
+        after = cache.append(k, v, segments)
+        y = self._attend(q, k, v, segments, None if state is None else (cache, after), known, bias)
+        return self.out(y.reshape(batch, length, -1)), AttentionState(after, tail)
+
+    def _attend(self, q, k, v, segments: Segments, caches: tuple[KVCache, KVCache] | None, known: int, bias):
+        """Attention to the span, and to what the cache before it holds; `known`: the length that is known."""
+        options, scheme = self.options, self.options.positions
+        learned = None if self.positions is None else self.positions[...]
+        if isinstance(scheme, CoPE):
+            if caches is None:
+                return sequence.attention_by_context(q, k, v, learned, segments)
+            k, v, _, span, held = _join(k, v, segments, *caches)
+            return cope.chunked(q, k, v, learned, span, held)
         settings = {
             "sinks": None if self.sinks is None else self.sinks[...],
             "soft_cap": options.soft_cap or None,
+            "bias": scheme.bias(learned, options.heads) if bias is None else bias,
         }
-        if state is None:
-            cache = self._empty(batch, length, x.dtype).append(k, v, segments)
-            y = sequence.attention(q, k, v, self.pattern, segments, **settings)
-        else:
-            cache = state.cache.append(k, v, segments)
-            y = attend_with_cache(q, k, v, self.pattern, segments, state.cache, cache, **settings)
-        return self.out(y.reshape(batch, length, -1)), AttentionState(cache, tail)
+        if caches is None:
+            parts = scheme.parts(q, k, self.pattern, segments, segments, known)
+            return sequence.attention_by_parts(parts, v, segments, **settings)
+        k, v, _, span, held = _join(k, v, segments, *caches)
+        parts = scheme.parts(q, k, self.pattern, span, held, known)
+        return ops.attention_by_parts(parts, v, span, held, **settings)
 
     def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
         options, pattern = self.options, self.pattern.union
@@ -148,20 +176,25 @@ def attend_with_cache(
       decay: at each token of the span, the sum of log decays; the cache has those of its tokens.
       options: of `longctx.ops.attention.attention`.
     """
-    # The document in progress has id 1, later ones 2, ...
-    span = dataclasses.replace(segments, ids=jnp.where(segments.valid, segments.runs + 1, 0))
-    if q.shape[1] == 1:  # the span's one token is in the cache already, if its document is the one in progress
-        keys, values, since, held = after.keys, after.values, after.decay, after.segments
-        span = dataclasses.replace(span, ids=segments.valid.astype(jnp.int32))
-    else:
-
-        def join(cached, own):
-            return jnp.concatenate([cached, own.astype(cached.dtype)], axis=1)
-
-        own = (k, v, decay, span)
-        keys, values, since, held = jax.tree.map(join, (before.keys, before.values, before.decay, before.segments), own)
+    keys, values, since, span, held = _join(k, v, segments, before, after, decay)
     options |= {"decay": decay, "kv_decay": since}
     return ops.attention(q, keys, values, pattern, segment_ids=span, kv_segment_ids=held, **options)
+
+
+def _join(k, v, segments: Segments, before: KVCache, after: KVCache, decay=None):
+    """Keys, values and sums of log decays of cache and span, segments of the span, and those of the keys."""
+    # The document in progress has id 1, later ones 2, ...
+    span = dataclasses.replace(segments, ids=jnp.where(segments.valid, segments.runs + 1, 0))
+    if k.shape[1] == 1:  # the span's one token is in the cache already, if its document is the one in progress
+        span = dataclasses.replace(span, ids=segments.valid.astype(jnp.int32))
+        return after.keys, after.values, after.decay, span, after.segments
+
+    def join(cached, own):
+        return jnp.concatenate([cached, own.astype(cached.dtype)], axis=1)
+
+    cached = before.keys, before.values, before.decay, before.segments
+    keys, values, since, held = jax.tree.map(join, cached, (k, v, decay, span))
+    return keys, values, since, span, held
 
 
 def _lags(options: Attention.Config, heads: int) -> np.ndarray:

@@ -4,6 +4,7 @@ For query t with visible keys s, per head (Vaswani et al., arXiv:1706.03762):
 
     logit_ts = scale q_t . k_s,   if soft-capped c tanh(logit / c)          (Gemma 2, arXiv:2408.00118)
                + d_t - d_s, if it decays, d the sum of log decays so far    (Forgetting Transformer, arXiv:2503.02130)
+               + b(p_t - p_s), if it has a bias by distance                 (`ops/biases.py`)
     L_t = log sum_s exp(logit_ts)
     out_t = sum_s exp(logit_ts - L_t) v_s
 
@@ -20,6 +21,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +30,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from longctx.ops import blockwise, thinned
+from longctx.ops.biases import Bias
 from longctx.ops.kernels import cudnn, splash
-from longctx.ops.partial import Partial, add_sinks
+from longctx.ops.partial import Partial, add_sinks, merge
 from longctx.ops.patterns import Causal, Heads, Pattern
 from longctx.typing import Segments, checked
 
@@ -51,6 +55,7 @@ def attention(
     soft_cap: float | None = None,
     decay: Float[Array, "B T H"] | None = None,
     kv_decay: Float[Array, "B S H"] | None = None,
+    bias: Bias | None = None,
     implementation: str | None = None,
     block: int | None = None,
 ) -> Float[Array, "B T H V"]:
@@ -71,6 +76,7 @@ def attention(
       soft_cap: c, bound of the logits.
       decay: d at each query, finite: the sum of the log decays of its document's tokens up to it, float32.
       kv_decay: d at each key, for each head of the queries. None: keys are the queries' own tokens.
+      bias: b, one of `longctx.ops.biases`.
       implementation: "dense", "blockwise", "cudnn" or "splash"; None chooses by platform and case and logs the
         choice once.
       block: tokens a block of "blockwise"; None chooses.
@@ -86,20 +92,22 @@ def attention(
     if isinstance(pattern, Heads):
         options = {"scale": scale, "soft_cap": soft_cap, "implementation": implementation, "block": block}
         call = functools.partial(attention, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, **options)
-        return by_head(call, pattern, q, k, v, sinks=sinks, decay=decay, kv_decay=kv_decay)
+        return by_head(call, pattern, q, k, v, bias, sinks=sinks, decay=decay, kv_decay=kv_decay)
     queries, keys = _tokens(q, k, segment_ids, kv_segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kv_decay = decay if kv_decay is None else kv_decay
     case = {"segment_ids": segment_ids, "kv_segment_ids": kv_segment_ids, "sinks": sinks, "soft_cap": soft_cap}
-    case["decay"] = decay
+    case |= {"decay": decay, "bias": bias}
     chosen = _choose(q, k, v, pattern, case) if implementation is None else implementation
     if chosen == "dense":
         document = (queries.ids[:, :, None] == keys.ids[:, None, :]) & (queries.ids[:, :, None] > 0)
         times = document * pattern.times(queries.positions[:, :, None], keys.positions[:, None, :])
-        return dense(q, k, v, times, scale=scale, sinks=sinks, soft_cap=soft_cap, decay=decay, kv_decay=kv_decay)
+        added = None if bias is None else bias(queries.positions[:, :, None] - keys.positions[:, None, :])
+        options = {"sinks": sinks, "soft_cap": soft_cap, "decay": decay, "kv_decay": kv_decay, "bias": added}
+        return dense(q, k, v, times, scale=scale, **options)
     if chosen == "blockwise":
         plan = _plan(q, k, pattern, scale, soft_cap, block)
-        result = thinned.attend(q, k, v, queries, keys, plan, decay, kv_decay, own=kv_segment_ids is None)
+        result = thinned.attend(q, k, v, queries, keys, plan, decay, kv_decay, bias, own=kv_segment_ids is None)
         result = result if sinks is None else add_sinks(result, sinks)
         return result.output.astype(v.dtype)
     if chosen not in _KERNELS:
@@ -109,6 +117,39 @@ def attention(
     if refusal := _KERNELS[chosen].refusal(q, k, v, pattern, **case):
         raise NotImplementedError(f"implementation '{chosen}' {refusal}")
     return _KERNELS[chosen].attention(q, k, v, pattern, segment_ids=segment_ids, scale=scale, soft_cap=soft_cap)
+
+
+class Part(NamedTuple):
+    """What queries see by one pattern, with the queries and keys that serve there, such as turned in another way."""
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B S G K"]
+    pattern: Pattern | Heads
+
+
+def attention_by_parts(
+    parts: Sequence[Part],
+    v: Float[Array, "B S G V"],
+    segment_ids: Int[Array, "B T"] | Segments | None = None,
+    kv_segment_ids: Int[Array, "B S"] | Segments | None = None,
+    *,
+    sinks: Float[Array, " H"] | None = None,
+    **options,
+) -> Float[Array, "B T H V"]:
+    """One softmax over the keys of all parts, which share no pair of query and key.
+
+    Args:
+      parts: one is plain attention; of several none has `Heads`.
+      v, segment_ids, kv_segment_ids, sinks, options: as in `attention`; of several parts, of `attention_partial`.
+    """
+    tokens = segment_ids, kv_segment_ids
+    if len(parts) == 1:
+        q, k, pattern = parts[0]
+        return attention(q, k, v, pattern, *tokens, sinks=sinks, **options)
+    results = (attention_partial(q, k, v, pattern, *tokens, **options) for q, k, pattern in parts)
+    result = functools.reduce(merge, results)
+    result = result if sinks is None else add_sinks(result, sinks)
+    return result.output.astype(v.dtype)
 
 
 @checked
@@ -124,6 +165,7 @@ def attention_partial(
     soft_cap: float | None = None,
     decay: Float[Array, "B T H"] | None = None,
     kv_decay: Float[Array, "B S H"] | None = None,
+    bias: Bias | None = None,
     block: int | None = None,
 ) -> Partial:
     """Blockwise attention over these keys alone, to be merged with that over others; arguments as `attention`.
@@ -133,16 +175,16 @@ def attention_partial(
     queries, keys = _tokens(q, k, segment_ids, kv_segment_ids)
     plan = _plan(q, k, pattern, scale, soft_cap, block)
     kv_decay = decay if kv_decay is None else kv_decay
-    return thinned.attend(q, k, v, queries, keys, plan, decay, kv_decay, own=kv_segment_ids is None)
+    return thinned.attend(q, k, v, queries, keys, plan, decay, kv_decay, bias, own=kv_segment_ids is None)
 
 
-def by_head(attend, heads: Heads, q, k, v, **by_head) -> Float[Array, "B T H V"]:
-    """`attend(q, k, v, pattern, **by_head)` for the heads of each pattern, put together again.
+def by_head(attend, heads: Heads, q, k, v, bias: Bias | None = None, **by_head) -> Float[Array, "B T H V"]:
+    """`attend(q, k, v, pattern, bias=bias, **by_head)` for the heads of each pattern, put together again.
 
     Args:
       attend: such as `attention`, with all other arguments bound.
       heads: which head has which pattern.
-      q, k, v: as in `attention`.
+      q, k, v, bias: as in `attention`.
       by_head: arrays whose last axis is that of the heads, or None.
     """
     period = len(heads.patterns) if q.shape[2] % len(heads.patterns) == 0 else q.shape[2]
@@ -160,14 +202,17 @@ def by_head(attend, heads: Heads, q, k, v, **by_head) -> Float[Array, "B T H V"]
         elif repeats % period:  # one for each head
             keys = (pick(x.repeat(repeats, axis=2), 2, chosen) for x in keys)
         own = {name: None if x is None else pick(x, x.ndim - 1, chosen) for name, x in by_head.items()}
-        y = attend(pick(q, 2, chosen), *keys, pattern, **own)
+        y = attend(pick(q, 2, chosen), *keys, pattern, bias=jax.tree.map(lambda x: pick(x, 0, chosen), bias), **own)
         outputs.append(y.reshape(*y.shape[:2], -1, len(chosen), y.shape[-1]))
         order += chosen
     return jnp.concatenate(outputs, axis=3)[:, :, :, np.argsort(order)].reshape(*q.shape[:3], v.shape[-1])
 
 
-def dense(q, k, v, times, *, scale, sinks=None, soft_cap=None, decay=None, kv_decay=None):
-    """The definition. `times[B or 1, T, S]`: how often the query sees the key, or whether. Holds all logits."""
+def dense(q, k, v, times, *, scale, sinks=None, soft_cap=None, decay=None, kv_decay=None, bias=None):
+    """The definition. `times[B or 1, T, S]`: how often the query sees the key, or whether. Holds all logits.
+
+    `bias[B or 1, H, T, S]` is added to them.
+    """
     q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])  # heads by group
     logits = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32) * scale
     if soft_cap is not None:
@@ -175,7 +220,11 @@ def dense(q, k, v, times, *, scale, sinks=None, soft_cap=None, decay=None, kv_de
     if decay is not None:
         now, since = (jnp.moveaxis(x.reshape(*x.shape[:2], *q.shape[2:4]), 1, -1) for x in (decay, kv_decay))
         logits += now[..., :, None] - since[..., None, :]
+    if bias is not None:
+        logits += bias.reshape(bias.shape[0], *q.shape[2:4], *bias.shape[2:])
     mask = times[:, None, None] > 0
+    if bias is not None:
+        mask &= logits > -jnp.inf
     if times.dtype != bool:
         logits += jnp.log(jnp.maximum(times, 1).astype(jnp.float32))[:, None, None]
     # A row without a visible key would be 0 / 0: its softmax runs over zeros and is then masked away.

@@ -2,7 +2,7 @@ r"""Blockwise softmax attention: exact, linear memory, work only where the patte
 
 FlashAttention (Dao et al., arXiv:2205.14135; backward as in arXiv:2307.08691) in plain XLA. Queries and keys are
 cut into blocks. For a pair (i, j) of blocks with logits S = Z + d_i - d_j, Z = c tanh(scale Q_i K_j^T / c), the sums d
-of log decays there or not, -inf where masked, the running row statistics of the query block are updated:
+of log decays there or not, and a bias by distance where there is one, -inf where masked, the running row statistics of the query block are updated:
 
     m' = max(m, rowmax S);   P = exp(S - m');   l' = e^{m - m'} l + rowsum P;   O' = e^{m - m'} O + P V_j
 
@@ -17,7 +17,7 @@ in one sweep over the pairs, five matrix products each.
 Both passes are one loop over a *schedule*: the list of the touched pairs. Its candidates are the pairs that the pattern
 touches, or at least is near to by their places in the row; ranges of ids and positions, known at run time, strike out
 those in which no row of the batch has a visible pair of tokens, and put first those that are wholly visible, which need
-no mask.
+no mask. Where all is known while tracing, the compiled program states how often its loops run.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import numpy as np
 from jax.numpy import float32 as f32
 from jaxtyping import Array, Float, Int
 
+from longctx.ops.biases import Bias
 from longctx.ops.patterns import Pattern, Range, touched_pairs
 
 
@@ -43,13 +44,12 @@ class Tokens(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """The pairs of blocks to work on. Those of query block i are `keys[start[i] : touched[i]]`, and those before
-    `whole[i]` are wholly visible."""
+    """The pairs of blocks to work on: the first `touched`, of which the first `whole` are wholly visible."""
 
+    queries: Int[Array, " pairs"]
     keys: Int[Array, " pairs"]
-    start: Int[Array, " blocks"]
-    whole: Int[Array, " blocks"]
-    touched: Int[Array, " blocks"]
+    whole: int | Int[Array, ""]
+    touched: int | Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,7 @@ def blockwise(
     plan: Plan,
     decay: Float[Array, "B T H"] | None = None,
     kv_decay: Float[Array, "B S H"] | None = None,
+    bias: Bias | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """Attention output and logsumexp of the logits, both float32; 0 and -inf for a query that sees nothing.
 
@@ -84,6 +85,7 @@ def blockwise(
         known of that. Used where positions are known at run time only.
       plan: pattern, scale, soft cap and block sizes.
       decay, kv_decay: sums of log decays at queries and keys; neither or both.
+      bias: of the logits by distance.
 
     First derivatives only: the backward pass is not itself differentiable.
     """
@@ -99,7 +101,7 @@ def blockwise(
     decays = None
     if decay is not None:
         decays = _split_decay(decay, groups, plan.q_block), _split_decay(kv_decay, groups, plan.k_block)
-    out, logsumexp = _attend(plan, q_blocks, k_blocks, v_blocks, decays, (q_tokens, k_tokens, schedule))
+    out, logsumexp = _attend(plan, q_blocks, k_blocks, v_blocks, (decays, bias), (q_tokens, k_tokens, schedule))
     out = _join(out, heads // groups, plan.q_block)[:, :length]
     logsumexp = _join(logsumexp[..., None], heads // groups, plan.q_block)[:, :length]
     return out.reshape(batch, length, heads, -1), logsumexp.reshape(batch, length, heads)
@@ -155,15 +157,11 @@ def make_schedule(plan: Plan, q: Tokens, k: Tokens, places: tuple[Range, Range] 
     whole = (q_ids.first == q_ids.last) & (k_ids.first == k_ids.last) & (q_ids.first == k_ids.first)
     whole &= (q.ids > 0).all(-1)[i] & (k.ids > 0).all(-1)[j] & plan.pattern.covers(q_positions, k_positions)
     touched, whole = touched.any(-1), whole.all(-1)
-    order = xp.argsort(3 * i + xp.where(whole, 0, xp.where(touched, 1, 2)), stable=True)
-    ends = np.searchsorted(i, np.arange(len(q.ids)), side="right").astype(np.int32)
-    start = np.concatenate([np.zeros(1, np.int32), ends[:-1]])
-
-    def count(pairs):  # of each query block
-        sums = xp.concatenate([np.zeros(1, np.int32), xp.cumsum(pairs, dtype=np.int32)])
-        return sums[ends] - sums[start]
-
-    return Schedule(xp.asarray(j, np.int32)[order], start, start + count(whole), start + count(touched))
+    order = xp.argsort(xp.where(touched, ~whole, 2), stable=True)
+    whole, touched = (touched & whole).sum(), touched.sum()
+    if known:
+        order, whole, touched = order[:touched], int(whole), int(touched)
+    return Schedule(*(xp.asarray(side, np.int32)[order] for side in (i, j)), whole, touched)
 
 
 def _ranges(tokens: Tokens) -> tuple[Range, Range]:
@@ -195,13 +193,27 @@ def _logits(plan: Plan, q, k):
     return logits
 
 
-def _decayed(logits, decays, i, j):
-    """Logits with what has decayed from key to query added."""
-    if decays is None:
-        return logits
-    now, since = decays[0][i], decays[1][j]
-    heads = logits.reshape(*now.shape, -1) + (now[..., :, None] - since[..., None, :])
-    return heads.reshape(logits.shape)
+def _added(logits, extras, tokens, i, j):
+    """Logits with what has decayed from key to query, and the bias of their distance, added."""
+    decays, bias = extras
+    if decays is not None:
+        now, since = decays[0][i], decays[1][j]
+        heads = logits.reshape(*now.shape, -1) + (now[..., :, None] - since[..., None, :])
+        logits = heads.reshape(logits.shape)
+    if bias is not None:
+        logits = logits + _by_group(bias(_distance(tokens, i, j)), logits)
+    return logits
+
+
+def _distance(tokens, i, j):
+    """Tokens from each key to each query, int32 `[rows, queries, keys]`."""
+    q, k = tokens
+    return q.positions[i][:, :, None] - k.positions[j][:, None, :]
+
+
+def _by_group(x, logits):
+    """`x[rows, H, queries, keys]` as logits are: rows of the batch or 1, the heads of a group among the queries."""
+    return x.reshape(x.shape[0], logits.shape[1], -1, x.shape[-1])
 
 
 def _masked(plan: Plan, logits, tokens, i, j):
@@ -213,91 +225,93 @@ def _masked(plan: Plan, logits, tokens, i, j):
     return jnp.where(mask[:, None, None], heads, -jnp.inf).reshape(logits.shape)
 
 
-def _sweep(schedule: Schedule, i, step, carry):
-    """Runs `step(carry, j, masked)` over the key blocks that query block i touches, masking where there is need."""
+def _sweep(schedule: Schedule, step, carry):
+    """Runs `step(carry, i, j, masked)` over the touched pairs, masking where there is need."""
+    queries, keys = jnp.asarray(schedule.queries), jnp.asarray(schedule.keys)
 
     def loop(first, last, carry, masked):
-        return jax.lax.fori_loop(first, last, lambda n, carry: step(carry, schedule.keys[n], masked), carry)
+        return jax.lax.fori_loop(first, last, lambda n, carry: step(carry, queries[n], keys[n], masked), carry)
 
-    start, whole, touched = schedule.start[i], schedule.whole[i], schedule.touched[i]
-    return loop(whole, touched, loop(start, whole, carry, False), True)
+    return loop(schedule.whole, schedule.touched, loop(0, schedule.whole, carry, False), True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, q, k, v, decays, tables):
-    return _forward(plan, q, k, v, decays, tables)[0]
+def _attend(plan: Plan, q, k, v, extras, tables):
+    return _forward(plan, q, k, v, extras, tables)[0]
 
 
-def _forward(plan: Plan, q, k, v, decays, tables):
-    *tokens, schedule = jax.tree.map(jnp.asarray, tables)
+def _forward(plan: Plan, q, k, v, extras, tables):
+    *tokens, schedule = tables
+    tokens = jax.tree.map(jnp.asarray, tokens)
 
-    def rows(i):
-        def step(carry, j, masked):
-            peak, total, out = carry
-            logits = _decayed(_logits(plan, q[i], k[j]), decays, i, j)
-            if masked:
-                logits = _masked(plan, logits, tokens, i, j)
-            higher = jnp.maximum(peak, logits.max(-1))
-            shift = jnp.where(jnp.isneginf(higher), 0.0, higher)  # a row that has seen nothing stays at exp(-inf) = 0
-            weights = jnp.exp(logits - shift[..., None])
-            decay = jnp.exp(peak - shift)
-            total = total * decay + weights.sum(-1)
-            update = jnp.einsum("bgij,bgjv->bgiv", weights.astype(v.dtype), v[j], preferred_element_type=f32)
-            return higher, total, out * decay[..., None] + update
+    def step(carry, i, j, masked):
+        peaks, totals, outs = carry
+        logits = _added(_logits(plan, q[i], k[j]), extras, tokens, i, j)
+        if masked:
+            logits = _masked(plan, logits, tokens, i, j)
+        peak = peaks[i]
+        higher = jnp.maximum(peak, logits.max(-1))
+        shift = jnp.where(jnp.isneginf(higher), 0.0, higher)  # a row that has seen nothing stays at exp(-inf) = 0
+        weights = jnp.exp(logits - shift[..., None])
+        decay = jnp.exp(peak - shift)
+        total = totals[i] * decay + weights.sum(-1)
+        update = jnp.einsum("bgij,bgjv->bgiv", weights.astype(v.dtype), v[j], preferred_element_type=f32)
+        out = outs[i] * decay[..., None] + update
+        return peaks.at[i].set(higher), totals.at[i].set(total), outs.at[i].set(out)
 
-        shape = q.shape[1:-1]
-        start = jnp.full(shape, -jnp.inf, f32), jnp.zeros(shape, f32), jnp.zeros((*shape, v.shape[-1]), f32)
-        peak, total, out = _sweep(schedule, i, step, start)
-        seen = total > 0
-        total = jnp.where(seen, total, 1.0)
-        return out / total[..., None], jnp.where(seen, peak + jnp.log(total), -jnp.inf)
-
-    out, logsumexp = jax.lax.map(rows, jnp.arange(len(q)))
-    return (out, logsumexp), (q, k, v, decays, out, logsumexp, tables)
+    shape = q.shape[:-1]
+    start = jnp.full(shape, -jnp.inf, f32), jnp.zeros(shape, f32), jnp.zeros((*shape, v.shape[-1]), f32)
+    peak, total, out = _sweep(schedule, step, start)
+    seen = total > 0
+    total = jnp.where(seen, total, 1.0)
+    out, logsumexp = out / total[..., None], jnp.where(seen, peak + jnp.log(total), -jnp.inf)
+    return (out, logsumexp), (q, k, v, extras, out, logsumexp, tables)
 
 
 def _backward(plan: Plan, residuals, cotangents):
-    q, k, v, decays, out, logsumexp, tables = residuals
-    *tokens, schedule = jax.tree.map(jnp.asarray, tables)
+    q, k, v, (decays, bias), out, logsumexp, tables = residuals
+    *tokens, schedule = tables
+    tokens = jax.tree.map(jnp.asarray, tokens)
     d_out, d_logsumexp = cotangents
     shift = jnp.where(jnp.isneginf(logsumexp), 0.0, logsumexp)
     share = (d_out * out).sum(-1) - d_logsumexp
     d_out = d_out.astype(v.dtype)
 
-    def rows(carry, i):
-        def step(carry, j, masked):
-            dq, dnow, dk, dv, dsince = carry
-            capped = _logits(plan, q[i], k[j])
-            logits = _decayed(capped, decays, i, j)
-            if masked:
-                logits = _masked(plan, logits, tokens, i, j)
-            weights = jnp.exp(logits - shift[i][..., None])
-            d_weights = jnp.einsum("bgiv,bgjv->bgij", d_out[i], v[j], preferred_element_type=f32)
-            d_logits = weights * (d_weights - share[i][..., None])
-            if decays is not None:
-                heads = d_logits.reshape(*dnow.shape, -1)
-                dnow, dsince = dnow + heads.sum(-1), dsince.at[j].add(-heads.sum(-2))
-            if plan.soft_cap is not None:
-                d_logits *= 1 - (capped / plan.soft_cap) ** 2
-            weights, d_logits = weights.astype(v.dtype), d_logits.astype(q.dtype)
-            return (
-                dq + jnp.einsum("bgij,bgjk->bgik", d_logits, k[j], preferred_element_type=f32),
-                dnow,
-                dk.at[j].add(jnp.einsum("bgik,bgij->bgkj", q[i], d_logits, preferred_element_type=f32)),
-                dv.at[j].add(jnp.einsum("bgiv,bgij->bgvj", d_out[i], weights, preferred_element_type=f32)),
-                dsince,
-            )
-
-        start = jnp.zeros(q.shape[1:], f32), None if decays is None else jnp.zeros_like(decays[0][0])
-        dq, dnow, *carry = _sweep(schedule, i, step, (*start, *carry))
-        return tuple(carry), (dq.astype(q.dtype), dnow)
+    def step(carry, i, j, masked):
+        dq, dnow, dk, dv, dsince, d_bias = carry
+        capped = _logits(plan, q[i], k[j])
+        logits = _added(capped, (decays, bias), tokens, i, j)
+        if masked:
+            logits = _masked(plan, logits, tokens, i, j)
+        weights = jnp.exp(logits - shift[i][..., None])
+        d_weights = jnp.einsum("bgiv,bgjv->bgij", d_out[i], v[j], preferred_element_type=f32)
+        d_logits = weights * (d_weights - share[i][..., None])
+        if decays is not None:
+            heads = d_logits.reshape(*dnow.shape[1:], -1)
+            dnow, dsince = dnow.at[i].add(heads.sum(-1)), dsince.at[j].add(-heads.sum(-2))
+        if bias is not None:
+            _, pull = jax.vjp(lambda bias: _by_group(bias(_distance(tokens, i, j)), logits), bias)
+            of_rows = d_logits if d_logits.shape[0] == tokens[0].ids.shape[1] else d_logits.sum(0, keepdims=True)
+            d_bias = jax.tree.map(jnp.add, d_bias, pull(of_rows)[0])
+        if plan.soft_cap is not None:
+            d_logits *= 1 - (capped / plan.soft_cap) ** 2
+        weights, d_logits = weights.astype(v.dtype), d_logits.astype(q.dtype)
+        return (
+            dq.at[i].add(jnp.einsum("bgij,bgjk->bgik", d_logits, k[j], preferred_element_type=f32)),
+            dnow,
+            dk.at[j].add(jnp.einsum("bgik,bgij->bgkj", q[i], d_logits, preferred_element_type=f32)),
+            dv.at[j].add(jnp.einsum("bgiv,bgij->bgvj", d_out[i], weights, preferred_element_type=f32)),
+            dsince,
+            d_bias,
+        )
 
     # The gradients of keys and values are summed transposed: transposing `weights` in each step is what is slow.
-    dsince = None if decays is None else jnp.zeros_like(decays[1])
-    start = jnp.zeros(k.mT.shape, f32), jnp.zeros(v.mT.shape, f32), dsince
-    (dk, dv, dsince), (dq, dnow) = jax.lax.scan(rows, start, jnp.arange(len(q)))
+    dnow, dsince = (None, None) if decays is None else jax.tree.map(jnp.zeros_like, decays)
+    dk, dv = jnp.zeros(k.mT.shape, f32), jnp.zeros(v.mT.shape, f32)
+    start = jnp.zeros(q.shape, f32), dnow, dk, dv, dsince, jax.tree.map(jnp.zeros_like, bias)
+    dq, dnow, dk, dv, dsince, d_bias = _sweep(schedule, step, start)
     d_decays = None if decays is None else (dnow, dsince)
-    return dq, dk.mT.astype(k.dtype), dv.mT.astype(v.dtype), d_decays, None
+    return dq.astype(q.dtype), dk.mT.astype(k.dtype), dv.mT.astype(v.dtype), (d_decays, d_bias), None
 
 
 _attend.defvjp(_forward, _backward)

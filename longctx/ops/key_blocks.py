@@ -1,91 +1,142 @@
-"""The whole blocks of keys of a packed row's documents, and choosing among them.
+"""Blocks of keys of a packed row's documents, and choosing among them.
 
 Blocks are counted from the start of each document, so that a packed row has the blocks that its documents have alone.
-A block is whole once its last token is there; the rest of a document is seen by other means, so that a row of T tokens
-has at most T // C blocks of C tokens to choose from.
+A block is there once its last token is; what a document has beyond its last block is seen by other means. Blocks begin
+every `stride` tokens and have at least as many, so that the last tokens of any two, of different documents too, are
+`stride` places apart: a row of T tokens, cut into cells of `stride` places, has at most one block that ends in each.
+
+An op that chooses blocks is written once, for a row on one device and for one that several devices share: what it has
+to know of the rest of the row it asks of a `Row`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from longctx.typing import Segments
 
 _QUERIES = 256  # whose scores are held at once
 
 
+class Row(Protocol):
+    """How a part of a row of keys reaches the rest: `WHOLE`, or `longctx.parallel.chosen.Shards`."""
+
+    @property
+    def first(self) -> int | Int[Array, ""]:
+        """Place in the row of the part's first token."""
+
+    def near(self, tree: Any, count: int) -> Any:
+        """Arrays `[B, T, ...]` by token with up to `count` tokens before them; zeros before the row's first."""
+
+    def gather(self, tree: Any) -> Any:
+        """Arrays `[B, N, ...]` by block, of all parts, in the order of the row."""
+
+    def fetch(self, tree: Any, chosen: Int[Array, "B T G n"]) -> Any:
+        """The same for `[B, N, C, G, ...]`, with anything in place of blocks that are not among the chosen."""
+
+
+class _Whole:
+    """A row of which nothing is elsewhere."""
+
+    first = 0
+
+    def near(self, tree, count):
+        return tree
+
+    def gather(self, tree):
+        return tree
+
+    def fetch(self, tree, chosen):
+        return tree
+
+
+WHOLE: Row = _Whole()
+
+
 class KeyBlocks(NamedTuple):
-    """Whole blocks, in the order of the row.
+    """Blocks in the order of the row, some of which are not there.
 
     Attributes:
-      start: `[B, N]` place in the row of the first token.
-      ids: `[B, N]` id of the document, 0 where there is no block.
+      ids: `[B, N]` id of the document, 0 for a block that is not there.
       index: `[B, N]` number of the block within its document.
+      last: `[B, N]` place in the row of its last token; ascending, those of blocks that are not there included.
     """
 
-    start: Int[Array, "B N"]
     ids: Int[Array, "B N"]
     index: Int[Array, "B N"]
+    last: Int[Array, "B N"]
 
     @classmethod
-    def of(cls, segments: Segments, size: int) -> KeyBlocks:
-        """The whole blocks of `size` tokens of a row; N = T // size. Documents are contiguous."""
-        length = segments.ids.shape[1]
-        end = jnp.pad(segments.ids[:, size - 1 :], ((0, 0), (0, min(size - 1, length))))[:, :length]
-        opens = segments.valid & (segments.positions % size == 0) & (end == segments.ids)
-        start = jnp.argsort(~opens, axis=1, stable=True)[:, : length // size]
-        opens, ids, positions = (
-            jnp.take_along_axis(x, start, axis=1) for x in (opens, segments.ids, segments.positions)
-        )
-        return cls(start, jnp.where(opens, ids, 0), positions // size)
+    def cut(
+        cls, tree: Any, segments: Segments, size: int, row: Row, length: int, stride: int | None = None
+    ) -> tuple[KeyBlocks, Any]:
+        """The blocks that end among the last `length` tokens of a part of a row.
 
-    def gather(self, x: Shaped[Array, "B T ..."], size: int) -> Shaped[Array, "B N C ..."]:
-        """The tokens of each block; any tokens where there is none."""
-        places = jnp.minimum(self.start[:, :, None] + jnp.arange(size), x.shape[1] - 1)
-        places = places.reshape(len(places), -1, *(1,) * (x.ndim - 2))
-        return jnp.take_along_axis(x, places, axis=1).reshape(*self.start.shape, size, *x.shape[2:])
+        Args:
+          tree: arrays `[B, S, ...]` by token, with `size - 1` tokens before those `length`, if there are any.
+          segments: of these tokens; documents are contiguous.
+          size: C, tokens a block.
+          row: of which this is a part.
+          length: tokens of the part.
+          stride: tokens from one block to the next, at most C; None for C.
+
+        Returns:
+          N = ⌈length / stride⌉ blocks, and arrays `[B, N, C, ...]` of their tokens: any where there is no block.
+        """
+        stride = stride or size
+        ids, positions = segments.ids, segments.positions
+        before, blocks = ids.shape[1] - length, -(-length // stride)
+
+        def opening(x):  # what stands where a block begins that ends here
+            return jnp.pad(x, ((0, 0), (size - 1, 0)))[:, : x.shape[1]]
+
+        ends = segments.valid & (opening(ids) == ids) & (opening(positions) == positions - (size - 1))
+        ends &= (positions + 1 - size) % stride == 0
+        cells = jnp.pad(ends[:, before:], ((0, 0), (0, blocks * stride - length))).reshape(-1, blocks, stride)
+        last = jnp.arange(blocks, dtype=jnp.int32) * stride + jnp.argmax(cells, axis=2).astype(jnp.int32)
+        places = (before + last[:, :, None] + jnp.arange(1 - size, 1)).clip(0, ids.shape[1] - 1)
+
+        def take(x, places):
+            index = places.reshape(len(places), -1, *(1,) * (x.ndim - 2))
+            return jnp.take_along_axis(x, index, axis=1).reshape(*places.shape, *x.shape[2:])
+
+        there = cells.any(axis=2)
+        ids, index = (take(x, places[:, :, -1]) for x in (ids, (positions + 1 - size) // stride))
+        found = cls(jnp.where(there, ids, 0), index, row.first + last)
+        return found, jax.tree.map(lambda x: take(x, places), tree)
 
 
 def choose(
-    q: Float[Array, "B T G R K"],
-    keys: Float[Array, "B N G K"],
-    may: Bool[Array, "B T N"],
+    score: Callable[..., Float[Array, "B t G R N"]],
+    queries: tuple[Shaped[Array, "B T ..."], ...],
     count: int,
-    *,
-    share: bool,
 ) -> Int[Array, "B T G R n"]:
-    """The blocks with the largest products of query and key, of those that the query may choose.
+    """The blocks with the highest scores. The choice has no gradient, and memory is linear in T.
 
     Args:
-      q: queries, R heads to a group.
-      keys: a key for each block.
-      may: whether the query may choose the block.
-      count: n, at most; all of them where there are fewer.
-      share: whether the heads of a group choose together, by the sum of their scores.
+      score: of the arrays `queries`, for some of the T; -inf for a block that the query may not choose.
+      queries: arrays by query.
+      count: blocks to choose; n is this, or N where there are fewer.
 
     Returns:
-      indices of blocks, the best first, the first of equal ones; -1 where there are none left. R is 1 if they share.
+      indices of blocks, the best first, the first of equal ones; -1 where there are none left.
     """
-    batch, length, groups, repeats, width = q.shape
-    count = min(count, keys.shape[1])
-    if not count:
-        return jnp.full((batch, length, groups, 1 if share else repeats, 0), -1, jnp.int32)
+    length = queries[0].shape[1]
+    step = min(length, _QUERIES)
 
-    def some(args):
-        q, may = args
-        scores = jnp.einsum("tbgrk,bngk->tbgrn", q, keys, preferred_element_type=jnp.float32)
-        scores = scores.sum(3, keepdims=True) if share else scores
-        best, index = jax.lax.top_k(jnp.where(may[:, :, None, None], scores, -jnp.inf), count)
+    def chunks(x):
+        x = jnp.pad(x.swapaxes(0, 1), ((0, -length % step), *((0, 0),) * (x.ndim - 1)))
+        return x.reshape(-1, step, *x.shape[1:]).swapaxes(1, 2)
+
+    def some(queries):
+        scores = jax.lax.stop_gradient(score(*queries))
+        best, index = jax.lax.top_k(scores, min(count, scores.shape[-1]))
         return jnp.where(jnp.isneginf(best), -1, index)
 
-    pad = -length % min(length, _QUERIES)
-    chunks = [
-        jnp.pad(x.swapaxes(0, 1), ((0, pad), *((0, 0),) * (x.ndim - 1))).reshape(-1, min(length, _QUERIES), *shape)
-        for x, shape in ((q, (batch, groups, repeats, width)), (may, (batch, keys.shape[1])))
-    ]
-    chosen = jax.lax.map(some, tuple(chunks))
+    chosen = jax.lax.map(some, jax.tree.map(chunks, queries)).swapaxes(1, 2)
     return chosen.reshape(-1, *chosen.shape[2:])[:length].swapaxes(0, 1)

@@ -44,6 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
+from longctx.ops.patterns.sparse import hashed
 from longctx.typing import checked
 
 
@@ -336,6 +337,11 @@ def xpos_scales(width: int) -> Float[np.ndarray, " R/2"]:
     """
     _expect("width", width, "an even number of channels", width >= 0 and width % 2 == 0)
     return (np.arange(0, width, 2) / width + 0.4) / 1.4
+
+
+def stratified(positions: Int[Array, "..."], stride: int, seed: int = 0) -> Int[Array, "..."]:
+    """Positions p in order with gaps drawn at random: p `stride` + a hash of p and `seed`, from 0 to `stride` - 1."""
+    return positions * stride + hashed(positions, seed) % stride
 
 
 def _expect(name: str, value, wanted: str, holds: bool) -> None:

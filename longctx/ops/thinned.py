@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from longctx.ops.biases import Bias
 from longctx.ops.blockwise import Plan, Tokens, blockwise
 from longctx.ops.partial import Partial, merge
 from longctx.ops.patterns import Range, terms
@@ -36,39 +37,40 @@ def attend(
     plan: Plan,
     decay: Float[Array, "B T H"] | None = None,
     kv_decay: Float[Array, "B S H"] | None = None,
+    bias: Bias | None = None,
     *,
     own: bool,
 ) -> Partial:
     """Attention output and logsumexp of the logits.
 
     Args:
-      q, k, v, queries, keys, plan, decay, kv_decay: as in `blockwise`.
+      q, k, v, queries, keys, plan, decay, kv_decay, bias: as in `blockwise`.
       own: whether the keys are the queries' own tokens.
     """
     places = tuple(Range(np.arange(x.shape[1]), np.arange(x.shape[1])) for x in (q, k)) if own else None
     arrays = (q, decay), (k, v, kv_decay)
     parts = (dataclasses.replace(plan, pattern=pattern) for pattern in terms(plan.pattern))
-    return functools.reduce(merge, (_part(*arrays, queries, keys, places, part) for part in parts))
+    return functools.reduce(merge, (_part(*arrays, bias, queries, keys, places, part) for part in parts))
 
 
-def _part(of_queries, of_keys, queries: Tokens, keys: Tokens, places, plan: Plan) -> Partial:
+def _part(of_queries, of_keys, bias, queries: Tokens, keys: Tokens, places, plan: Plan) -> Partial:
     """Attention under a pattern that is no union of thin ones; `of_queries` and `of_keys` are the arrays by token."""
     pattern = plan.pattern
     seeing, seen = pattern.seeing(queries.positions), pattern.seen(keys.positions)
     if seeing is not None or seen is not None:
-        return _chosen(of_queries, of_keys, queries, keys, places, plan, seeing, seen)
+        return _chosen(of_queries, of_keys, bias, queries, keys, places, plan, seeing, seen)
     if pattern.stride > 1 and places is not None:
-        return _folded(of_queries, of_keys, queries, keys, plan)
-    return _blockwise(of_queries, of_keys, queries, keys, places, plan)
+        return _folded(of_queries, of_keys, bias, queries, keys, plan)
+    return _blockwise(of_queries, of_keys, bias, queries, keys, places, plan)
 
 
-def _blockwise(of_queries, of_keys, queries, keys, places, plan) -> Partial:
+def _blockwise(of_queries, of_keys, bias, queries, keys, places, plan) -> Partial:
     (q, decay), (k, v, kv_decay) = of_queries, of_keys
     plan = dataclasses.replace(plan, q_block=min(plan.q_block, q.shape[1]), k_block=min(plan.k_block, k.shape[1]))
-    return Partial(*blockwise(q, k, v, queries, keys, places, plan, decay, kv_decay))
+    return Partial(*blockwise(q, k, v, queries, keys, places, plan, decay, kv_decay, bias))
 
 
-def _chosen(of_queries, of_keys, queries, keys, places, plan, seeing, seen) -> Partial:
+def _chosen(of_queries, of_keys, bias, queries, keys, places, plan, seeing, seen) -> Partial:
     """Attention of the queries that see anything to the keys that are seen."""
     shape = *of_queries[0].shape[:3], of_keys[1].shape[-1]
     q_places, k_places = (None, None) if places is None else places
@@ -79,7 +81,7 @@ def _chosen(of_queries, of_keys, queries, keys, places, plan, seeing, seen) -> P
     if plan.pattern.stride == 1:
         plan = dataclasses.replace(plan, pattern=plan.pattern.inside)
     places = None if places is None else (q_places, k_places)
-    return put_back(_blockwise(of_queries, of_keys, queries, keys, places, plan))
+    return put_back(_blockwise(of_queries, of_keys, bias, queries, keys, places, plan))
 
 
 def _keep(arrays, tokens: Tokens, places: Range | None, chosen: Bool[Array, "rows T"] | None):
@@ -116,7 +118,7 @@ def _take(tree, index):
     )
 
 
-def _folded(of_queries, of_keys, queries, keys, plan) -> Partial:
+def _folded(of_queries, of_keys, bias, queries, keys, plan) -> Partial:
     """Attention at distances that are multiples of the stride, as one of more and shorter rows."""
     stride, (batch, length) = plan.pattern.stride, of_queries[0].shape[:2]
 
@@ -138,4 +140,4 @@ def _folded(of_queries, of_keys, queries, keys, plan) -> Partial:
     place = np.arange(queries.ids.shape[1]) * stride
     places = Range(place, place), Range(place, place)
     plan = dataclasses.replace(plan, pattern=plan.pattern.inside)
-    return jax.tree.map(unfold, _blockwise(of_queries, of_keys, queries, keys, places, plan))
+    return jax.tree.map(unfold, _blockwise(of_queries, of_keys, bias, queries, keys, places, plan))

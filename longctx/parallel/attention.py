@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +30,8 @@ from longctx.typing import Segments
 
 
 def attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
+    parts: Sequence[ops.Part],
     v: Float[Array, "B T G V"],
-    pattern: Pattern,
     segments: Segments,
     axis_name: str,
     *,
@@ -41,31 +40,34 @@ def attention(
     implementation: str | None = None,
     **options,
 ) -> Float[Array, "B T H V"]:
-    """Attention of this shard's queries to the keys of all shards that the pattern lets them see.
+    """Attention of this shard's queries to the keys of all shards that a part lets them see.
 
     Args:
-      q, k, v: this device's shards.
-      pattern: which keys a query may see within its document; it does not look ahead.
+      parts: this device's shards of queries and keys, and which keys of its document a query may see, none of them
+        ahead; parts share no pair of query and key.
+      v: this device's shard.
       segments: of this shard's tokens; ids and positions are those of the whole rows.
       axis_name: the mesh axis.
       decay: sums of log decays at this shard's tokens, counted from the start of their documents.
       sinks, implementation, options: as in `longctx.ops.attention.attention`.
 
     Raises:
-      NotImplementedError: an implementation other than "blockwise" is named for a pattern that takes partial results.
+      NotImplementedError: an implementation other than "blockwise" is named where partial results are taken.
     """
-    if pattern.reach is not None and terms(pattern) == (pattern,):
+    parts = [part._replace(pattern=term) for part in parts for term in terms(part.pattern)]
+    if len(parts) == 1 and parts[0].pattern.reach is not None:
+        q, k, pattern = parts[0]
         keys = _keys_near(k, v, decay, segments, pattern, axis_name)
         return _attend(
             ops.attention, q, decay, segments, keys, pattern, sinks=sinks, implementation=implementation, **options
         )
     if implementation not in (None, "blockwise"):
         raise NotImplementedError(
-            f"implementation '{implementation}' gives no partial results, which {pattern} needs when several devices "
-            "share the sequence; leave it None, or choose 'blockwise'."
+            f"implementation '{implementation}' gives no partial results, which {parts[0].pattern} needs when several "
+            "devices share the sequence; leave it None, or choose 'blockwise'."
         )
-    parts = (_part(q, k, v, decay, segments, part, axis_name, **options) for part in terms(pattern))
-    result = functools.reduce(merge, parts)
+    results = (_part(q, k, v, decay, segments, pattern, axis_name, **options) for q, k, pattern in parts)
+    result = functools.reduce(merge, results)
     result = result if sinks is None else add_sinks(result, sinks)
     return result.output.astype(v.dtype)
 

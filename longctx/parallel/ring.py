@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from longctx.ops.attention import attention_partial
+from longctx.ops.biases import Bias
 from longctx.ops.partial import Partial, merge
 from longctx.ops.patterns import Pattern
 from longctx.typing import Segments
@@ -33,6 +34,7 @@ def attention(
     segments: Segments,
     axis_name: str,
     decay: Float[Array, "B T H"] | None = None,
+    bias: Bias | None = None,
     **options,
 ) -> Partial:
     """Attention of this shard's queries to the keys of all shards, inside a `jax.shard_map`.
@@ -43,6 +45,7 @@ def attention(
       segments: of this shard's tokens; ids and positions are those of the whole rows.
       axis_name: the mesh axis.
       decay: sums of log decays at this shard's tokens, counted from the start of their documents.
+      bias: of logits by distance.
       options: `scale`, `soft_cap` and `block` of `longctx.ops.attention.attention_partial`.
 
     Returns:
@@ -50,8 +53,9 @@ def attention(
     """
 
     def partial(mine, held, segments):
-        (q, decay), (k, v, kv_decay) = mine, held[0]
-        return attention_partial(q, k, v, pattern, segments, held[1], decay=decay, kv_decay=kv_decay, **options)
+        (q, decay, bias), (k, v, kv_decay) = mine, held[0]
+        added = {"decay": decay, "kv_decay": kv_decay, "bias": bias}
+        return attention_partial(q, k, v, pattern, segments, held[1], **added, **options)
 
     @jax.custom_vjp
     def ring(mine, own, segments):
@@ -84,7 +88,7 @@ def attention(
         return *jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, (mine, own)), None
 
     ring.defvjp(forward, backward)
-    return ring((q, decay), (k, v, decay), segments)
+    return ring((q, decay, bias), (k, v, decay), segments)
 
 
 def _around(hop, carry, keys, axis_name):

@@ -14,26 +14,33 @@ What a device must know of those before it, and the bytes it sends for that:
 | attention of bounded reach   | the last keys and values, by a halo exchange  | those of `reach` tokens         |
 | ... with n anchors           | also these of the document, by a scan         | those of ⌈log₂ devices⌉ n       |
 | attention of unbounded reach | all keys and values, round a ring             | those of T tokens               |
+| CoPE                         | the same                                      | those of T tokens               |
 | PaTH attention               | the same, and each shard's product            | those of T tokens               |
+| attention within buckets     | the same, and the numbers of the buckets      | those of T tokens               |
+| attention to chosen blocks   | summaries of all blocks, and the chosen ones  | those of these                  |
 """
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from longctx.ops import attention as attention_ops
-from longctx.ops import causal_conv, path_attention
+from longctx.ops import causal_conv, cope, lsh, path_attention
+from longctx.ops.attention import Part
+from longctx.ops.biases import Bias
 from longctx.ops.patterns import Heads, Pattern
 from longctx.parallel import attention as sharded
-from longctx.parallel import mesh, path, prefix
+from longctx.parallel import chosen, mesh, path, prefix
+from longctx.parallel import cope as cope_ring
+from longctx.parallel import lsh as buckets_ring
 from longctx.typing import Segments
 
 _WHOLE, _SHARD = PartitionSpec(), PartitionSpec(None, "context")
@@ -92,8 +99,6 @@ def attention(
     v: Float[Array, "B T G V"],
     pattern: Pattern | Heads,
     segments: Segments | None,
-    decay: Float[Array, "B T H"] | None = None,
-    sinks: Float[Array, " H"] | None = None,
     **options,
 ) -> Float[Array, "B T H V"]:
     """Softmax attention of the span's tokens to each other.
@@ -102,29 +107,62 @@ def attention(
       q, k, v: queries, keys, values.
       pattern: which keys a query may see within its document.
       segments: the documents of the span; None is one document.
-      decay: at each token the sum of the log decays of its document, as `recurrence` gives it; None is no decay.
-      sinks, options: of `longctx.ops.attention.attention`.
+      options: of `attention_by_parts`.
 
     Raises:
-      ValueError: T is not a multiple of the devices along `context`, or the pattern looks ahead while several
+      ValueError: as `attention_by_parts`.
+    """
+    return attention_by_parts([Part(q, k, pattern)], v, segments, **options)
+
+
+def attention_by_parts(
+    parts: Sequence[Part],
+    v: Float[Array, "B T G V"],
+    segments: Segments | None,
+    decay: Float[Array, "B T H"] | None = None,
+    sinks: Float[Array, " H"] | None = None,
+    bias: Bias | None = None,
+    **options,
+) -> Float[Array, "B T H V"]:
+    """One softmax over the keys of all parts, which share no pair of query and key.
+
+    Args:
+      parts: queries, keys and pattern of each.
+      v: values.
+      segments: the documents of the span; None is one document.
+      decay: at each token the sum of the log decays of its document, as `recurrence` gives it; None is no decay.
+      sinks, bias, options: of `longctx.ops.attention.attention`.
+
+    Raises:
+      ValueError: T is not a multiple of the devices along `context`, or a pattern looks ahead while several
         devices share the span.
     """
-    if isinstance(pattern, Heads):
-        call = functools.partial(attention, segments=segments, **options)
-        return attention_ops.by_head(call, pattern, q, k, v, decay=decay, sinks=sinks)
-    if not _splits(q.shape[1]):
-        return attention_ops.attention(q, k, v, pattern, segment_ids=segments, decay=decay, sinks=sinks, **options)
-    if pattern.ahead != 0:
-        raise ValueError(
-            f"{pattern} lets a query see keys after it, and shards of a sequence only look back; "
-            "combine it with Causal(), or set mesh.context to 1."
-        )
+    if isinstance(parts[0].pattern, Heads):
 
-    def run(q, k, v, decay, segments, sinks):
-        return sharded.attention(q, k, v, pattern, segments, "context", decay=decay, sinks=sinks, **options)
+        def call(q, k, v, pattern, **added):
+            return attention(q, k, v, pattern, segments, **added, **options)
 
-    island = _island(run, (_SHARD, _SHARD, _SHARD, _SHARD, _SHARD, _WHOLE), _SHARD)
-    return island(q, k, v, decay, Segments.of(segments, *q.shape[:2]), _float32(sinks))
+        q, k, heads = parts[0]
+        return attention_ops.by_head(call, heads, q, k, v, bias, decay=decay, sinks=sinks)
+    if not _splits(v.shape[1]):
+        options |= {"decay": decay, "sinks": sinks, "bias": bias}
+        return attention_ops.attention_by_parts(parts, v, segments, **options)
+    patterns = [part.pattern for part in parts]
+    for pattern in patterns:
+        if pattern.ahead != 0:
+            raise ValueError(
+                f"{pattern} lets a query see keys after it, and shards of a sequence only look back; "
+                "combine it with Causal(), or set mesh.context to 1."
+            )
+
+    def run(arrays, v, decay, segments, sinks, bias):
+        shards = [Part(q, k, pattern) for (q, k), pattern in zip(arrays, patterns, strict=True)]
+        added = {"decay": decay, "sinks": sinks, "bias": bias}
+        return sharded.attention(shards, v, segments, "context", **added, **options)
+
+    island = _island(run, (_SHARD, _SHARD, _SHARD, _SHARD, _WHOLE, _WHOLE), _SHARD)
+    arrays = [(part.q, part.k) for part in parts]
+    return island(arrays, v, decay, Segments.of(segments, *v.shape[:2]), *_float32((sinks, bias)))
 
 
 def attention_on_paths(
@@ -152,6 +190,88 @@ def attention_on_paths(
     y = island(*inputs, Segments.of(segments, *q.shape[:2]))
     # The keys at the end of the row are for a cache, which training has not: nobody reads them, and they cost nothing.
     return y, path_attention.chunked(*inputs, None, segments)[1]
+
+
+def attention_by_context(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    embeddings: Float[Array, "N K"],
+    segments: Segments,
+    **options,
+) -> Float[Array, "B T H V"]:
+    """Attention of the span's tokens to each other with contextual positions (CoPE).
+
+    Args:
+      q, k, v: queries, keys, values.
+      embeddings: of the positions 0 to N - 1.
+      segments: the documents of the span.
+      options: of `longctx.ops.cope.chunked`.
+
+    Raises:
+      ValueError: T is not a multiple of the devices along `context`.
+    """
+    if not _splits(q.shape[1]):
+        return cope.chunked(q, k, v, embeddings, segments, segments, **options)
+
+    def run(q, k, v, segments, embeddings):
+        return cope_ring.attention(q, k, v, embeddings, segments, "context", **options)
+
+    return _island(run, (_SHARD,) * 4 + (_WHOLE,), _SHARD)(q, k, v, segments, _float32(embeddings))
+
+
+def attention_in_buckets(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    hashes: Int[Array, "B T H R"],
+    segments: Segments | None,
+    **options,
+) -> Float[Array, "B T H V"]:
+    """Attention of the span's tokens to those in the same buckets.
+
+    Args:
+      q, k, v: queries, keys, values; G = H.
+      hashes: the numbers of the buckets of queries and keys alike.
+      segments: the documents of the span; None is one document.
+      options: of `longctx.ops.lsh.chunked`.
+
+    Raises:
+      ValueError: T is not a multiple of the devices along `context`.
+    """
+    segments = Segments.of(segments, *q.shape[:2])
+    if not _splits(q.shape[1]):
+        return lsh.chunked(q, k, v, v, hashes, hashes, segments, segments, **options)
+
+    def run(q, k, v, hashes, segments):
+        return buckets_ring.attention(q, k, v, hashes, hashes, segments, "context", **options)
+
+    return _island(run, (_SHARD,) * 5, _SHARD)(q, k, v, hashes, segments)
+
+
+def chosen_blocks(
+    op: types.ModuleType, *inputs, parameters: tuple = (), segments: Segments, **options
+) -> Float[Array, "B T H V"]:
+    """Attention of the span's tokens to each other, by blocks of keys that each query chooses.
+
+    Args:
+      op: the module, such as `longctx.ops.moba`.
+      inputs: its inputs, each `[B, T, ...]`.
+      parameters: further inputs without batch or time, which come after `inputs`.
+      segments: the documents of the span.
+      options: of `op.chunked`.
+
+    Raises:
+      ValueError: T is not a multiple of the devices along `context`.
+    """
+    if not _splits(segments.ids.shape[1]):
+        return op.chunked(*inputs, *parameters, segments, segments, **options)
+
+    def shard(inputs, parameters, segments):
+        row = chosen.Shards("context", segments.ids.shape[1])
+        return op.chunked(*inputs, *parameters, segments, segments, row=row, **options)
+
+    return _island(shard, (_SHARD, _WHOLE, _SHARD), _SHARD)(inputs, _float32(parameters), segments)
 
 
 def _splits(length: int) -> bool:

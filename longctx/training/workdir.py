@@ -26,6 +26,7 @@ from longctx import config
 from longctx.data import TASKS, Source, Task, Tokenizer
 from longctx.errors import UsageError
 from longctx.layers import MIXERS, MLPS
+from longctx.layers.positions import Positions
 from longctx.models import LanguageModel
 from longctx.parallel import mesh as meshes
 from longctx.training import checkpoints
@@ -64,7 +65,7 @@ def to_dict(experiment: config.Experiment) -> dict[str, Any]:
                 part: {"kind": getattr(value, part)} | plain(getattr(value, f"{part}_options"))
                 for part in ("mixer", "mlp")
             }
-        if isinstance(value, config.Data | Task):
+        if isinstance(value, config.Data | Task | Positions):
             return {"kind": value.kind} | fields(value)
         if dataclasses.is_dataclass(value):
             return fields(value)

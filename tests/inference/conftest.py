@@ -19,7 +19,7 @@ CONFIG = {
                 "mlp": MLP,
             },
             "local": {"mixer": ATTENTION | {"pattern": "Window(8)"}, "mlp": MLP},
-            "full": {"mixer": ATTENTION | {"rope_base": 0.0, "conv_width": 3}, "mlp": MLP},
+            "full": {"mixer": ATTENTION | {"positions": {"kind": "nope"}, "conv_width": 3}, "mlp": MLP},
         },
     },
     "training": {"stages": ((1, 1, 64),)},

@@ -2,14 +2,16 @@
 
 import functools
 import logging
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from longctx.evals.programs import operations
 from longctx.ops import attention as ops
-from longctx.ops import blockwise
+from longctx.ops import biases, blockwise
 from longctx.ops.attention import attention, attention_partial
 from longctx.ops.kernels import splash
 from longctx.ops.partial import Partial, add_sinks, merge
@@ -29,6 +31,7 @@ from longctx.ops.patterns import (
     Sinks,
     Strided,
     Window,
+    terms,
 )
 from longctx.typing import Segments
 
@@ -354,9 +357,8 @@ def test_work_is_only_on_touched_blocks(pattern):
     blocks = mask.reshape(length // block, block, length // block, block)
     touched, whole = blocks.any((1, 3)), blocks.all((1, 3))
     found, unmasked = np.zeros_like(touched), np.zeros_like(whole)
-    for i in range(length // block):
-        found[i, schedule.keys[schedule.start[i] : schedule.touched[i]]] = True
-        unmasked[i, schedule.keys[schedule.start[i] : schedule.whole[i]]] = True
+    found[schedule.queries[: schedule.touched], schedule.keys[: schedule.touched]] = True
+    unmasked[schedule.queries[: schedule.whole], schedule.keys[: schedule.whole]] = True
     assert not (touched & ~found).any()
     assert (found & ~touched).sum() <= 0.1 * touched.sum()
     assert not (unmasked & ~whole).any()
@@ -380,6 +382,113 @@ def test_low_precision_inputs_have_float32_statistics():
     expected = attend(*(one.astype(jnp.float32) for one in x), implementation="dense")
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=0, atol=2e-2)
+
+
+BIASES = {
+    "alibi": biases.Alibi(jnp.array([0.5, 0.25, 0.125, 0.01])),
+    "t5": biases.T5(jnp.asarray(np.random.default_rng(1).standard_normal((4, 8), np.float32)), 30),
+    "adaptive_span": biases.AdaptiveSpan(jnp.array([0.5, 7.3, 20.0, 90.0]), 8),
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_biases_are_their_formulas(name):
+    """What each adds to the logit of a query d tokens after a key."""
+    bias, distances = BIASES[name], range(60)
+    found = bias(jnp.array(distances)[None, :, None])[0, :, :, 0]
+    for head, d in np.ndindex(4, 60):
+        if name == "alibi":
+            expected = -[0.5, 0.25, 0.125, 0.01][head] * d
+        elif name == "t5":  # 4 single distances, then up to 30 in geometric steps
+            edges = [1, 2, 3, 4, 4 * 7.5**0.25, 4 * 7.5**0.5, 4 * 7.5**0.75]
+            expected = bias.table[head, sum(d >= edge for edge in edges)]
+        else:
+            share = min(max((8 + [0.5, 7.3, 20.0, 90.0][head] - d) / 8, 0), 1)
+            expected = math.log(share) if share else -math.inf
+        np.testing.assert_allclose(found[head, d], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [Causal(), LOCAL, Causal() & (Window(8) | Strided(8)), SPARSE[-1]], ids=str)
+@pytest.mark.parametrize("name", BIASES)
+def test_blockwise_biases_as_dense(name, pattern):
+    """Outputs and gradients, those of the bias's parameters included.
+
+    Fails if: the bias's gradient is not summed over blocks; a head of a group takes another's.
+    """
+    x, segments = inputs(100), packed(100)
+    cotangent = x.pop("d")
+    x.pop("sinks")
+    x["bias"] = BIASES[name]
+
+    def run(implementation):
+        options = {"segment_ids": segments, "implementation": implementation, "block": 16, "soft_cap": 2.0}
+        found = with_gradients(functools.partial(attention, pattern=pattern, **options), x, cotangent)
+        return found | {"bias": jax.tree.leaves(found["bias"])[0] / 10}  # a sum over distances, of order 100
+
+    found, expected = run("blockwise"), run("dense")
+    assert_close(found, expected)
+    assert np.abs(expected["bias"]).max() > 0.01
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_work_follows_the_pattern(gradients):
+    """Operations and temporary bytes, read off the compiled program: those of the touched blocks, within 1.3.
+
+    Operations against the blocks that the exact map of each part says; bytes against arrays as large as the inputs, so
+    that nothing grows faster than T.
+    """
+    block, width = 64, 32
+    patterns = [
+        Causal(),
+        Causal() & Window(256),
+        Causal() & (Window(256) | Sinks(4)),
+        Causal() & Chunked(256),
+        Causal() & (Window(128) | Strided(64)),
+        Causal() & (Chunked(128) | Fixed(128, 8)),
+        Causal() & (Dilated(256, 1) + Dilated(1024, 4)),
+        Causal() & (Window(128) | Global((5, 700)) | RandomBlocks(64, 2)),
+        Causal() & Blocks(np.random.default_rng(5).random((64, 64)) < 0.2, 64),
+    ]
+
+    def program(length, pattern):
+        x = jax.ShapeDtypeStruct((1, length, 2, width), jnp.float32)
+
+        def run(q, k, v):
+            return attention(q, k, v, pattern, implementation="blockwise", block=block)
+
+        run = jax.grad(lambda *x, run=run: run(*x).sum(), (0, 1, 2)) if gradients else run
+        return jax.jit(run).lower(x, x, x).compile()
+
+    products = 2 + 5 * gradients
+    for pattern in patterns:
+        work, memory = [], []
+        for length in (4096, 8192):
+            compiled = program(length, pattern)
+            work.append(operations(compiled.as_text()))
+            memory.append(compiled.memory_analysis().temp_size_in_bytes)
+        expected = products * 2 * 2 * width * block**2 * touched_blocks(pattern, 4096, block)
+        assert expected / 1.3 <= work[0] <= 1.3 * expected, (pattern, work[0] / expected)
+        assert memory[1] <= 2.3 * memory[0], (pattern, memory)
+
+
+def touched_blocks(pattern, length, block):
+    """Blocks of tokens brought together as far as can be: those that are seen by any, at the distances there are."""
+    count = 0
+    for part in terms(pattern):
+        positions = np.arange(length)
+        seeing, seen = part.seeing(positions), part.seen(positions)
+        if part.thin and seeing is None and seen is None:
+            orders = [(positions[r :: part.stride],) * 2 for r in range(part.stride)]
+        else:
+            every = np.ones(length, bool)
+            sides = (every if x is None else x for x in (seeing, seen))
+            orders = [tuple(positions[x] for x in sides)]
+        for queries, keys in orders:
+            mask = part.mask(queries[:, None], keys[None, :])
+            tall, wide = (-(-n // block) for n in mask.shape)
+            mask = np.pad(mask, ((0, tall * block - mask.shape[0]), (0, wide * block - mask.shape[1])))
+            count += mask.reshape(tall, block, wide, block).any((1, 3)).sum()
+    return count
 
 
 def test_memory_grows_linearly():

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 
 
-def refusal(q, k, v, pattern, *, segment_ids, kv_segment_ids, sinks, soft_cap, decay) -> str | None:
+def refusal(q, k, v, pattern, *, segment_ids, kv_segment_ids, sinks, soft_cap, decay, bias) -> str | None:
     """Why cuDNN cannot compute this, as the end of a sentence; None if it can. Arguments as `attention`."""
     if jax.default_backend() != "gpu":
         return f"needs an NVIDIA GPU, and the platform is {jax.default_backend()}; use 'blockwise'."
     if segment_ids is not None or kv_segment_ids is not None:
         return "takes rows of one document only; pass no segment ids, or use 'blockwise'."
-    if sinks is not None or soft_cap is not None or decay is not None:
-        return "has neither sinks, nor soft cap, nor decay; use 'blockwise'."
+    if any(x is not None for x in (sinks, soft_cap, decay, bias)):
+        return "has neither sinks, nor soft cap, nor decay, nor bias; use 'blockwise'."
     if pattern.ahead != 0 or not pattern.band:
         return f"computes causal attention, windowed or not, and the pattern is {pattern}; use 'blockwise'."
     if len({q.dtype, k.dtype, v.dtype}) > 1 or q.dtype not in (jnp.bfloat16, jnp.float16):

@@ -15,15 +15,15 @@ from longctx.typing import Segments
 _LANES = 128  # the kernel's tiles; lengths are filled up to a multiple of it
 
 
-def refusal(q, k, v, pattern, *, segment_ids, kv_segment_ids, sinks, soft_cap, decay) -> str | None:
+def refusal(q, k, v, pattern, *, segment_ids, kv_segment_ids, sinks, soft_cap, decay, bias) -> str | None:
     """Why splash cannot compute this, as the end of a sentence; None if it can. Arguments as `attention`."""
     del k, v, segment_ids, soft_cap
     if jax.default_backend() != "tpu":
         return f"needs a TPU, and the platform is {jax.default_backend()}; use 'blockwise'."
     if kv_segment_ids is not None:
         return "takes keys that are the queries' own tokens, and kv_segment_ids were given; use 'blockwise'."
-    if sinks is not None or decay is not None:
-        return "has neither sinks nor decay; use 'blockwise'."
+    if any(x is not None for x in (sinks, decay, bias)):
+        return "has neither sinks, nor decay, nor bias; use 'blockwise'."
     if pattern.ahead != 0 or not pattern.band:
         return f"computes causal attention, windowed or not, and the pattern is {pattern}; use 'blockwise'."
     mesh = jax.sharding.get_abstract_mesh()

@@ -262,7 +262,7 @@ class RandomBlocks(Pattern):
         for part in range(self.number):
             first, end = row * part // self.number, row * (part + 1) // self.number
             size = end - first
-            yield first + _hash(row, part, self.seed) % (size + (size == 0)), size > 0
+            yield first + hashed(row, part, self.seed) % (size + (size == 0)), size > 0
 
     def mask(self, q_positions, k_positions):
         rows, columns = q_positions // self.block, k_positions // self.block
@@ -392,7 +392,7 @@ def _count(chosen: tuple[int, ...], side):
     return search(np.asarray(chosen), side.last, side="right") - search(np.asarray(chosen), side.first)
 
 
-def _hash(*numbers):
+def hashed(*numbers):
     """A 32-bit hash of integers, as int32 from 0 on; the same in numpy and jax (Appleby's finaliser, MurmurHash3)."""
     xp = np if _numpy(*numbers) else jnp
     with np.errstate(over="ignore"):

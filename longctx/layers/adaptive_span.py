@@ -1,0 +1,67 @@
+"""Adaptive attention span (Sukhbaatar et al., 2019) as a mixer: every head learns how far back it looks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longctx.layers.attention import Attention, AttentionState
+from longctx.layers.positions import Positions, Rope
+from longctx.ops.attach import attach
+from longctx.ops.biases import AdaptiveSpan as Span
+from longctx.typing import Segments
+
+
+class AdaptiveSpan(nnx.Module):
+    """Softmax attention whose weights fade out beyond a learned span per head (`ops/biases.py`).
+
+    Longer spans cost: `penalty` times the heads' mean span is added to the loss of every token (section 2.2). The mixer
+    works on the last `longest` + `ramp` tokens, however short the spans are. State: a `KVCache` of as many.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        heads: int = 4  # H
+        kv_heads: int = 4  # G, divides H
+        head_width: int = 32  # K
+        positions: Positions = Rope()  # one of `layers/positions.py`, but none with a bias
+        conv_width: int = 0  # taps of a causal convolution on queries, keys and values; 0: none
+        qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
+        longest: int = 32  # tokens, the most that a span can be
+        ramp: int = 8  # R, tokens over which weights fade out after it
+        initial: float = 0.5  # span at first, as a share of the longest
+        penalty: float = 0.0  # of a token of span in the loss of a token; 2e-6 in the paper
+
+        def problems(self):
+            if min(self.longest, self.ramp) < 1:
+                yield f"longest is {self.longest} and ramp is {self.ramp}; both must be at least 1"
+            if not 0 <= self.initial <= 1:
+                yield f"initial is {self.initial}; give a share from 0 to 1"
+            if self.positions.bias(jnp.zeros((1, 2)), 1) is not None or self.positions.kind == "cope":
+                yield f"positions '{self.positions.kind}' are a bias of their own; choose rotary ones, or 'nope'"
+            yield from self.attention.problems()
+
+        @property
+        def attention(self) -> Attention.Config:
+            """The options of the attention inside."""
+            shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:6]}
+            return Attention.Config(**shared, pattern=f"Window({self.longest + self.ramp})")
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        self.options = options
+        self.attention = Attention(width, options.attention, rngs)
+        self.span = nnx.Param(jnp.full(options.heads, options.initial, jnp.float32), axes=("heads",))
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: AttentionState | None = None):
+        """Returns `(y[B, T, D], AttentionState)`."""
+        options = self.options
+        span = options.longest * jnp.clip(self.span[...], 0.0, 1.0)
+        y, state = self.attention(x, segments, state, bias=Span(span, options.ramp))
+        return attach(y, span.mean() * segments.valid, options.penalty), state
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> AttentionState:
+        """The state before any token; no more than the longest span needs, whatever `capacity` is."""
+        return self.attention.init_state(batch, capacity, dtype)

@@ -1,0 +1,113 @@
+"""DeepSeek sparse attention (DeepSeek-AI, 2025) as a mixer: softmax attention to the keys that an indexer chooses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longctx.layers.basic import Linear, RMSNorm, like_queries, undo_values
+from longctx.layers.rotary import rotate
+from longctx.memory import row
+from longctx.memory.cache import KVCache
+from longctx.ops import indexer_topk
+from longctx.ops.attach import attach
+from longctx.parallel import sequence
+from longctx.typing import Segments
+
+
+class IndexerTopK(nnx.Module):
+    """Causal softmax attention to the `count` tokens of the document so far that a small indexer scores highest.
+
+    DeepSeek-V3.2 has 64 index heads of width 128, and queries see 2,048 tokens; it trains the indexer alone first, with
+    `stage="dense"` and all else frozen, then all of it with `stage="sparse"`. The indexer reads x but no gradient goes
+    back: it learns from a loss of its own, which is attached to the output (`longctx.ops.attach`).
+
+    State: a `KVCache` of `capacity` tokens: the keys of all heads and the token's index side by side,
+    [B, S, 1, G K + I], and the values, [B, S, 1, G K].
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        heads: int = 4  # H
+        kv_heads: int = 4  # G, divides H
+        head_width: int = 32  # K
+        rope_base: float = 10_000.0  # of the rotary frequencies, of indices too; 0: no positions (NoPE)
+        qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
+        index_heads: int = 4  # J
+        index_width: int = 16  # I
+        count: int = 8  # keys that a query sees
+        stage: str = "sparse"  # "dense": a query sees all keys, and so does the indexer's loss
+        kl_weight: float = 1e-3  # in the training loss, of the indexer's summed over tokens; 1 / N for a mean over N
+
+        def problems(self):
+            if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
+                yield f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads"
+            if min(self.index_heads, self.index_width, self.count) < 1:
+                yield f"index_heads, index_width and count must be at least 1, given {self}"
+            if self.rope_base and (self.head_width % 2 or self.index_width % 2):
+                yield f"head_width is {self.head_width} and index_width {self.index_width}; rotary positions need even ones"
+            if min(self.rope_base, self.kl_weight) < 0:
+                yield "rope_base and kl_weight must not be negative"
+            if self.stage not in ("dense", "sparse"):
+                yield f"stage is '{self.stage}'; choose dense or sparse"
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        self.options = options
+        queries, keys = options.heads * options.head_width, options.kv_heads * options.head_width
+        self.query = Linear(width, queries, ("embed", "heads"), rngs)
+        like_query = like_queries(self.query, options.kv_heads, options.head_width)
+        self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
+        self.value = Linear(width, keys, ("embed", "heads"), rngs)
+        back = undo_values(self.value, options.heads, options.head_width)
+        self.out = Linear(queries, width, ("heads", "embed"), rngs, initial=back)
+        self.query_norm = RMSNorm(options.head_width, ("head",), initial=1.5) if options.qk_norm else None
+        self.key_norm = RMSNorm(options.head_width, ("head",)) if options.qk_norm else None
+        self.index_query = Linear(width, options.index_heads * options.index_width, ("embed", "heads"), rngs)
+        like_index = like_queries(self.index_query, 1, options.index_width)
+        self.index_key = Linear(width, options.index_width, ("embed", "head"), rngs, initial=like_index)
+        self.index_weight = Linear(width, options.index_heads, ("embed", "heads"), rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: KVCache | None = None):
+        """Returns `(y[B, T, D], KVCache)`."""
+        batch, length, _ = x.shape
+        options = self.options
+        parts = self.query(x), self.key(x), self.value(x)
+        q, k, v = (part.reshape(batch, length, -1, options.head_width) for part in parts)
+        if options.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        index_q, index_k, weights = self._index(jax.lax.stop_gradient(x))
+        if options.rope_base:
+            turned = (q, k, index_q, index_k)
+            q, k, index_q, index_k = (rotate(part, segments.positions, options.rope_base) for part in turned)
+        count = None if options.stage == "dense" else options.count
+        before = self.init_state(batch, length, x.dtype) if state is None else state
+        kept = jnp.concatenate([_flat(k), index_k], axis=-1)
+        after = before.append(kept, _flat(v), segments)
+        if state is None:
+            inputs = q, k, v, index_q, index_k[:, :, 0], weights
+            y, loss = sequence.chosen_blocks(indexer_topk, *inputs, segments=segments, count=count)
+        else:
+            kept, values, held, span = row.join(before, after, kept, _flat(v), segments)
+            keys, index_k = jnp.split(kept[:, :, 0], [options.kv_heads * options.head_width], axis=-1)
+            k, v = (part.reshape(*held.ids.shape, -1, options.head_width) for part in (keys, values))
+            y, loss = indexer_topk.chunked(q, k, v, index_q, index_k, weights, span, held, count=count)
+        return attach(self.out(y.reshape(batch, length, -1)), loss, options.kl_weight), after
+
+    def _index(self, x):
+        """Index queries `[B, T, J, I]`, keys `[B, T, 1, I]` and weights `[B, T, J]`."""
+        options = self.options
+        q, k = (part.reshape(*x.shape[:2], -1, options.index_width) for part in (self.index_query(x), self.index_key(x)))
+        return q, k, self.index_weight(x).astype(jnp.float32) * (options.index_heads * options.index_width) ** -0.5
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> KVCache:
+        """The state before any token, with room for `capacity` tokens."""
+        width = self.options.kv_heads * self.options.head_width
+        return KVCache.empty(batch, capacity, 1, width + self.options.index_width, width, dtype)
+
+
+def _flat(x: Float[Array, "B T G K"]) -> Float[Array, "B T 1 G*K"]:
+    return x.reshape(*x.shape[:2], 1, -1)

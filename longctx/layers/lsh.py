@@ -1,0 +1,112 @@
+"""Attention within buckets (Reformer, Kitaev et al., 2020; Routing Transformer, Roy et al., 2021) as a mixer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longctx.layers.basic import Linear, l2_normalise, undo_values
+from longctx.layers.rotary import rotate
+from longctx.memory import row
+from longctx.memory.cache import KVCache
+from longctx.ops import lsh
+from longctx.ops.attach import attach
+from longctx.parallel import sequence
+from longctx.typing import Segments
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LSHState:
+    """The cache of keys and values, and one whose keys `[B, S, H, R]` are numbers of buckets and values nothing."""
+
+    cache: KVCache
+    hashes: KVCache
+
+
+class LSH(nnx.Module):
+    """Causal softmax attention of each token to those that fell into its bucket, summed over rounds of hashing.
+
+    Queries are x W; a key is its token's query, of norm 1, so that the logit is the query's norm times the cosine.
+    The bucket is the nearest of N directions by that cosine, before rotary positions: of random ones and their
+    opposites, or of centroids that begin there and are drawn to their members. State: `capacity` keys and values,
+    [B, S, H, K] each, and R numbers of buckets per head.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        heads: int = 4  # H
+        head_width: int = 32  # K
+        rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions (NoPE)
+        rounds: int = 2  # R, of hashing
+        buckets: int = 8  # N, a round; work is about T² / N
+        seed: int = 0  # of the random directions
+        centroid_weight: float = 0.0  # of Σ (1 - cos) to the nearest centroid in the training loss; 0: random directions
+
+        def problems(self):
+            if min(self.heads, self.head_width, self.rounds) < 1:
+                yield f"heads, head_width and rounds must be at least 1, given {self}"
+            if self.buckets < 2 or self.buckets % 2:
+                yield f"buckets is {self.buckets}; give an even number, as directions come with their opposites"
+            if self.rope_base and self.head_width % 2:
+                yield f"head_width is {self.head_width}; rotary positions need an even one"
+            if min(self.rope_base, self.centroid_weight) < 0:
+                yield "rope_base and centroid_weight must not be negative"
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        self.options = options
+        inner = options.heads * options.head_width
+        self.query = Linear(width, inner, ("embed", "heads"), rngs)
+        self.value = Linear(width, inner, ("embed", "heads"), rngs)
+        back = undo_values(self.value, options.heads, options.head_width)
+        self.out = Linear(inner, width, ("heads", "embed"), rngs, initial=back)
+        learned = options.centroid_weight > 0
+        self.centroids = nnx.Param(self._random, axes=("heads", None, None, "head")) if learned else None
+
+    @property
+    def _random(self) -> Float[Array, "H R N K"]:
+        """Directions of norm 1 and their opposites, the same whenever they are drawn."""
+        options = self.options
+        shape = options.heads, options.rounds, options.buckets // 2, options.head_width
+        half = np.random.default_rng(options.seed).standard_normal(shape)
+        half /= np.linalg.norm(half, axis=-1, keepdims=True)
+        return jnp.asarray(np.concatenate([half, -half], axis=2), jnp.float32)
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: LSHState | None = None):
+        """Returns `(y[B, T, D], LSHState)`."""
+        batch, length, _ = x.shape
+        options = self.options
+        # Float32, as rounding must not choose the bucket.
+        parts = self.query(x.astype(jnp.float32)), self.value(x)
+        q, v = (part.reshape(batch, length, -1, options.head_width) for part in parts)
+        k = l2_normalise(q)
+        directions = self._random if self.centroids is None else l2_normalise(self.centroids[...])
+        hashes, cosine = lsh.nearest(jax.lax.stop_gradient(k), directions)
+        q, k = q.astype(x.dtype), k.astype(x.dtype)
+        if options.rope_base:
+            q, k = (rotate(each, segments.positions, options.rope_base) for each in (q, k))
+        settings = {"buckets": options.buckets, "scale": 1.0}
+        before = self.init_state(batch, length, x.dtype) if state is None else state
+        after = LSHState(before.cache.append(k, v, segments), before.hashes.append(hashes, hashes[..., :0], segments))
+        if state is None:
+            y = sequence.attention_in_buckets(q, k, v, hashes, segments, **settings)
+        else:
+            keys, values, held, span = row.join(before.cache, after.cache, k, v, segments)
+            theirs, *_ = row.join(before.hashes, after.hashes, hashes, hashes[..., :0], segments)
+            y = lsh.chunked(q, keys, values, v, hashes, theirs, span, held, **settings)
+        y = self.out(y.reshape(batch, length, -1))
+        if self.centroids is not None:
+            y = attach(y, jnp.where(segments.valid[..., None, None], 1 - cosine, 0.0), options.centroid_weight)
+        return y, after
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> LSHState:
+        """The state before any token, with room for `capacity` tokens."""
+        options = self.options
+        cache = KVCache.empty(batch, capacity, options.heads, options.head_width, options.head_width, dtype)
+        return LSHState(cache, KVCache.empty(batch, capacity, options.heads, options.rounds, 0, jnp.int32))
+

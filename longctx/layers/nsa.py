@@ -1,0 +1,113 @@
+"""Native sparse attention (Yuan et al., 2025) as a mixer: compressed, selected and near tokens, mixed by gates."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longctx.layers.basic import Linear, RMSNorm, like_queries, undo_values
+from longctx.layers.rotary import rotate
+from longctx.memory import row
+from longctx.memory.cache import KVCache
+from longctx.ops import nsa
+from longctx.parallel import sequence
+from longctx.typing import Segments
+
+
+class NSA(nnx.Module):
+    """Three causal attentions, each with keys and values of its own, whose outputs are summed by gates σ(x W + b).
+
+    See `longctx.ops.nsa`; the paper has compressed blocks of 32 tokens every 16, of which 16 blocks of 64 tokens are
+    selected, and a window of 512. Keys are turned by their positions before they are compressed. State: a `KVCache` of
+    `capacity` tokens with the keys and values of all three, [B, S, 3 G, K] each; a decoding step compresses those of
+    the document again.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        heads: int = 4  # H
+        kv_heads: int = 2  # G, divides H; the heads of a group select the same blocks
+        head_width: int = 32  # K
+        compressed: int = 8  # l, tokens of a compressed block
+        stride: int = 4  # d, from one compressed block to the next; divides both kinds of blocks
+        selected: int = 8  # m, tokens of a block that is selected
+        count: int = 4  # n, blocks selected, with the first, the own and the one before it
+        window: int = 8  # w, the last tokens, the own included
+        rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions (NoPE)
+        qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
+
+        def problems(self):
+            if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
+                yield f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads"
+            if min(self.compressed, self.stride, self.selected, self.window) < 1:
+                yield f"compressed, stride, selected and window must be at least 1, given {self}"
+            elif self.compressed % self.stride or self.selected % self.stride:
+                yield (
+                    f"stride is {self.stride}; it must divide compressed, {self.compressed}, and selected, "
+                    f"{self.selected}"
+                )
+            if self.count < 3:
+                yield f"count is {self.count}; give at least 3: the first block, the own and the one before it"
+            if self.rope_base < 0 or (self.rope_base and self.head_width % 2):
+                yield f"rope_base is {self.rope_base} and head_width is {self.head_width}; give 0, or an even width"
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        self.options = options
+        queries, keys = options.heads * options.head_width, options.kv_heads * options.head_width
+        self.query = Linear(width, queries, ("embed", "heads"), rngs)
+        like_query = like_queries(self.query, options.kv_heads, options.head_width)
+        # The three begin alike.
+        self.key = Linear(width, 3 * keys, ("embed", "heads"), rngs, initial=self._thrice(like_query))
+        value = Linear(width, keys, ("embed", "heads"), rngs)
+        self.value = Linear(width, 3 * keys, ("embed", "heads"), rngs, initial=self._thrice(value.weight[...]))
+        self.gate = Linear(width, 3 * options.heads, ("embed", "heads"), rngs, bias=0.0)
+        back = undo_values(value, options.heads, options.head_width)
+        self.out = Linear(queries, width, ("heads", "embed"), rngs, initial=back)
+        mean = jnp.full((options.compressed, options.kv_heads, options.head_width), 1 / options.compressed)
+        self.key_pool = nnx.Param(mean, axes=("taps", "heads", "head"))
+        self.value_pool = nnx.Param(mean.copy(), axes=("taps", "heads", "head"))
+        self.query_norm = RMSNorm(options.head_width, ("head",), initial=1.5) if options.qk_norm else None
+        self.key_norm = RMSNorm(options.head_width, ("head",)) if options.qk_norm else None
+
+    def _thrice(self, weight: Float[Array, "D G*K"]) -> Float[Array, "D G*3*K"]:
+        options = self.options
+        heads = weight.reshape(-1, options.kv_heads, 1, options.head_width)
+        return jnp.tile(heads, (1, 1, 3, 1)).reshape(len(weight), -1)
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: KVCache | None = None):
+        """Returns `(y[B, T, D], KVCache)`."""
+        batch, length, _ = x.shape
+        options = self.options
+        q, k, v = (
+            part.reshape(batch, length, -1, options.head_width) for part in (self.query(x), self.key(x), self.value(x))
+        )
+        if options.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if options.rope_base:
+            q, k = (rotate(part, segments.positions, options.rope_base) for part in (q, k))
+        gates = jax.nn.sigmoid(self.gate(x).astype(jnp.float32)).reshape(batch, length, -1, 3)
+        pools = self.key_pool[...], self.value_pool[...]
+        sizes = {name: getattr(options, name) for name in ("stride", "selected", "count", "window")}
+
+        def branches(x):
+            return x.reshape(*x.shape[:2], -1, 3, options.head_width)
+
+        if state is None:
+            cache = self.init_state(batch, length, x.dtype).append(k, v, segments)
+            inputs = q, branches(k), branches(v), gates
+            y = sequence.chosen_blocks(nsa, *inputs, parameters=pools, segments=segments, **sizes)
+        else:
+            cache = state.append(k, v, segments)
+            k, v, held, span = row.join(state, cache, k, v, segments)
+            y = nsa.chunked(q, branches(k), branches(v), gates, *pools, span, held, **sizes)
+        return self.out(y.reshape(batch, length, -1)), cache
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> KVCache:
+        """The state before any token, with room for `capacity` tokens."""
+        options = self.options
+        width = options.head_width
+        return KVCache.empty(batch, capacity, 3 * options.kv_heads, width, width, dtype)

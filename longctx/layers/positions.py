@@ -1,0 +1,402 @@
+"""How softmax attention knows positions: the schemes that `positions.kind` names in an experiment file.
+
+A scheme says what keys are stored as, how queries and keys are turned for the keys that a query sees, and what is added
+to logits. The formulas are in `ops/positions.py`, `ops/biases.py` and `ops/cope.py`.
+
+Some depend on the length, as the scale of `dynamic_ntk` does: that of the row, of the cache that a state has room for,
+or of what a bounded pattern reaches, whichever is known; it is a constant of the traced program. Up to the trained
+length they do not depend on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from longctx.ops import biases, positions
+from longctx.ops.attention import Part
+from longctx.ops.patterns import Chunked, Heads, Pattern, Window
+from longctx.ops.positions import Rotation, rotate
+from longctx.typing import Segments
+
+
+class Positions:
+    """A scheme; this one is none at all.
+
+    Attributes:
+      kinds: every scheme by the name that experiment files give it.
+      kind: that name.
+      axes: logical names of the axes of its parameter, where it has one.
+      several: whether it takes attention apart into several parts, which patterns by head do not allow.
+    """
+
+    kinds: ClassVar[dict[str, type[Positions]]] = {}
+    kind: ClassVar[str]
+    axes: ClassVar[tuple[str | None, ...]] = ()
+    several: ClassVar[bool] = False
+
+    def __init_subclass__(cls, kind: str | None = None):
+        if kind is not None:
+            Positions.kinds[kind], cls.kind = cls, kind
+
+    def refusals(self, width: int) -> Iterator[str]:
+        """What hinders it for heads of `width` channels."""
+        try:
+            self.rotation(width, 1)
+        except ValueError as error:
+            yield str(error)
+
+    def rotation(self, width: int, length: int) -> Rotation:
+        """How channels turn, at a length."""
+        return positions.rope(0, 10_000.0)
+
+    def initial(self, heads: int, width: int) -> Float[Array, "H ..."] | None:
+        """What its parameter begins as, None without one."""
+        return None
+
+    def bias(self, parameter: Float[Array, "H ..."] | None, heads: int) -> biases.Bias | None:
+        """What is added to logits."""
+        return None
+
+    def stored(
+        self, k: Float[Array, "B T G K"], places: Int[Array, "B T"], length: int
+    ) -> Float[Array, "B T G K"]:
+        """The keys as a cache holds them; `places` are their positions within their documents."""
+        return k
+
+    def parts(
+        self, q: Float[Array, "B T H K"], k: Float[Array, "B S G K"], pattern: Pattern | Heads, queries: Segments,
+        keys: Segments, length: int,
+    ) -> list[Part]:
+        """What queries see, given keys as they are stored."""
+        return [Part(q, k, pattern)]
+
+
+@dataclasses.dataclass(frozen=True)
+class NoPositions(Positions, kind="nope"):
+    """None: a causal pattern alone tells order (Kazemnejad et al., arXiv:2305.19466)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope(Positions, kind="rope"):
+    """Rotary positions, `longctx.ops.positions.rope`; the schemes below derive from it."""
+
+    base: float = 10_000.0  # b of the frequencies b^(-2j/R)
+    share: float = 1.0  # of a head's channels that turn, the first ones (partial rotary positions)
+
+    def refusals(self, width: int) -> Iterator[str]:
+        if not 0 < self.share <= 1 or self.turning(width) % 2:
+            yield f"share is {self.share} of {width} channels a head; it must be an even number of them, at least 2"
+        else:
+            yield from super().refusals(width)
+
+    def turning(self, width: int) -> int:
+        """R, the channels that turn."""
+        return round(self.share * width)
+
+    def rotation(self, width: int, length: int) -> Rotation:
+        return positions.rope(self.turning(width), self.base)
+
+    def stored(self, k, places, length):
+        return rotate(k, places, self.rotation(k.shape[-1], length))
+
+    def parts(self, q, k, pattern, queries, keys, length):
+        return [Part(rotate(q, queries.positions, self.rotation(q.shape[-1], length)), k, pattern)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear(Rope, kind="linear"):
+    """`longctx.ops.positions.linear`: positions interpolated."""
+
+    factor: float = 1.0  # s, the length to reach over the trained length
+
+    def rotation(self, width, length):
+        return positions.linear(self.turning(width), self.base, self.factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class NTK(Rope, kind="ntk"):
+    """`longctx.ops.positions.ntk`: a larger base."""
+
+    factor: float = 1.0  # s
+
+    def rotation(self, width, length):
+        return positions.ntk(self.turning(width), self.base, self.factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicNTK(Rope, kind="dynamic_ntk"):
+    """`longctx.ops.positions.dynamic_ntk`: a base that grows with the length."""
+
+    trained: int = 2048  # L, tokens of the trained length
+    factor: float = 1.0  # s, beside the length over the trained length
+
+    def rotation(self, width, length):
+        return positions.dynamic_ntk(self.turning(width), self.base, self.factor, self.trained, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class NTKByParts(Rope, kind="ntk_by_parts"):
+    """`longctx.ops.positions.ntk_by_parts`: fast pairs stay, slow ones are interpolated."""
+
+    trained: int = 2048  # L
+    factor: float = 1.0  # s
+    beta_fast: float = 32.0  # turns in the trained length from which a pair stays
+    beta_slow: float = 1.0  # and up to which it is interpolated
+
+    def rotation(self, width, length):
+        return positions.ntk_by_parts(
+            self.turning(width), self.base, self.factor, self.trained, self.beta_fast, self.beta_slow
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class YaRN(NTKByParts, kind="yarn"):
+    """`longctx.ops.positions.yarn`: by parts, and sharper logits."""
+
+    truncate: bool = True  # the bounds are rounded to whole pairs
+    magnitude: float = 0.0  # of queries and keys; 0: 0.1 ln s + 1
+
+    def rotation(self, width, length):
+        return positions.yarn(
+            self.turning(width), self.base, self.factor, self.trained, self.beta_fast, self.beta_slow,
+            self.truncate, self.magnitude or None,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3(Rope, kind="llama3"):
+    """`longctx.ops.positions.llama3`: by parts, as Llama 3.1."""
+
+    trained: int = 8192  # L
+    factor: float = 1.0  # s
+    low_frequency_factor: float = 1.0  # turns in the trained length up to which a pair is interpolated
+    high_frequency_factor: float = 4.0  # and from which it stays
+
+    def rotation(self, width, length):
+        return positions.llama3(
+            self.turning(width), self.base, self.factor, self.trained, self.low_frequency_factor,
+            self.high_frequency_factor,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRoPE(Rope, kind="longrope"):
+    """`longctx.ops.positions.longrope`: a factor for every pair; `longctx.evals.longrope` searches for them."""
+
+    trained: int = 2048  # L
+    factor: float = 1.0  # s
+    short: tuple[float, ...] = ()  # λ of each pair up to the trained length; empty: all 1
+    long: tuple[float, ...] = ()  # λ beyond it; empty: all s
+    magnitude: float = 0.0  # of queries and keys; 0: √(1 + ln s / ln L)
+
+    def rotation(self, width, length):
+        width = self.turning(width)
+        short, long = self.short or (1.0,) * (width // 2), self.long or (self.factor,) * (width // 2)
+        return positions.longrope(
+            width, self.base, self.factor, self.trained, length, short, long, self.magnitude or None
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GiraffePower(Rope, kind="giraffe_power"):
+    """`longctx.ops.positions.giraffe_power`: the slower a pair, the more it is slowed."""
+
+    power: float = 0.1  # k
+
+    def rotation(self, width, length):
+        return positions.giraffe_power(self.turning(width), self.base, self.power)
+
+
+@dataclasses.dataclass(frozen=True)
+class GiraffeTruncated(Rope, kind="giraffe_truncated"):
+    """`longctx.ops.positions.giraffe_truncated`: slow pairs stand still."""
+
+    low: float = 2 * math.pi / 2048  # radians a token: pairs at most so fast stand still,
+    high: float = 2 * math.pi / 512  # at least so fast stay,
+    rho: float = 2 * math.pi / 1024  # and those between turn so fast
+
+    def rotation(self, width, length):
+        return positions.giraffe_truncated(self.turning(width), self.base, self.low, self.high, self.rho)
+
+
+@dataclasses.dataclass(frozen=True)
+class XPos(Rope, kind="xpos"):
+    """Rotary positions whose products fade with the distance: `longctx.ops.positions.xpos_scales`.
+
+    Queries grow as keys shrink, counted from the middle of the span: in float32 for spans of up to 65,000 tokens.
+    """
+
+    scale_base: float = 512.0  # tokens after which the scales have gone one power further
+
+    def refusals(self, width):
+        if self.scale_base <= 0:
+            yield f"scale_base is {self.scale_base}; give a number of tokens above 0"
+        yield from super().refusals(width)
+
+    def parts(self, q, k, pattern, queries, keys, length):
+        (part,) = super().parts(q, k, pattern, queries, keys, length)
+        span, held = queries.ids.shape[1], keys.ids.shape[1]
+        scales = positions.xpos_scales(self.turning(q.shape[-1]))
+        if -math.log(scales[0]) * span / self.scale_base > 160:
+            most = int(-160 * self.scale_base / math.log(scales[0]))
+            raise ValueError(
+                f"a span of {span} tokens is more than xpos can scale with scale_base={self.scale_base}; "
+                f"read it in spans of at most {most} tokens, or give a larger scale_base."
+            )
+        # Places along the row, which for tokens of one document are as far apart as their positions: 0, 1, ... in the
+        # span, and before it by the positions of the document in progress, the only one of which a cache holds tokens.
+        places = jnp.arange(span)[None]
+        cached = jnp.arange(held)[None] - (held - span)
+        if held != span or span == 1:
+            current = queries.ids == 1
+            first = jnp.argmax(current, axis=1, keepdims=True)
+            origin = jnp.take_along_axis(queries.positions, first, axis=1) - first
+            cached = jnp.where(keys.ids == 1, keys.positions - origin, cached)
+
+        def scaled(x, places, sign):
+            power = sign * (places[..., None] - span // 2) / self.scale_base * np.log(np.tile(scales, 2))
+            scale = jnp.pad(jnp.exp(power), ((0, 0), (0, 0), (0, x.shape[-1] - power.shape[-1])), constant_values=1)
+            return (x.astype(jnp.float32) * scale[:, :, None]).astype(x.dtype)
+
+        return [part._replace(q=scaled(part.q, places, 1), k=scaled(part.k, cached, -1))]
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomPositions(Rope, kind="random"):
+    """Positions drawn from a longer range, in order: Ruoss et al., arXiv:2305.16843.
+
+    The range is cut into as many equal parts as the trained length has tokens, or the length if it is longer, and token
+    p gets a place in part p that is always the same. A model so sees, at any length, distances of the whole range; the
+    paper draws anew for every batch.
+    """
+
+    span: int = 65_536  # tokens of the range
+    trained: int = 2048  # L
+    seed: int = 0  # of the draws
+
+    def refusals(self, width):
+        if min(self.span, self.trained) < 1:
+            yield f"span is {self.span} and trained is {self.trained}; both must be at least 1"
+        yield from super().refusals(width)
+
+    def drawn(self, places: Int[Array, "B T"], length: int) -> Int[Array, "B T"]:
+        """The positions in the range."""
+        return positions.stratified(places, max(1, self.span // max(self.trained, length)), self.seed)
+
+    def stored(self, k, places, length):
+        return super().stored(k, self.drawn(places, length), length)
+
+    def parts(self, q, k, pattern, queries, keys, length):
+        drawn = dataclasses.replace(queries, positions=self.drawn(queries.positions, length))
+        return super().parts(q, k, pattern, drawn, keys, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfExtend(Rope, kind="self_extend"):
+    """Exact positions in a window, and coarse ones beyond it: Jin et al., arXiv:2401.01325. Needs no training.
+
+    Beyond `window` tokens, query and key stand at p // g + w - w // g and s // g.
+    """
+
+    several = True
+    group: int = 8  # g, tokens that share a coarse position
+    window: int = 1024  # w, tokens within which positions are exact
+
+    def refusals(self, width):
+        if min(self.group, self.window) < 1:
+            yield f"group is {self.group} and window is {self.window}; both must be at least 1"
+        yield from super().refusals(width)
+
+    def stored(self, k, places, length):
+        return k
+
+    def parts(self, q, k, pattern, queries, keys, length):
+        turn = functools.partial(rotate, rotation=self.rotation(q.shape[-1], length))
+        near, far = Window(self.window), self.window - self.window // self.group
+        return [
+            Part(turn(q, queries.positions), turn(k, keys.positions), pattern & near),
+            Part(turn(q, queries.positions // self.group + far), turn(k, keys.positions // self.group), pattern & ~near),
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class DualChunk(Rope, kind="dual_chunk"):
+    """Dual chunk attention: An et al., arXiv:2402.17463. Needs no training.
+
+    Keys stand at s mod c, c = trained - local. For a query at p, they are exact in its own chunk of c tokens, where it
+    stands at p mod c; in the chunk before it stands at min(p mod c + c, trained), and beyond at `trained`.
+    """
+
+    several = True
+    trained: int = 2048  # tokens of the trained length
+    local: int = 256  # w, tokens across the edge of a chunk whose distances stay exact
+
+    def refusals(self, width):
+        if not 0 <= self.local < self.trained:
+            yield f"local is {self.local} and trained is {self.trained}; local must be less, and at least 0"
+        yield from super().refusals(width)
+
+    def stored(self, k, places, length):
+        return super().stored(k, places % (self.trained - self.local), length)
+
+    def parts(self, q, k, pattern, queries, keys, length):
+        chunk = self.trained - self.local
+        within, before = queries.positions % chunk, Chunked(chunk, back=1)
+        turn = functools.partial(rotate, q, rotation=self.rotation(q.shape[-1], length))
+        return [
+            Part(turn(within), k, pattern & Chunked(chunk)),
+            Part(turn(jnp.minimum(within + chunk, self.trained)), k, pattern & before & ~Chunked(chunk)),
+            Part(turn(jnp.full_like(within, self.trained)), k, pattern & ~before),
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Alibi(Positions, kind="alibi"):
+    """`longctx.ops.biases.Alibi` with the published slopes."""
+
+    def bias(self, parameter, heads):
+        return biases.Alibi(jnp.asarray(positions.alibi_slopes(heads), jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class T5(Positions, kind="t5"):
+    """`longctx.ops.biases.T5`: a learned bias per head and bucket of distances."""
+
+    axes = ("heads", None)
+    buckets: int = 32
+    max_distance: int = 128  # tokens from which on all distances share a bucket
+
+    def refusals(self, width):
+        try:
+            positions.t5_buckets(np.zeros(1, np.int32), self.buckets, self.max_distance)
+        except ValueError as error:
+            yield str(error)
+
+    def initial(self, heads, width):
+        return jnp.zeros((heads, self.buckets), jnp.float32)
+
+    def bias(self, parameter, heads):
+        return biases.T5(parameter, self.max_distance)
+
+
+@dataclasses.dataclass(frozen=True)
+class CoPE(Positions, kind="cope"):
+    """Contextual positions, `longctx.ops.cope`: gates of query and key count the tokens between them."""
+
+    axes = (None, "head")
+    max_position: int = 64  # N, learned positions; what counts further has the last
+
+    def refusals(self, width):
+        if self.max_position < 2:
+            yield f"max_position is {self.max_position}; give at least 2"
+
+    def initial(self, heads, width):
+        return jnp.zeros((self.max_position, width), jnp.float32)

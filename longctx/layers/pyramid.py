@@ -1,0 +1,108 @@
+"""Pyramid attention in the manner of Pyraformer (Liu et al., 2022) as a causal mixer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longctx.layers.basic import Linear, RMSNorm, ShortConv, like_queries, undo_values
+from longctx.ops import pyramid as ops
+from longctx.parallel import sequence
+from longctx.typing import Segments
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PyramidState:
+    """Weighted sums of 1, key and value over the last R nodes of each level, float32; the convolution's last inputs."""
+
+    nodes: Float[Array, "B L R G K+V+1"]
+    conv: Float[Array, "B W-1 C"] | None
+
+
+class Pyramid(nnx.Module):
+    """Softmax attention to the last W tokens, and at each level above to the last W summaries of older ones.
+
+    A node of level l attends to c nodes of the level below, and so summarises c^l tokens. The query of that attention
+    is a vector per head that begins at 0, which gives plain means; levels above 0 have a bias per head that begins at
+    0, too. A summary has no one position, so there are no rotary ones; the convolution tells the order of neighbours.
+    State: `[B, L, R, G, K+V+1]` float32 with R = W + max(c - 1, 1 + ⌈(W - 1) / c⌉), and W-1 inputs of the convolution.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        heads: int = 4  # H
+        kv_heads: int = 4  # G, divides H
+        head_width: int = 32  # K and V
+        children: int = 4  # c, nodes of one level that a node of the next summarises
+        window: int = 8  # W, tokens that are seen one by one, and nodes of each level above; at least c - 1
+        levels: int = 5  # L, tokens included; W c^(L-1) tokens back are seen
+        conv_width: int = 4  # taps of a causal convolution on queries, keys and values; 0: none
+        qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
+
+        def problems(self):
+            if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
+                yield f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads"
+            if self.children < 2:
+                yield f"children is {self.children}; give at least 2"
+            elif self.window < self.children - 1:
+                yield (
+                    f"window is {self.window} and children is {self.children}; give a window of at least children - 1, "
+                    "or what no whole node holds is seen at no level"
+                )
+            if not (1 <= self.levels <= 30 and self.children ** (self.levels - 1) <= 2**30):
+                yield f"levels is {self.levels}; give at least 1, and nodes of at most 2^30 tokens"
+            if self.conv_width < 0:
+                yield f"conv_width is {self.conv_width}; give 0 for none, or more"
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        self.options = options
+        queries, keys = options.heads * options.head_width, options.kv_heads * options.head_width
+        self.query = Linear(width, queries, ("embed", "heads"), rngs)
+        like_query = like_queries(self.query, options.kv_heads, options.head_width)
+        self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
+        self.value = Linear(width, keys, ("embed", "heads"), rngs)
+        lags = [0] * queries + [1] * keys + [0] * keys
+        self.conv = ShortConv(options.conv_width, lags, rngs) if options.conv_width else None
+        self.query_norm = RMSNorm(options.head_width, ("head",), initial=1.5) if options.qk_norm else None
+        self.key_norm = RMSNorm(options.head_width, ("head",)) if options.qk_norm else None
+        self.pool = nnx.Param(jnp.zeros((options.kv_heads, options.head_width)), axes=("heads", "head"))
+        self.bias = nnx.Param(jnp.zeros((options.heads, options.levels - 1)), axes=("heads", None))
+        back = undo_values(self.value, options.heads, options.head_width)
+        self.out = Linear(queries, width, ("heads", "embed"), rngs, initial=back)
+
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: PyramidState | None = None):
+        """Returns `(y[B, T, D], PyramidState)`."""
+        batch, length, _ = x.shape
+        options = self.options
+        parts = [self.query(x), self.key(x), self.value(x)]
+        tail = None
+        if self.conv is not None:
+            mixed, tail = self.conv(jnp.concatenate(parts, axis=-1), segments, None if state is None else state.conv)
+            sizes = [part.shape[-1] for part in parts]
+            parts = jnp.split(mixed, [sizes[0], sizes[0] + sizes[1]], axis=-1)
+        q, k, v = (part.reshape(batch, length, -1, options.head_width) for part in parts)
+        if options.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        y, nodes = sequence.recurrence(
+            ops,
+            *(q, k, v),
+            parameters=(self.pool[...], self.bias[...]),
+            state=None if state is None else state.nodes,
+            segments=segments,
+            children=options.children,
+            window=options.window,
+        )
+        return self.out(y.reshape(batch, length, -1)), PyramidState(nodes, tail)
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> PyramidState:
+        """The state before any token; `capacity` does not matter."""
+        options = self.options
+        slots = ops.slots(options.children, options.window)
+        shape = batch, options.levels, slots, options.kv_heads, 2 * options.head_width + 1
+        tail = None if self.conv is None else self.conv.init_state(batch)
+        return PyramidState(jnp.zeros(shape, jnp.float32), tail)

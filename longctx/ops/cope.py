@@ -1,0 +1,203 @@
+r"""CoPE, contextual position encoding: softmax attention whose positions count the tokens that the query lets count.
+
+For query t and the keys s <= t of its document, per head, with gates g_ts = sigmoid(scale q_t . k_s),
+
+    p_ts = min(sum_{s <= u <= t} g_tu, N - 1)
+    logit_ts = scale (q_t . k_s + q_t . e(p_ts)),    out_t = sum_s softmax_s(logit_ts) v_s
+
+with N learned embeddings e_0 ... e_{N-1}, which heads share, and between two of them
+
+    e(p) = (p - n) e_{ceil p} + (1 - p + n) e_n,    n = floor p.
+
+The paper's formula has gates of q_t . k_s itself; as in its released code they are those of the scaled products.
+
+Block form. q_t . e(p) lies between two of the N products q_t . e_n, which are made once for each query. Blocks of keys
+are visited from the last to the first. For each query go along the sum G_t of the gates of the keys visited so far and
+the partial softmax over them; in the next block
+
+    p_ts = min(G_t + sum_{u >= s} g_tu, N - 1)
+
+so that keys may be in a cache or on other devices, if only the later ones come first.
+
+Reference: Golovneva et al., "Contextual Position Encoding: Learning to Count What's Important", 2024
+(arXiv:2405.18719), section 4.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from longctx.ops.gated_linear import einsum
+from longctx.ops.partial import Partial, merge
+from longctx.typing import Segments, checked
+
+
+class Visited(NamedTuple):
+    """What a query knows of the keys visited so far, the later ones of its document. All float32."""
+
+    partial: Partial
+    gates: Float[Array, "B T H"]  # their sum
+
+
+@checked
+def recurrent(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    embeddings: Float[Array, "N K"],
+    segments: Segments,
+    held: Segments,
+    *,
+    scale: float | None = None,
+) -> Float[Array, "B T H V"]:
+    """The definition. Holds all logits.
+
+    Args:
+      q: queries; head h reads the keys and values of group h // (H // G).
+      k, v: keys and values, those of a document in the order of their positions; they hold the queries' own tokens.
+      embeddings: of the positions 0 to N - 1.
+      segments: of the queries.
+      held: of the keys; the same document has the same id in both.
+      scale: of the logits; None for 1 / sqrt(K).
+
+    Returns:
+      `[B, T, H, V]` in v's dtype; 0 for padding.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q = scale * q.astype(jnp.float32)
+    k, v32 = (x.astype(jnp.float32).repeat(q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    seen = (segments.ids[:, :, None] == held.ids[:, None, :]) & segments.valid[:, :, None]
+    seen &= held.positions[:, None, :] <= segments.positions[:, :, None]
+    seen = seen[:, None]
+    logits = jnp.einsum("bthk,bshk->bhts", q, k, precision="highest")
+    gates = jnp.where(seen, jax.nn.sigmoid(logits), 0.0)
+    positions = jnp.minimum(jnp.flip(jnp.cumsum(jnp.flip(gates, -1), -1), -1), len(embeddings) - 1)
+    products = jnp.einsum("bthk,nk->bhtn", q, embeddings.astype(jnp.float32), precision="highest")
+    below, above = jnp.floor(positions), jnp.ceil(positions)
+    low, high = (jnp.take_along_axis(products, n.astype(jnp.int32), axis=-1) for n in (below, above))
+    logits += (positions - below) * high + (1 - positions + below) * low
+    logits = jnp.where(seen, logits, jnp.where(seen.any(-1, keepdims=True), -jnp.inf, 0.0))
+    weights = jnp.where(seen, jax.nn.softmax(logits, axis=-1), 0.0)
+    return jnp.einsum("bhts,bshv->bthv", weights, v32, precision="highest").astype(v.dtype)
+
+
+@checked
+def chunked(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    embeddings: Float[Array, "N K"],
+    segments: Segments,
+    held: Segments,
+    *,
+    scale: float | None = None,
+    chunk: int = 128,
+) -> Float[Array, "B T H V"]:
+    """The same as `recurrent`, by blocks of `chunk` queries and keys; memory grows linearly with T and S."""
+    visited = attend(q, k, v, embeddings, segments, held, scale=scale, chunk=chunk)
+    return visited.partial.output.astype(v.dtype)
+
+
+def attend(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    embeddings: Float[Array, "N K"],
+    segments: Segments,
+    held: Segments,
+    after: Visited | None = None,
+    *,
+    scale: float | None = None,
+    chunk: int = 128,
+) -> Visited:
+    """Attention to these keys once those `after` them have been visited; arguments else as `chunked`.
+
+    The keys of a document that are in `after` must all be later than those given here. Backwards, each block of
+    queries visits its keys again.
+    """
+    batch, length, heads, width = q.shape
+    groups = k.shape[2]
+    scale = width**-0.5 if scale is None else scale
+    last = len(embeddings) - 1
+
+    def of_queries(x):  # [blocks, B, G, R, C, ...]
+        x = _blocks(x.astype(jnp.float32), chunk)
+        return jnp.moveaxis(x.reshape(*x.shape[:3], groups, -1, *x.shape[4:]), 2, 4)
+
+    if after is None:
+        after = nothing(q, v)
+    rows = of_queries(scale * q), jax.tree.map(of_queries, after), _places(segments, chunk)
+    keys = *(_blocks(x.astype(jnp.float32), chunk) for x in (k, v)), _places(held, chunk)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def row(_, block):
+        q, visited, (ids, places) = block
+        products = einsum("bgrik,nk->bgrin", q, embeddings.astype(jnp.float32))
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def visit(visited, block):
+            k, v, (k_ids, k_places) = block
+            seen = (ids[:, :, None] == k_ids[:, None, :]) & (ids[:, :, None] > 0)
+            seen &= k_places[:, None, :] <= places[:, :, None]
+
+            def meet(visited):
+                logits = einsum("bgrik,bjgk->bgrij", q, k)
+                gates = jnp.where(seen[:, None, None], jax.nn.sigmoid(logits), 0.0)
+                counted = visited.gates[..., None] + jax.lax.cumsum(gates, axis=gates.ndim - 1, reverse=True)
+                logits += _between(products, jnp.minimum(counted, last))
+                return Visited(merge(visited.partial, _softmax(logits, seen[:, None, None], v)), counted[..., 0])
+
+            return jax.lax.cond(seen.any(), meet, lambda same: same, visited), None
+
+        return None, jax.lax.scan(visit, visited, keys, reverse=True)[0]
+
+    _, visited = jax.lax.scan(row, None, rows)
+
+    def by_token(x):
+        x = jnp.moveaxis(x, (0, 4), (1, 2))  # [B, blocks, C, G, R, ...]
+        return x.reshape(batch, -1, heads, *x.shape[5:])[:, :length]
+
+    return jax.tree.map(by_token, visited)
+
+
+def nothing(q: Float[Array, "B T H K"], v: Float[Array, "B S G V"]) -> Visited:
+    """Before any key."""
+    rows = q.shape[:3]
+    return Visited(Partial(jnp.zeros((*rows, v.shape[-1])), jnp.full(rows, -jnp.inf)), jnp.zeros(rows))
+
+
+def _blocks(x, size):
+    """`[blocks, B, C, ...]`, filled up with zeros."""
+    size = min(size, x.shape[1])
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+
+def _places(segments: Segments, size: int):
+    """Ids and positions by block."""
+    return _blocks(segments.ids, size), _blocks(segments.positions, size)
+
+
+def _between(products, positions):
+    """The products at fractional positions, each on the line between two."""
+    below, above = jnp.floor(positions), jnp.ceil(positions)
+    low, high = (jnp.take_along_axis(products, n.astype(jnp.int32), axis=-1) for n in (below, above))
+    return low + (positions - below) * (high - low)
+
+
+def _softmax(logits, seen, v) -> Partial:
+    """Attention with these logits `[B, G, R, C, S]` to values `[B, S, G, V]`, where `seen`."""
+    logits = jnp.where(seen, logits, -jnp.inf)
+    peak = jax.lax.stop_gradient(logits.max(-1))
+    peak = jnp.where(jnp.isneginf(peak), 0.0, peak)
+    weights = jnp.exp(logits - peak[..., None])
+    total = weights.sum(-1)
+    any_seen = total > 0
+    total = jnp.where(any_seen, total, 1.0)
+    output = einsum("bgrij,bjgv->bgriv", weights, v) / total[..., None]
+    return Partial(output, jnp.where(any_seen, peak + jnp.log(total), -jnp.inf))

@@ -1,0 +1,184 @@
+r"""Softmax attention of each query to the n keys that a light indexer scores highest.
+
+DeepSeek sparse attention (DeepSeek-AI, arXiv:2512.02556). J narrow heads, of weights w, compare the query's index with
+the one index of each key:
+
+    I_ts = Σ_j w_tj ReLU(qI_tj . kI_s)
+    S_t = the n keys s <= t of the document with the largest I_ts, the first of equal ones; all of them if there are fewer
+    a_hts = softmax of scale q_ht . k_s over s in S_t;    out_ht = Σ_s a_hts v_s
+
+All heads see the same keys. The choice has no gradient: the indexer learns from
+
+    p_ts = Σ_h a_hts / H;    loss_t = Σ_{s in S_t} p_ts (log p_ts - log softmax_s I_ts)
+
+alone, the divergence of its own distribution over S_t from the mean of the heads', p held fixed. With n unlimited S_t is
+all that a query may see: attention is full, and the loss is that of the dense warm-up.
+
+The fast form scores queries in chunks, T² J products of width I, and gathers the chosen keys, T n of width K. Of a row
+that several devices share, each needs all of the keys' indices, and of keys and values those that it chooses.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from longctx.ops.key_blocks import WHOLE, Row, choose
+from longctx.typing import Segments, checked
+
+_QUERIES, _KEYS = 128, 1 << 16  # at most, that attend at once, and of keys for all these together
+
+
+@checked
+def chunked(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    index_q: Float[Array, "B T J I"],
+    index_k: Float[Array, "B S I"],
+    weights: Float[Array, "B T J"],
+    segments: Segments,
+    held: Segments,
+    *,
+    count: int | None,
+    scale: float | None = None,
+    row: Row = WHOLE,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T"]]:
+    """The fast form.
+
+    Args:
+      q: queries; head h reads the keys and values of group h // (H // G).
+      k, v: keys and values of a row in which documents are contiguous; it holds the queries' own tokens.
+      index_q: qI.
+      index_k: kI, of the keys.
+      weights: w, of the heads of the indexer.
+      segments: of the queries.
+      held: of the keys.
+      count: n; None for no limit.
+      scale: of the logits; None for 1 / sqrt(K).
+      row: of which k and v are a part.
+
+    Returns:
+      `(y[B, T, H, V], loss[B, T])`: y in v's dtype, 0 for padding; the loss of each token, float32, whose gradients are
+      those of `index_q`, `index_k` and `weights`.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    index_k, held = row.gather((index_k, held))
+    if count is None:
+        k, v = row.gather((k, v))
+        chosen, count = None, k.shape[1]
+    else:
+
+        def score(index_q, weights, ids, positions):
+            def add(total, head):
+                products = jnp.einsum("bti,bsi->bts", head[0], index_k, preferred_element_type=jnp.float32)
+                return total + head[1][..., None] * jax.nn.relu(products), None
+
+            # Head by head: the products of all would be J times as many as scores.
+            heads = jnp.moveaxis(index_q, 2, 0), jnp.moveaxis(weights.astype(jnp.float32), 2, 0)
+            start = jnp.zeros((*ids.shape, index_k.shape[1]), jnp.float32)
+            scores = jax.lax.scan(add, start, heads)[0]
+            return jnp.where(_visible(ids, positions, held), scores, -jnp.inf)[:, :, None, None]
+
+        chosen = choose(score, (index_q, weights, segments.ids, segments.positions), count)[:, :, 0, 0]
+        count = chosen.shape[-1]
+        k, v = _fetch(row, (k, v), chosen)
+
+    @jax.checkpoint
+    def some(queries, tokens):
+        if chosen is None:
+            seen, keys, shared = _visible(*tokens, held), (k, v, index_k), None
+        else:
+            places = jnp.maximum(tokens, 0)
+            keys = [jax.vmap(lambda x, places: x[places])(x, places) for x in (k, v, index_k)]
+            seen, shared = tokens >= 0, 0
+        each = jax.vmap(_attend, (0, 0, 0, 0, shared, shared, shared, None))  # queries
+        return jax.vmap(each, (0,) * 7 + (None,))(*queries, seen, *keys, scale)  # rows
+
+    length = q.shape[1]
+    step = min(length, max(8, min(_QUERIES, _KEYS // count)))
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, -length % step), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(len(x), -1, step, *x.shape[2:]), 1, 0)
+
+    tokens = (segments.ids, segments.positions) if chosen is None else chosen
+    y, loss = jax.lax.map(lambda args: some(*args), jax.tree.map(split, ((q, index_q, weights), tokens)))
+    y, loss = (jnp.moveaxis(x, 0, 1).reshape(len(q), -1, *x.shape[3:])[:, :length] for x in (y, loss))
+    return y.astype(v.dtype), loss
+
+
+def _visible(ids, positions, held: Segments):
+    """Whether queries may see keys, `[B, T, S]`."""
+    document = (ids[:, :, None] == held.ids[:, None]) & (ids > 0)[:, :, None]
+    return document & (held.positions[:, None] <= positions[:, :, None])
+
+
+def _fetch(row: Row, tree, chosen):
+    """The chosen tokens among all of the row: blocks of one token and one group."""
+    blocks = [x.reshape(*x.shape[:2], 1, 1, -1) for x in tree]
+    found = row.fetch(blocks, chosen[:, :, None])
+    return [x.reshape(*x.shape[:2], *like.shape[2:]) for x, like in zip(found, tree, strict=True)]
+
+
+def _attend(q, index_q, weights, seen, k, v, index_k, scale):
+    """One query, `[H, K]`, with `[J, I]` and `[J]`, and its keys `[n, G, K]`: what it reads, and its loss."""
+    logits = jnp.einsum("grk,ngk->grn", q.reshape(k.shape[1], -1, k.shape[2]), k, preferred_element_type=jnp.float32)
+    logits = jnp.where(seen, logits * scale, -jnp.inf)
+    peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    shares = jnp.exp(logits - jnp.where(jnp.isneginf(peak), 0.0, peak))
+    total = shares.sum(-1, keepdims=True)
+    shares /= jnp.where(total > 0, total, 1.0)
+    y = jnp.einsum("grn,ngv->grv", shares.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    products = jnp.einsum("ji,ni->jn", index_q, index_k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("j,jn->n", weights.astype(jnp.float32), jax.nn.relu(products))
+    target = jax.lax.stop_gradient(shares.mean((0, 1)))
+    counts = target > 0  # of unseen keys, and of those too far below the best, nothing is left
+    logs = jax.nn.log_softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min))
+    loss = jnp.where(counts, target * (jnp.log(jnp.where(counts, target, 1.0)) - logs), 0.0).sum()
+    return y.reshape(-1, y.shape[-1]), loss
+
+
+@checked
+def recurrent(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    index_q: Float[Array, "B T J I"],
+    index_k: Float[Array, "B S I"],
+    weights: Float[Array, "B T J"],
+    segments: Segments,
+    held: Segments,
+    *,
+    count: int | None,
+    scale: float | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T"]]:
+    """The definition, query by query; arguments as `chunked`."""
+    repeats, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5 if scale is None else scale
+    keys, values, indices = (x.astype(jnp.float32) for x in (k, v, index_k))
+    keys, values = keys.repeat(repeats, axis=2), values.repeat(repeats, axis=2)
+
+    def one(query):
+        q, index, weights, document, position = query
+        seen = (held.ids == document[:, None]) & (document > 0)[:, None] & (held.positions <= position[:, None])
+        products = jnp.einsum("bji,bsi->bjs", index.astype(jnp.float32), indices)
+        scores = jnp.einsum("bj,bjs->bs", weights, jnp.maximum(products, 0))
+        if count is not None:
+            order = jnp.argsort(jnp.where(seen, -scores, jnp.inf), axis=-1, stable=True)
+            seen &= jnp.argsort(order, axis=-1) < count
+        logits = jnp.einsum("bhk,bshk->bhs", q, keys) * scale
+        attention = _softmax_over(logits, seen[:, None])
+        p, indexer = jax.lax.stop_gradient(attention.mean(1)), _softmax_over(scores, seen)
+        tiny = jnp.finfo(jnp.float32).tiny
+        loss = p * (jnp.log(jnp.maximum(p, tiny)) - jnp.log(jnp.maximum(indexer, tiny)))
+        return jnp.einsum("bhs,bshv->bhv", attention, values), loss.sum(-1)
+
+    queries = q, index_q, weights, segments.ids, segments.positions
+    y, loss = jax.lax.map(one, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), queries))
+    return jnp.moveaxis(y, 0, 1).astype(v.dtype), loss.T
+
+
+def _softmax_over(logits, seen):
+    """Softmax over what is seen; 0 elsewhere, and everywhere if that is nothing."""
+    return jnp.where(seen, jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1), 0.0)

@@ -1,0 +1,183 @@
+r"""Attention within buckets: a query sees the keys before it that fell into its own bucket.
+
+In each of R rounds every query and key of a head has a hash, the number of a bucket. With m_ts the number of rounds in
+which those of query t and key s agree (Kitaev et al., arXiv:2001.04451, Reformer),
+
+    out_t = Σ_{s < t of the document} m_ts exp(scale q_t . k_s - L_t) v_s
+
+with L_t the logarithm of the denominator. As in Reformer a token does not see itself, which among keys made from the
+same vector as the queries would always be the likest, unless there is nothing else to see: then out_t = v_t.
+
+A key that agrees in m rounds counts m times, so that the rounds are a sum: each is an attention of its own, and they
+mix by their denominators. Reformer divides m out, for which each round must know the hashes of all; here a key counts
+the more, the likelier it is to agree.
+
+The bucket is the nearest by angle of N vectors: random ones and their opposites (Reformer), or centroids that learn
+(Roy et al., arXiv:2003.05997, Routing Transformer). The choice has no gradient.
+
+The fast form sorts the row by (document, bucket, position), once a round, and is then attention under `Causal` with a
+document for each bucket: blocks of different buckets never meet. A round's work is T² / N products if the buckets are
+of one size, and T times the size of the largest if not; if all tokens fall into one, that of full attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from longctx.ops.attention import attention_partial
+from longctx.ops.partial import Partial, merge
+from longctx.ops.patterns import Causal
+from longctx.typing import Segments, checked
+
+
+@checked
+def nearest(
+    x: Float[Array, "B T H K"], directions: Float[Array, "H R N K"]
+) -> tuple[Int[Array, "B T H R"], Float[Array, "B T H R"]]:
+    """The direction with the largest product, the first of equal ones, for each token, head and round.
+
+    Args:
+      x: queries and keys before rotary positions, of any norm.
+      directions: N a round, of equal norm.
+
+    Returns:
+      its number, and the product, float32.
+    """
+    products = jnp.einsum(
+        "bthk,hrnk->bthrn", x.astype(jnp.float32), directions, precision=jax.lax.Precision.HIGHEST
+    )
+    return jnp.argmax(products, axis=-1).astype(jnp.int32), products.max(-1)
+
+
+@checked
+def chunked(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    own: Float[Array, "B T G V"],
+    q_hashes: Int[Array, "B T H R"],
+    k_hashes: Int[Array, "B S G R"],
+    segments: Segments,
+    held: Segments,
+    *,
+    buckets: int,
+    scale: float | None = None,
+) -> Float[Array, "B T H V"]:
+    """The fast form.
+
+    Args:
+      q: queries; head h reads the keys and values of group h // (H // G).
+      k, v: keys and values, in any order.
+      own: values of the queries' own tokens.
+      q_hashes, k_hashes: the numbers of the buckets of queries and keys, from 0 to N - 1.
+      segments: of the queries.
+      held: of the keys.
+      buckets: N.
+      scale: of the logits; None for 1 / sqrt(K).
+
+    Returns:
+      `[B, T, H, V]` in v's dtype; 0 for padding.
+    """
+    others = partial(q, k, v, q_hashes, k_hashes, segments, held, buckets=buckets, scale=scale)
+    return or_own(others, own, segments)
+
+
+def or_own(others: Partial, own: Float[Array, "B T G V"], segments: Segments) -> Float[Array, "B T H V"]:
+    """What a token sees of the others, or its own value if that is nothing; 0 for padding."""
+    own = jnp.repeat(own, others.output.shape[2] // own.shape[2], axis=2)
+    alone = segments.valid[..., None, None] & jnp.isneginf(others.logsumexp)[..., None]
+    return jnp.where(alone, own, others.output.astype(own.dtype))
+
+
+def partial(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    q_hashes: Int[Array, "B T H R"],
+    k_hashes: Int[Array, "B S G R"],
+    segments: Segments,
+    held: Segments,
+    *,
+    buckets: int,
+    scale: float | None = None,
+) -> Partial:
+    """Attention to those of these keys that stand before the query; arguments as `chunked`."""
+    batch, length, heads, width = q.shape
+    groups, rounds = k.shape[2], k_hashes.shape[3]
+
+    def sort(arrays, numbers, segments):
+        """Rows of one group and round each, `[B G R, tokens, 1, ...]`, in order; and the order."""
+        repeats = numbers.shape[2] // groups  # heads of a group, which are queries of their own
+
+        def rows(x):  # [B, T, H, ...] -> [B, G, tokens, ...]
+            x = jnp.moveaxis(x.reshape(*x.shape[:2], groups, repeats, *x.shape[3:]), 2, 1)
+            return x.reshape(batch, groups, -1, *x.shape[4:])
+
+        number = jnp.moveaxis(rows(numbers), 3, 2)
+        document, positions, valid = (
+            jnp.repeat(x, repeats, axis=1)[:, None, None]
+            for x in (segments.ids, segments.positions, segments.valid)
+        )
+        ids = jnp.where(valid, document * buckets + number, 0)
+        order = jnp.argsort(ids, axis=-1, stable=True)
+
+        def take(x):  # [B, G, tokens, ...] in the orders of all rounds
+            x = jax.vmap(jax.vmap(lambda x, order: x[order]))(rows(x), order)
+            return x.reshape(-1, x.shape[3], 1, x.shape[4])
+
+        ids, positions = (
+            jnp.take_along_axis(jnp.broadcast_to(x, order.shape), order, axis=-1).reshape(-1, order.shape[-1])
+            for x in (ids, positions)
+        )
+        return [take(x) for x in arrays], Segments(ids, positions, jnp.zeros_like(ids, bool)), order
+
+    before = dataclasses.replace(segments, positions=segments.positions - 1)
+    (queries,), of_queries, order = sort((q,), q_hashes, before)
+    (keys, values), of_keys, _ = sort((k, v), k_hashes, held)
+    scale = width**-0.5 if scale is None else scale
+    sorted_ = attention_partial(queries, keys, values, Causal(), of_queries, of_keys, scale=scale)
+    back = jnp.argsort(order, axis=-1)
+
+    def restore(x):
+        x = x.reshape(*order.shape, -1)
+        x = jnp.take_along_axis(x, back[..., None], axis=3)
+        x = x.reshape(batch, groups, rounds, length, heads // groups, -1)
+        return jnp.moveaxis(x, (2, 1), (0, 3)).reshape(rounds, batch, length, heads, -1)
+
+    output, logsumexp = restore(sorted_.output), restore(sorted_.logsumexp)[..., 0]
+    return functools.reduce(merge, map(Partial, output, logsumexp))
+
+
+@checked
+def recurrent(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    own: Float[Array, "B T G V"],
+    q_hashes: Int[Array, "B T H R"],
+    k_hashes: Int[Array, "B S G R"],
+    segments: Segments,
+    held: Segments,
+    *,
+    buckets: int,
+    scale: float | None = None,
+) -> Float[Array, "B T H V"]:
+    """The definition, all pairs at once; arguments as `chunked`."""
+    repeats, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5 if scale is None else scale
+    k, v, own, k_hashes = (x.repeat(repeats, axis=2) for x in (k, v, own, k_hashes))
+    seen = (segments.ids[:, :, None] == held.ids[:, None, :]) & segments.valid[:, :, None]
+    seen &= held.positions[:, None, :] < segments.positions[:, :, None]  # [B, T, S]
+    agree = (q_hashes[:, :, None] == k_hashes[:, None, :]).sum(-1) * seen[..., None]  # m, [B, T, S, H]
+    logits = jnp.einsum("bthk,bshk->btsh", q, k, preferred_element_type=jnp.float32) * scale
+    logits = jnp.where(agree > 0, logits, -jnp.inf)
+    peak = jnp.maximum(logits.max(2, keepdims=True), jnp.finfo(jnp.float32).min)
+    weights = agree * jnp.exp(logits - peak)
+    weights /= jnp.maximum(weights.sum(2, keepdims=True), 1e-30)
+    others = jnp.einsum("btsh,bshv->bthv", weights, v.astype(jnp.float32)).astype(v.dtype)
+    alone = segments.valid[..., None] & (agree == 0).all(2)
+    return jnp.where(alone[..., None], own, others)
