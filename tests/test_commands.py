@@ -70,7 +70,7 @@ CASES = {
         "'trainin' is not a field; did you mean 'training'",
     ),
     "unknown option": (
-        [FILE, WORKDIR, "--config.model.blocks.only.mixer.windo=1"],
+        [FILE, WORKDIR, "--config.model.blocks.only.mixer.pattrn='Causal()'"],
         "'model.blocks.only.mixer.pattrn' is not a field; did you mean 'model.blocks.only.mixer.pattern'",
     ),
     "wrong type": (

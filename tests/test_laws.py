@@ -47,7 +47,14 @@ VARIANTS = {
     "attention/bigbird": ("attention", {"pattern": "Window(5) | Global((0, 9)) | RandomBlocks(8, 2)"}),
     "attention/everything": (
         "attention",
-        {"kv_heads": 2, "positions": NoPositions(), "conv_width": 4, "sinks": True, "soft_cap": 5.0, "length_base": 16.0},
+        {
+            "kv_heads": 2,
+            "positions": NoPositions(),
+            "conv_width": 4,
+            "sinks": True,
+            "soft_cap": 5.0,
+            "length_base": 16.0,
+        },
     ),
     "attention/cope": ("attention", {"positions": CoPE(max_position=6)}),
     "attention/dual_chunk": ("attention", {"positions": DualChunk(trained=12, local=4)}),

@@ -70,7 +70,9 @@ def _parse(text: str):
                 axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", found["rest"])[1]
                 summed = math.prod(shapes[left][int(axis)] for axis in axes.split(",") if axis)
                 product = 2 * math.prod(shape) * summed
-            called = [name.strip(" %") for one, more in _CALLED.findall(found["rest"]) for name in (one or more).split(",")]
+            called = [
+                name.strip(" %") for one, more in _CALLED.findall(found["rest"]) for name in (one or more).split(",")
+            ]
             trips = _TRIPS.search(found["rest"])
             current.append((found["op"], product, called, int(trips[1]) if trips else None))
     return computations, entry

@@ -34,6 +34,7 @@ from longctx.layers.mamba2 import Mamba2
 from longctx.layers.mlp import SquaredReLU, SwiGLU
 from longctx.layers.mlstm import MLSTM
 from longctx.layers.moba import MoBA
+from longctx.layers.multi_resolution import Inner, MultiResolution
 from longctx.layers.nsa import NSA
 from longctx.layers.path import Path
 from longctx.layers.pyramid import Pyramid
@@ -70,6 +71,7 @@ MIXERS: dict[str, type] = {
     "mamba2": Mamba2,
     "mlstm": MLSTM,
     "moba": MoBA,
+    "multi_resolution": MultiResolution,
     "nsa": NSA,
     "path": Path,
     "pyramid": Pyramid,
@@ -88,3 +90,6 @@ MLPS: dict[str, type] = {
     "relu2": SquaredReLU,
     "swiglu": SwiGLU,
 }
+
+Inner.kinds.update({name: cls.Config for name, cls in MIXERS.items()})
+Inner.mixers.update({cls.Config: cls for cls in MIXERS.values()})

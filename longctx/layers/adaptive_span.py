@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import Attention, AttentionState
-from longctx.layers.positions import Positions, Rope
+from longctx.layers.positions import ROPE, Positions
 from longctx.ops.attach import attach
 from longctx.ops.biases import AdaptiveSpan as Span
 from longctx.typing import Segments
@@ -27,7 +27,7 @@ class AdaptiveSpan(nnx.Module):
         heads: int = 4  # H
         kv_heads: int = 4  # G, divides H
         head_width: int = 32  # K
-        positions: Positions = Rope()  # one of `layers/positions.py`, but none with a bias
+        positions: Positions = ROPE  # one of `layers/positions.py`, but none with a bias
         conv_width: int = 0  # taps of a causal convolution on queries, keys and values; 0: none
         qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
         longest: int = 32  # tokens, the most that a span can be

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, RMSNorm, ShortConv, like_queries, undo_values
-from longctx.layers.positions import CoPE, Positions, Rope
+from longctx.layers.positions import ROPE, CoPE, Positions
 from longctx.memory.cache import KVCache
 from longctx.ops import attention as ops
 from longctx.ops import cope
@@ -44,7 +44,7 @@ class Attention(nnx.Module):
         kv_heads: int = 4  # G, divides H
         head_width: int = 32  # K
         pattern: str = "Causal()"  # what a query sees of the tokens up to it, such as "Window(512) | Sinks(4)"
-        positions: Positions = Rope()  # one of `layers/positions.py`, such as {"kind": "yarn", "factor": 8.0}
+        positions: Positions = ROPE  # one of `layers/positions.py`, such as {"kind": "yarn", "factor": 8.0}
         conv_width: int = 0  # taps of a causal convolution on queries, keys and values; 0: none
         qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
         length_base: float = 0.0  # n: logits are scaled by log(tokens so far + 1) / log n; 0: not

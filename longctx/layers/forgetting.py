@@ -86,7 +86,7 @@ class Forgetting(nnx.Module):
         pattern = Causal() & Window(options.window) if options.window else Causal()
         if state is None:
             cache = self._empty(batch, length, x.dtype).append(k, v, segments, decay)
-            y = sequence.attention(q, k, v, pattern, segments, decay)
+            y = sequence.attention(q, k, v, pattern, segments, decay=decay)
         else:
             cache = state.cache.append(k, v, segments, decay)
             y = attend_with_cache(q, k, v, pattern, segments, state.cache, cache, decay)

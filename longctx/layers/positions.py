@@ -65,15 +65,18 @@ class Positions:
         """What is added to logits."""
         return None
 
-    def stored(
-        self, k: Float[Array, "B T G K"], places: Int[Array, "B T"], length: int
-    ) -> Float[Array, "B T G K"]:
+    def stored(self, k: Float[Array, "B T G K"], places: Int[Array, "B T"], length: int) -> Float[Array, "B T G K"]:
         """The keys as a cache holds them; `places` are their positions within their documents."""
         return k
 
     def parts(
-        self, q: Float[Array, "B T H K"], k: Float[Array, "B S G K"], pattern: Pattern | Heads, queries: Segments,
-        keys: Segments, length: int,
+        self,
+        q: Float[Array, "B T H K"],
+        k: Float[Array, "B S G K"],
+        pattern: Pattern | Heads,
+        queries: Segments,
+        keys: Segments,
+        length: int,
     ) -> list[Part]:
         """What queries see, given keys as they are stored."""
         return [Part(q, k, pattern)]
@@ -109,6 +112,9 @@ class Rope(Positions, kind="rope"):
 
     def parts(self, q, k, pattern, queries, keys, length):
         return [Part(rotate(q, queries.positions, self.rotation(q.shape[-1], length)), k, pattern)]
+
+
+ROPE = Rope()  # the default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +329,9 @@ class SelfExtend(Rope, kind="self_extend"):
         near, far = Window(self.window), self.window - self.window // self.group
         return [
             Part(turn(q, queries.positions), turn(k, keys.positions), pattern & near),
-            Part(turn(q, queries.positions // self.group + far), turn(k, keys.positions // self.group), pattern & ~near),
+            Part(
+                turn(q, queries.positions // self.group + far), turn(k, keys.positions // self.group), pattern & ~near
+            ),
         ]
 
 

@@ -54,8 +54,8 @@ class Pyramid(nnx.Module):
                     f"window is {self.window} and children is {self.children}; give a window of at least children - 1, "
                     "or what no whole node holds is seen at no level"
                 )
-            if not (1 <= self.levels <= 30 and self.children ** (self.levels - 1) <= 2**30):
-                yield f"levels is {self.levels}; give at least 1, and nodes of at most 2^30 tokens"
+            if not (1 <= self.levels <= 30 and self.children ** (self.levels - 1) < 2**30):
+                yield f"levels is {self.levels}; give at least 1, and nodes of fewer than 2^30 tokens"
             if self.conv_width < 0:
                 yield f"conv_width is {self.conv_width}; give 0 for none, or more"
 

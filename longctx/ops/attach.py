@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 def attach(y: Float[Array, "..."], losses: Float[Array, "..."], weight: float) -> Float[Array, "..."]:
     """`y`; gradients are as if `weight` times the sum of `losses` were added to what is differentiated.
 
-    The sum is over all tokens: of spans, shards and rows it is the sum. Where the training loss is a mean over N tokens,
-    1 / N is the weight that makes this a mean too. It is not scaled by what `y`'s own gradient is scaled by.
+    The sum is over all tokens: of spans, shards and rows it is the sum. Where the training loss is a mean over N
+    tokens, 1 / N is the weight that makes this a mean too. It is not scaled by what `y`'s own gradient is scaled by.
     """
     return y
 

@@ -38,7 +38,6 @@ from longctx.typing import Segments, checked
 
 _CAUSAL = Causal()
 _DENSE_LOGITS = 128 * 128  # up to this many logits a head, holding them all costs no more than a loop over blocks
-_CPU_LOGITS = 1 << 20  # logits a step, all heads together, that a CPU's cache holds; accelerators want long steps
 
 
 @checked
@@ -106,7 +105,7 @@ def attention(
         options = {"sinks": sinks, "soft_cap": soft_cap, "decay": decay, "kv_decay": kv_decay, "bias": added}
         return dense(q, k, v, times, scale=scale, **options)
     if chosen == "blockwise":
-        plan = _plan(q, k, pattern, scale, soft_cap, block)
+        plan = blockwise.Plan(pattern, scale, soft_cap, block, block)
         result = thinned.attend(q, k, v, queries, keys, plan, decay, kv_decay, bias, own=kv_segment_ids is None)
         result = result if sinks is None else add_sinks(result, sinks)
         return result.output.astype(v.dtype)
@@ -173,7 +172,7 @@ def attention_partial(
     Differentiable once in both parts of the result. Sinks are not a part of it: see `add_sinks`.
     """
     queries, keys = _tokens(q, k, segment_ids, kv_segment_ids)
-    plan = _plan(q, k, pattern, scale, soft_cap, block)
+    plan = blockwise.Plan(pattern, q.shape[-1] ** -0.5 if scale is None else scale, soft_cap, block, block)
     kv_decay = decay if kv_decay is None else kv_decay
     return thinned.attend(q, k, v, queries, keys, plan, decay, kv_decay, bias, own=kv_segment_ids is None)
 
@@ -202,7 +201,8 @@ def by_head(attend, heads: Heads, q, k, v, bias: Bias | None = None, **by_head) 
         elif repeats % period:  # one for each head
             keys = (pick(x.repeat(repeats, axis=2), 2, chosen) for x in keys)
         own = {name: None if x is None else pick(x, x.ndim - 1, chosen) for name, x in by_head.items()}
-        y = attend(pick(q, 2, chosen), *keys, pattern, bias=jax.tree.map(lambda x: pick(x, 0, chosen), bias), **own)
+        own["bias"] = jax.tree.map(functools.partial(pick, axis=0, chosen=chosen), bias)
+        y = attend(pick(q, 2, chosen), *keys, pattern, **own)
         outputs.append(y.reshape(*y.shape[:2], -1, len(chosen), y.shape[-1]))
         order += chosen
     return jnp.concatenate(outputs, axis=3)[:, :, :, np.argsort(order)].reshape(*q.shape[:3], v.shape[-1])
@@ -262,19 +262,6 @@ def _tokens(q, k, segment_ids, kv_segment_ids) -> tuple[blockwise.Tokens, blockw
         sides.append(Segments.of(kv_segment_ids, batch, k.shape[1]))
     tokens = [blockwise.Tokens(jnp.asarray(side.ids), jnp.asarray(side.positions)) for side in sides]
     return tokens[0], tokens[-1]
-
-
-def _plan(q, k, pattern: Pattern, scale: float | None, soft_cap: float | None, block: int | None) -> blockwise.Plan:
-    """The plan of "blockwise", block sizes chosen where none is given."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if block is None:
-        block = 512
-        rows = q.shape[0] * q.shape[2]
-        budget = _CPU_LOGITS if jax.default_backend() == "cpu" else np.inf
-        wide = np.inf if pattern.reach is None else max(128, pattern.reach)
-        while block > 64 and (block > wide or rows * block**2 > budget):
-            block //= 2
-    return blockwise.Plan(pattern, scale, soft_cap, min(block, q.shape[1]), min(block, k.shape[1]))
 
 
 def _choose(q, k, v, pattern: Pattern, case) -> str:

@@ -1,8 +1,8 @@
 r"""Biases by distance: what a logit gets beside the product of query and key, p - s tokens apart.
 
-    Alibi          -m_h (p - s)                                           Press et al., arXiv:2108.12409
-    T5             a learned number for each bucket of distances          Raffel et al., arXiv:1910.10683, section 2.1
-    AdaptiveSpan   log clip((R + z_h - (p - s)) / R, 0, 1)                Sukhbaatar et al., arXiv:1905.07799, equation 3
+    Alibi          -m_h (p - s)                                     Press et al., arXiv:2108.12409
+    T5             a learned number for each bucket of distances    Raffel et al., arXiv:1910.10683, section 2.1
+    AdaptiveSpan   log clip((R + z_h - (p - s)) / R, 0, 1)          Sukhbaatar et al., arXiv:1905.07799, equation 3
 
 A bias is a pytree of its parameters, whose first axis is that of the heads. It is called with distances, and attention
 adds what it gives to the logits after their soft cap; -inf hides a key. In a weight exp(logit) the adaptive span is a

@@ -1,8 +1,9 @@
 r"""Blockwise softmax attention: exact, linear memory, work only where the pattern and the documents leave something.
 
 FlashAttention (Dao et al., arXiv:2205.14135; backward as in arXiv:2307.08691) in plain XLA. Queries and keys are
-cut into blocks. For a pair (i, j) of blocks with logits S = Z + d_i - d_j, Z = c tanh(scale Q_i K_j^T / c), the sums d
-of log decays there or not, and a bias by distance where there is one, -inf where masked, the running row statistics of the query block are updated:
+cut into blocks. For a pair (i, j) of blocks with logits S = Z + d_i - d_j + b, Z = c tanh(scale Q_i K_j^T / c), the
+sums d of log decays and the bias b by distance there or not, -inf where masked, the running row statistics of the query
+block are updated:
 
     m' = max(m, rowmax S);   P = exp(S - m');   l' = e^{m - m'} l + rowsum P;   O' = e^{m - m'} O + P V_j
 
@@ -35,6 +36,8 @@ from jaxtyping import Array, Float, Int
 from longctx.ops.biases import Bias
 from longctx.ops.patterns import Pattern, Range, touched_pairs
 
+_CPU_LOGITS = 1 << 20  # logits a step, all heads together, that a CPU's cache holds; accelerators want long steps
+
 
 class Tokens(NamedTuple):
     """Ids and positions `[rows, tokens]` of queries or keys; numpy arrays where they are known while tracing."""
@@ -54,13 +57,23 @@ class Schedule(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the loops must know while tracing."""
+    """What the loops must know while tracing; blocks of None are chosen, none is longer than the row."""
 
     pattern: Pattern
     scale: float
     soft_cap: float | None
-    q_block: int
-    k_block: int
+    q_block: int | None = None
+    k_block: int | None = None
+
+    def sized(self, rows: int, queries: int, keys: int) -> Plan:
+        """With blocks for so many rows of all heads, and tokens in each."""
+        block = 512
+        budget = _CPU_LOGITS if jax.default_backend() == "cpu" else np.inf
+        wide = np.inf if self.pattern.reach is None else max(128, self.pattern.reach)
+        while block > 64 and (block > wide or rows * block**2 > budget):
+            block //= 2
+        sizes = (min(given or block, tokens) for given, tokens in ((self.q_block, queries), (self.k_block, keys)))
+        return dataclasses.replace(self, **dict(zip(("q_block", "k_block"), sizes, strict=True)))
 
 
 def blockwise(
@@ -91,6 +104,7 @@ def blockwise(
     """
     batch, length, heads, _ = q.shape
     groups = k.shape[2]
+    plan = plan.sized(batch * heads, length, k.shape[1])
     q_tokens = token_blocks(queries, plan.q_block)
     k_tokens = token_blocks(keys, plan.k_block)
     schedule = make_schedule(plan, q_tokens, k_tokens, places)

@@ -11,8 +11,8 @@ fewer. A level-l token counts for its 2^l tokens, and all levels share one softm
 
     y_t = sum_{l, m} softmax(q_t . k_m^l / sqrt(K) + log 2^l + b_l) v_m^l.
 
-In the paper (equations 27 to 29) queries far from their keys are means, too. A mean of queries knows the tokens after
-the first of them, so here they stay what they are. Nor does the paper learn b.
+In the paper queries far from their keys are means, too. A mean of queries knows the tokens after the first of them, so
+here they stay what they are. (Its values are sums, not means: what log 2^l does here. It has no b.)
 
 What a query sees at level l >= 1 ends at least N/2 2^l >= N tokens before it. State, transition and the chunk form,
 with chunks of N, follow: `ops/levels.py`, with weights of 1 and 2 N slots, which are two blocks.

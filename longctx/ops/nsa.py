@@ -26,9 +26,10 @@ share, each needs all compressed keys and values, the blocks that it selects, an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from longctx.ops import routed
@@ -100,14 +101,14 @@ def chunked(
     own = attend(near, Causal() & Chunked(selected))
     blocks, (keys, values) = KeyBlocks.cut(near[:2], near[2], selected, row, tokens)
     blocks = row.gather(blocks)
-    slots, strides = _shared(coarse, blocks, size, stride, selected)
+    shared = list(_shared(coarse, blocks, size, stride, selected))
 
     def score(q, total, ids, positions):
         same = (ends.ids[:, None] == ids[:, :, None]) & (ids > 0)[:, :, None]
         seen = same & (ends.positions[:, None] <= positions[:, :, None])
         logits = jnp.einsum("btgrk,bmgk->btgrm", q, pooled[0], preferred_element_type=jnp.float32) * scale
         weights = jnp.where(seen[:, :, None, None], jnp.exp(logits - total[..., None]), 0.0).sum(3)
-        matters = jnp.sum(jax.vmap(lambda x, slots: x[..., slots])(weights, slots) * strides[:, None, None], axis=-1)
+        matters = sum(jax.vmap(lambda x, slot: x[..., slot])(weights, slot) * n[:, None, None] for slot, n in shared)
         latest = positions[:, :, None] // selected - 1
         index = blocks.index[:, None]
         always = (index == 0) | (index == latest)
@@ -133,14 +134,15 @@ def _pool(x: Float[Array, "B N C G K"], weights: Float[Array, "C G K"]) -> Float
 
 def _shared(
     coarse: KeyBlocks, blocks: KeyBlocks, size: int, stride: int, selected: int
-) -> tuple[Int[Array, "B N n"], Int[Array, "B N n"]]:
-    """For each block, the indices of the compressed ones that overlap it, and by how many strides each does."""
-    number = np.arange((size + selected) // stride - 1)
-    last = blocks.last[:, :, None] - selected + stride * (number + 1)
-    slots = jax.vmap(jnp.searchsorted)(coarse.last, last).clip(0, coarse.last.shape[1] - 1)
-    ids, found = (jax.vmap(lambda x, slots: x[slots])(x, slots) for x in (coarse.ids, coarse.last))
-    strides = np.minimum(np.minimum(number, number[::-1]) + 1, min(size, selected) // stride)
-    return slots, jnp.where((found == last) & (ids == blocks.ids[:, :, None]), strides, 0)
+) -> Iterator[tuple[Int[Array, "B N"], Int[Array, "B N"]]]:
+    """For each block the compressed ones that overlap it, one after another: their indices, and by how many strides."""
+    overlaps = (size + selected) // stride - 1
+    for number in range(overlaps):
+        last = blocks.last - selected + (number + 1) * stride
+        slot = jax.vmap(jnp.searchsorted)(coarse.last, last).clip(0, coarse.last.shape[1] - 1)
+        ids, found = (jnp.take_along_axis(x, slot, axis=1) for x in (coarse.ids, coarse.last))
+        strides = min(number + 1, overlaps - number, size // stride, selected // stride)
+        yield slot, jnp.where((found == last) & (ids == blocks.ids), strides, 0)
 
 
 @checked

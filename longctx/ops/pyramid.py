@@ -17,9 +17,9 @@ With W >= c - 1 nothing is missed up to W c^(L-1) tokens before o: what no whole
 below shows.
 
 Thanks to that choice of g_m^l a node's attention to its children is one to its tokens, with weights exp(g_s). So a span
-adds to a node what its own tokens weigh, whatever stands before; were g read from the child's key, which is known when
-the child is whole, a span could not say what it does to a node whose first child began before it. There is no running
-maximum, as |g_s| <= cap. State, transition and the chunk form, with chunks of W, follow: `ops/levels.py`.
+adds to a node what its own tokens weigh, whatever stands before; were g read from the child's key, a span would have to
+keep apart the children of every node that began before it. There is no running maximum, as |g_s| <= cap. State,
+transition and the chunk form, with chunks of W, follow: `ops/levels.py`.
 
 This is the tree of Pyraformer (Liu et al., "Pyraformer: Low-Complexity Pyramidal Attention for Long-Range Time Series
 Modeling and Forecasting", ICLR 2022) with one pass through it. There a level is made by a strided convolution of the

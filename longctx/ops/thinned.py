@@ -66,7 +66,6 @@ def _part(of_queries, of_keys, bias, queries: Tokens, keys: Tokens, places, plan
 
 def _blockwise(of_queries, of_keys, bias, queries, keys, places, plan) -> Partial:
     (q, decay), (k, v, kv_decay) = of_queries, of_keys
-    plan = dataclasses.replace(plan, q_block=min(plan.q_block, q.shape[1]), k_block=min(plan.k_block, k.shape[1]))
     return Partial(*blockwise(q, k, v, queries, keys, places, plan, decay, kv_decay, bias))
 
 

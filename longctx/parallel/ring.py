@@ -15,6 +15,9 @@ recomputed,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -52,31 +55,49 @@ def attention(
       The merged partial result, float32. First derivatives only.
     """
 
-    def partial(mine, held, segments):
-        (q, decay, bias), (k, v, kv_decay) = mine, held[0]
+    def partial(mine, keys, segments, held):
+        (q, decay, bias), (k, v, kv_decay) = mine, keys
         added = {"decay": decay, "kv_decay": kv_decay, "bias": bias}
-        return attention_partial(q, k, v, pattern, segments, held[1], **added, **options)
+        return attention_partial(q, k, v, pattern, segments, held, **added, **options)
+
+    return merged(partial, (q, decay, bias), (k, v, decay), segments, segments, axis_name)
+
+
+def merged(
+    partial: Callable[[Any, Any, Any, Any], Partial], mine: Any, own: Any, of_mine: Any, of_own: Any, axis_name: str
+) -> Partial:
+    """`partial(mine, keys, of_mine, of_keys)` over the keys of every shard, merged.
+
+    Args:
+      partial: attention to some keys.
+      mine: arrays that stay, such as queries.
+      own: this device's arrays that go round, such as keys and values.
+      of_mine, of_own: integers that stay and that go round, such as segments.
+      axis_name: the mesh axis.
+
+    Returns:
+      The merged partial result. First derivatives only, with respect to `mine` and `own`.
+    """
 
     @jax.custom_vjp
-    def ring(mine, own, segments):
-        return forward(mine, own, segments)[0]
+    def ring(mine, own, of_mine, of_own):
+        return forward(mine, own, of_mine, of_own)[0]
 
-    def forward(mine, own, segments):
+    def forward(mine, own, of_mine, of_own):
         def hop(result, held):
-            return merge(result, partial(mine, held, segments))
+            return merge(result, partial(mine, held[0], of_mine, held[1]))
 
-        rows = (*q.shape[:3], v.shape[-1])
-        nothing = Partial(jnp.zeros(rows), jnp.full(rows[:3], -jnp.inf))
-        result = _around(hop, nothing, (own, segments), axis_name)
-        return result, (mine, own, segments, result)
+        rows = jax.eval_shape(partial, mine, own, of_mine, of_own)
+        nothing = Partial(jnp.zeros(rows.output.shape), jnp.full(rows.logsumexp.shape, -jnp.inf))
+        result = _around(hop, nothing, (own, of_own), axis_name)
+        return result, (mine, own, of_mine, of_own, result)
 
     def backward(residuals, cotangent):
-        mine, own, segments, whole = residuals
+        mine, own, of_mine, of_own, whole = residuals
         total = jnp.where(jnp.isneginf(whole.logsumexp), 0.0, whole.logsumexp)
 
         def hop(gradients, held):
-            keys, ids = held
-            part, pull = jax.vjp(lambda mine, keys: partial(mine, (keys, ids), segments), mine, keys)
+            part, pull = jax.vjp(lambda mine, keys: partial(mine, keys, of_mine, held[1]), mine, held[0])
             share = jnp.exp(part.logsumexp - total)
             slope = jnp.sum(cotangent.output * (part.output - whole.output), axis=-1) + cotangent.logsumexp
             update = pull(Partial(share[..., None] * cotangent.output, share * slope))
@@ -84,11 +105,11 @@ def attention(
             return stay, onward(travel, axis_name)
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (mine, own))
-        gradients = _around(hop, zeros, (own, segments), axis_name)
-        return *jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, (mine, own)), None
+        gradients = _around(hop, zeros, (own, of_own), axis_name)
+        return *jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, (mine, own)), None, None
 
     ring.defvjp(forward, backward)
-    return ring((q, decay, bias), (k, v, decay), segments)
+    return ring(mine, own, of_mine, of_own)
 
 
 def _around(hop, carry, keys, axis_name):

@@ -15,6 +15,7 @@ What a device must know of those before it, and the bytes it sends for that:
 | ... with n anchors           | also these of the document, by a scan         | those of ⌈log₂ devices⌉ n       |
 | attention of unbounded reach | all keys and values, round a ring             | those of T tokens               |
 | CoPE                         | the same                                      | those of T tokens               |
+| a coarser row, and back      | what the last groups tell, by a halo          | those of 2 groups               |
 | PaTH attention               | the same, and each shard's product            | those of T tokens               |
 | attention within buckets     | the same, and the numbers of the buckets      | those of T tokens               |
 | attention to chosen blocks   | summaries of all blocks, and the chosen ones  | those of these                  |
@@ -33,12 +34,12 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from longctx.ops import attention as attention_ops
-from longctx.ops import causal_conv, cope, lsh, path_attention
+from longctx.ops import causal_conv, cope, lsh, path_attention, resolution
 from longctx.ops.attention import Part
 from longctx.ops.biases import Bias
 from longctx.ops.patterns import Heads, Pattern
 from longctx.parallel import attention as sharded
-from longctx.parallel import chosen, mesh, path, prefix
+from longctx.parallel import chosen, halo, mesh, path, prefix
 from longctx.parallel import cope as cope_ring
 from longctx.parallel import lsh as buckets_ring
 from longctx.typing import Segments
@@ -272,6 +273,41 @@ def chosen_blocks(
         return op.chunked(*inputs, *parameters, segments, segments, row=row, **options)
 
     return _island(shard, (_SHARD, _WHOLE, _SHARD), _SHARD)(inputs, _float32(parameters), segments)
+
+
+def coarsen(x: Float[Array, "B T D"], segments: Segments, factor: int) -> tuple[Float[Array, "B N D"], Segments]:
+    """The span at a coarser resolution, as `longctx.ops.resolution.coarsen`; each device has the groups that end on it.
+
+    Raises:
+      ValueError: T is not a multiple of the devices along `context`, or a device has fewer than factor - 1 tokens.
+    """
+    if not _splits(x.shape[1]):
+        return resolution.coarsen(x, segments, factor)
+    if x.shape[1] // mesh.context_size() < factor - 1:
+        raise ValueError(
+            f"a span of {x.shape[1]} tokens leaves a device fewer than {factor - 1}, which groups of {factor} need; "
+            "give longer rows, or change the mesh."
+        )
+    return _island(lambda x, segments: resolution.coarsen(x, segments, factor), (_SHARD, _SHARD), _SHARD)(x, segments)
+
+
+def refine(u: Float[Array, "B N C D"], last: Float[Array, "B C D"], segments: Segments) -> Float[Array, "B T D"]:
+    """What each token is told by the last whole group, as `longctx.ops.resolution.refine`.
+
+    Args:
+      u: of each coarse token of `coarsen`.
+      last: of the last whole group before the span.
+      segments: of the tokens.
+    """
+    last = jnp.stack([last, last], axis=1)
+    if not _splits(segments.ids.shape[1]):
+        return resolution.refine(u, last, segments)
+
+    def run(u, segments, last):
+        before = jnp.where(jax.lax.axis_index("context") == 0, last, halo.last(u, 2, "context"))
+        return resolution.refine(u, before.astype(u.dtype), segments)
+
+    return _island(run, (_SHARD, _SHARD, _WHOLE), _SHARD)(u, segments, _float32(last))
 
 
 def _splits(length: int) -> bool:

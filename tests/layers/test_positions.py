@@ -102,7 +102,8 @@ def test_random_positions_cover_the_range_in_order():
     assert (drawn // 64 == np.arange(64)).all()
     assert len(set(np.diff(drawn).tolist())) > 20
     longer = np.asarray(scheme.drawn(jnp.arange(256)[None], 256))[0]
-    assert (np.diff(longer) > 0).all() and longer.max() < 4096
+    assert (np.diff(longer) > 0).all()
+    assert longer.max() < 4096
 
 
 def test_dynamic_schemes_follow_the_length():
@@ -136,12 +137,13 @@ def attention(**options):
 
 def test_every_kind_is_named_in_a_config():
     """The names of the schemes, and their options with defaults."""
-    names = """rope linear ntk dynamic_ntk ntk_by_parts yarn llama3 longrope giraffe_power giraffe_truncated xpos nope alibi
-    t5 cope self_extend dual_chunk random""".split()
+    names = "rope linear ntk dynamic_ntk ntk_by_parts yarn llama3 longrope giraffe_power giraffe_truncated xpos nope"
+    names = f"{names} alibi t5 cope self_extend dual_chunk random".split()
     assert sorted(Positions.kinds) == sorted(names)
     for name in names:
         block, problems = attention(positions={"kind": name})
-        assert not problems and block.mixer_options.positions.kind == name
+        assert not problems
+        assert block.mixer_options.positions.kind == name
     block, _ = attention(positions={"kind": "yarn", "factor": 8})
     assert block.mixer_options.positions == YaRN(factor=8.0)
 

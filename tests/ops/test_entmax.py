@@ -79,7 +79,7 @@ LOGITS = {
 
 
 def of_logits(form, logits, alpha, d):
-    """The weights that a form gives to rows of logits, and the gradient of `d . weights`; rows filled up to the longest.
+    """The weights that a form gives to rows of logits, filled up to the longest, and the gradient of `d . weights`.
 
     One query and one head a row, and values that are the unit vectors, and d.
     """
@@ -104,8 +104,7 @@ def of_logits(form, logits, alpha, d):
 def test_weights_and_their_gradient(form, alpha):
     """Against float64, weights within 1e-5 that are zeros exactly where they should be, and the closed gradient.
 
-    Seen to fail: one step of Newton's only; whole steps, whose rounding passes the root; keys that the definition clips
-    among the chosen.
+    Seen to fail: one step of Newton's only; whole steps, whose rounding passes the root.
     """
     logits = [z.astype(np.float32) for z in LOGITS.values()]
     d = np.random.default_rng(2).standard_normal((len(logits), max(map(len, logits))))
@@ -136,7 +135,8 @@ def test_weights_and_their_gradient(form, alpha):
 def test_fast_form_is_the_definition(length, pattern, alpha):
     """Outputs and gradients; padding and queries that see nothing give exactly 0.
 
-    Seen to fail: the mask of a block taken of another; the share of a row not divided by its slopes.
+    Seen to fail: the mask of a block taken of another; the share of a row not divided by its slopes; keys that the
+    definition clips among its chosen.
     """
     segments = packed(length) if length > 50 else Segments.single(B, length)
     expected = run("recurrent", inputs(length), pattern, alpha, segments)

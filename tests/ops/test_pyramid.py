@@ -38,7 +38,7 @@ def example(levels, length=T, scale=1.0):
 
 
 def tree(k, v, pool, children, levels):
-    """The whole nodes `(key, value, logit)` of one document and head of keys, level by level, each from its children."""
+    """The whole nodes `(key, value, logit)` of one document and head, level by level, each from its children."""
     logits = pyramid.CAP * np.tanh(k @ pool / math.sqrt(K) / pyramid.CAP)
     nodes = [list(zip(k, v, logits, strict=True))]
     for _ in range(levels - 1):
@@ -47,7 +47,8 @@ def tree(k, v, pool, children, levels):
             below = nodes[-1][m * children : (m + 1) * children]
             keys, values, logits = (np.array(x) for x in zip(*below, strict=True))
             weights = np.exp(logits - logits.max())
-            above.append((weights @ keys / weights.sum(), weights @ values / weights.sum(), np.logaddexp.reduce(logits)))
+            weights, logit = weights / weights.sum(), np.logaddexp.reduce(logits)
+            above.append((weights @ keys, weights @ values, logit))
         nodes.append(above)
     return nodes
 
