@@ -11,12 +11,15 @@ after training included.
 
 from ml_collections import ConfigDict
 
+# Schemes that learn on short rows; what replaces RoPE afterwards is a field of `positions` as well.
+KINDS = ("rope", "nope", "alibi", "t5", "cope", "xpos", "random", "giraffe_power", "giraffe_truncated")
+
 
 def get_config(arg: str = "rope") -> ConfigDict:
     """`KIND`, or `KIND,smoke` for a test of the machinery."""
     kind, _, size = arg.partition(",")
-    if size not in ("", "smoke"):
-        raise ValueError(f"the size is '{size}'; give 'smoke' after the kind of positions, or nothing")
+    if kind not in KINDS or size not in ("", "smoke"):
+        raise ValueError(f"extension is asked for '{arg}'; choose one of {', '.join(KINDS)}, and ',smoke' or nothing")
     config = ConfigDict()
     config.seed = 0
 

@@ -100,7 +100,7 @@ def test_an_experiment_file(path):
     get_config, synthetic = file["get_config"], path.stem in TASKS
     if synthetic:
         arguments = [f"{kind},{size}" for kind in MIXERS for size in ("", "small", "smoke")]
-    elif names := file.get("PATTERNS") or file.get("MLPS"):
+    elif names := file.get("PATTERNS") or file.get("MLPS") or file.get("KINDS"):
         arguments = [f"{name}{size}" for name in names for size in ("", ",smoke")]
     else:
         arguments = ["", "smoke"]

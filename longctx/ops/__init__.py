@@ -16,12 +16,26 @@ lact           a gated MLP trained on large chunks                   state: its 
 gated_delta_product    n such steps per token                      state: a matrix, dense decay
 diagonal_low_rank      S_t = (Diag(w_t) + b_t a_t^T) S_{t-1} + k_t v_t^T            state: a matrix, dense decay
 log_linear     gated_linear or gated_delta, a matrix per scale of the past          state: a matrix per scale
+levels         sums over nodes of c^l tokens, R a level              state: L R sums
+h_transformer  softmax over near tokens and means of 2^l far ones    state: that of levels
+pyramid        softmax over near tokens and weighted means of c^l older      state: that of levels
+resolution     one token for every c of a document, and back         state: what the last of them tells
 attention      softmax over the keys that a pattern shows            state: all tokens, or the last W
+moba           softmax over the blocks with the likest mean key      state: all tokens
+nsa            softmax over pooled blocks, the likest of them, and a window         state: all tokens
+indexer_topk   softmax over the tokens that an indexer scores highest               state: all tokens
+lsh            softmax over the keys of the query's own bucket       state: all tokens
+cope           softmax with positions that count the tokens between  state: all tokens
+entmax         attention whose weights can be exactly 0, in place of softmax
 infini         y_t = M^T f(q_t) / z.f(q_t), M and z of the segments before t's own     state: a matrix twice
 infini_delta   the same, M written with what it does not hold yet              state: a matrix twice
 block_recurrent  R vectors that attend to each other and to a block of W tokens     state: they, and W tokens
 path_attention softmax of q_i^T H_i ... H_{j+1} k_j, H_t = I - beta_t w_t w_t^T     state: all tokens
 patterns       which keys a query may see
+positions      how queries and keys are turned by their positions; biases: what is added to logits
+blockwise      attention by blocks of queries and keys; thinned: the same in another order of tokens; routed: to chosen
+               blocks (key_blocks); partial: how attentions to parts of the keys merge
+attach         a loss that a layer adds to training
 minibatch      what the fast forms of ttt_linear, titans, titans_context, lact and infini_delta share
 cross_entropy  the loss of a row, its logits never held whole
 
