@@ -49,7 +49,8 @@ class IndexerTopK(nnx.Module):
             if min(self.index_heads, self.index_width, self.count) < 1:
                 yield f"index_heads, index_width and count must be at least 1, given {self}"
             if self.rope_base and (self.head_width % 2 or self.index_width % 2):
-                yield f"head_width is {self.head_width} and index_width {self.index_width}; rotary positions need even ones"
+                widths = f"head_width is {self.head_width} and index_width is {self.index_width}"
+                yield f"{widths}; rotary positions need even ones"
             if min(self.rope_base, self.kl_weight) < 0:
                 yield "rope_base and kl_weight must not be negative"
             if self.stage not in ("dense", "sparse"):
@@ -100,7 +101,8 @@ class IndexerTopK(nnx.Module):
     def _index(self, x):
         """Index queries `[B, T, J, I]`, keys `[B, T, 1, I]` and weights `[B, T, J]`."""
         options = self.options
-        q, k = (part.reshape(*x.shape[:2], -1, options.index_width) for part in (self.index_query(x), self.index_key(x)))
+        parts = self.index_query(x), self.index_key(x)
+        q, k = (part.reshape(*x.shape[:2], -1, options.index_width) for part in parts)
         return q, k, self.index_weight(x).astype(jnp.float32) * (options.index_heads * options.index_width) ** -0.5
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> KVCache:

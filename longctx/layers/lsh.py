@@ -46,7 +46,7 @@ class LSH(nnx.Module):
         rounds: int = 2  # R, of hashing
         buckets: int = 8  # N, a round; work is about T² / N
         seed: int = 0  # of the random directions
-        centroid_weight: float = 0.0  # of Σ (1 - cos) to the nearest centroid in the training loss; 0: random directions
+        centroid_weight: float = 0.0  # of Σ (1 - cosine) to the nearest centroid in the training loss; 0: no centroids
 
         def problems(self):
             if min(self.heads, self.head_width, self.rounds) < 1:
@@ -109,4 +109,3 @@ class LSH(nnx.Module):
         options = self.options
         cache = KVCache.empty(batch, capacity, options.heads, options.head_width, options.head_width, dtype)
         return LSHState(cache, KVCache.empty(batch, capacity, options.heads, options.rounds, 0, jnp.int32))
-

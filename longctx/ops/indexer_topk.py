@@ -4,15 +4,15 @@ DeepSeek sparse attention (DeepSeek-AI, arXiv:2512.02556). J narrow heads, of we
 the one index of each key:
 
     I_ts = Σ_j w_tj ReLU(qI_tj . kI_s)
-    S_t = the n keys s <= t of the document with the largest I_ts, the first of equal ones; all of them if there are fewer
+    S_t = the n keys s <= t of the document with the largest I_ts, the first of equal ones; all if there are fewer
     a_hts = softmax of scale q_ht . k_s over s in S_t;    out_ht = Σ_s a_hts v_s
 
 All heads see the same keys. The choice has no gradient: the indexer learns from
 
     p_ts = Σ_h a_hts / H;    loss_t = Σ_{s in S_t} p_ts (log p_ts - log softmax_s I_ts)
 
-alone, the divergence of its own distribution over S_t from the mean of the heads', p held fixed. With n unlimited S_t is
-all that a query may see: attention is full, and the loss is that of the dense warm-up.
+alone, the divergence of its own distribution over S_t from the mean of the heads', p held fixed. With n unlimited S_t
+is all that a query may see: attention is full, and the loss is that of the dense warm-up.
 
 The fast form scores queries in chunks, T² J products of width I, and gathers the chosen keys, T n of width K. Of a row
 that several devices share, each needs all of the keys' indices, and of keys and values those that it chooses.

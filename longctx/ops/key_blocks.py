@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from longctx.typing import Segments
 
-_QUERIES = 256  # whose scores are held at once
+_QUERIES = 64  # whose scores are held at once: few enough for the cache of a CPU
 
 
 class Row(Protocol):

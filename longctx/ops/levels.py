@@ -33,7 +33,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from longctx.ops.gated_linear import einsum
-from longctx.typing import Segments
+from longctx.typing import Segments, checked
 
 _LATE = np.iinfo(np.int32).max // 2
 
@@ -120,6 +120,7 @@ class Tokens(NamedTuple):
         return cls(jnp.concatenate(parts, axis=-1), None if weight is None else weight[..., None])
 
 
+@checked
 def chunked(
     levels: Levels,
     q: Float[Array, "B T H K"] | None,
@@ -148,6 +149,7 @@ def chunked(
     return None if q is None else jnp.moveaxis(y, 0, 1).reshape(batch, -1, *y.shape[3:])[:, :length], state
 
 
+@checked
 def transition(levels: Levels, tokens: Tokens, segment_ids: Int[Array, "B T"] | Segments | None) -> Transition:
     """What the span does to any state."""
     segments = Segments.of(segment_ids, *tokens.row.shape[:2])

@@ -48,9 +48,7 @@ def nearest(
     Returns:
       its number, and the product, float32.
     """
-    products = jnp.einsum(
-        "bthk,hrnk->bthrn", x.astype(jnp.float32), directions, precision=jax.lax.Precision.HIGHEST
-    )
+    products = jnp.einsum("bthk,hrnk->bthrn", x.astype(jnp.float32), directions, precision=jax.lax.Precision.HIGHEST)
     return jnp.argmax(products, axis=-1).astype(jnp.int32), products.max(-1)
 
 
@@ -120,8 +118,7 @@ def partial(
 
         number = jnp.moveaxis(rows(numbers), 3, 2)
         document, positions, valid = (
-            jnp.repeat(x, repeats, axis=1)[:, None, None]
-            for x in (segments.ids, segments.positions, segments.valid)
+            jnp.repeat(x, repeats, axis=1)[:, None, None] for x in (segments.ids, segments.positions, segments.valid)
         )
         ids = jnp.where(valid, document * buckets + number, 0)
         order = jnp.argsort(ids, axis=-1, stable=True)

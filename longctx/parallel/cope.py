@@ -27,7 +27,7 @@ def attention(
     embeddings: Float[Array, "N K"],
     segments: Segments,
     axis_name: str,
-    scale: float | None = None,
+    **options,
 ) -> Float[Array, "B T H V"]:
     """Attention of this shard's queries to the keys of all shards, inside a `jax.shard_map`.
 
@@ -36,7 +36,7 @@ def attention(
       embeddings: of the positions, the same on every device.
       segments: of this shard's tokens; ids and positions are those of the whole rows.
       axis_name: the mesh axis.
-      scale: of the logits; None for 1 / sqrt(K).
+      options: `scale` and `chunk` of `longctx.ops.cope.chunked`.
 
     Returns:
       `[B, T, H, V]` in v's dtype. First derivatives only.
@@ -46,7 +46,7 @@ def attention(
     def hop(carry, _):
         visited, held = carry
         keys, values, owners = held
-        visited = attend(q, keys, values, embeddings, segments, owners, visited, scale=scale)
+        visited = attend(q, keys, values, embeddings, segments, owners, visited, **options)
         # The last hop sends the keys home for nothing, which costs less than a second copy of it to compile.
         return (visited, onward(held, axis_name)), None
 

@@ -58,7 +58,7 @@ def formula(q, k, pattern, segments, scale, sinks=None, soft_cap=None):
 )
 @pytest.mark.parametrize("chunk", [5, 64])
 def test_formula(pattern, options, chunk):
-    """Packed rows, grouped keys. Seen to fail: the sink of another head; the entropy without that of the sink."""
+    """Packed rows, grouped keys. Seen to fail: the sink not counted; a key that is seen twice counted once."""
     arrays = {name: jnp.asarray(x) if name == "sinks" else x for name, x in options.items()}
     run = jax.jit(lambda *x: entropy(*x, pattern, packed(), chunk=chunk, **arrays))
     np.testing.assert_allclose(run(*inputs()), formula(*inputs(), pattern, packed(), **options), rtol=0, atol=1e-5)

@@ -52,7 +52,8 @@ def test_definition_is_the_formula(count):
         scores = {s: weights[b, t] @ np.maximum(index_q[b, t] @ index_k[b, s], 0) for s in seen}
         seen = sorted(seen, key=lambda s: (-scores[s], s))[:count]
         if not seen:
-            assert (found[b, t] == 0).all() and loss[b, t] == 0
+            assert (found[b, t] == 0).all()
+            assert loss[b, t] == 0
             continue
         shares = [softmax(k[b, seen, h // 2] @ q[b, t, h] / np.sqrt(8)) for h in range(4)]
         expected = [share @ v[b, seen, h // 2] for h, share in enumerate(shares)]
@@ -85,6 +86,7 @@ def test_fast_form_is_the_definition(length, pack, count):
 
 
 def test_no_limit_is_full_attention():
+    """Seen to fail: keys of other documents seen."""
     (q, k, v, *index), _ = inputs(50)
     segments = packed(50)
     y, _ = indexer_topk.chunked(q, k, v, *index, segments, segments, count=None)
@@ -93,7 +95,10 @@ def test_no_limit_is_full_attention():
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_of_equal_keys_the_first(sign):
-    """Every score is 0 or -0, be it of a key of zeros or of one that no head likes."""
+    """Every score is 0 or -0, be it of a key of zeros or of one that no head likes.
+
+    Seen to fail: later keys favoured by a millionth; keys of other documents chosen.
+    """
     (q, k, v, index_q, index_k, weights), _ = inputs(50)
     segments = packed(50)
     index_k = jnp.abs(index_k).at[:, ::2].set(0.0)

@@ -72,7 +72,7 @@ def test_fast_form_is_the_definition(length, pack):
 
 
 def test_order_of_keys_is_free():
-    """A span after a cache, its keys shuffled."""
+    """A span after a cache, its keys shuffled. Seen to fail: outputs put back in the order, not in its inverse."""
     q, k, v, own, q_hashes, k_hashes, _ = inputs(60)
     row = Segments.single(2, 60)
     whole = lsh.chunked(q, k, v, own, q_hashes, k_hashes, row, row, buckets=BUCKETS)
@@ -86,7 +86,7 @@ def test_order_of_keys_is_free():
 def test_nearest():
     """Random vectors and their opposites: neighbours in angle agree more often than strangers; ties go to the first.
 
-    Seen to fail: the opposites left out, so that a vector and its opposite may agree.
+    Seen to fail: a direction and its opposite taken for one.
     """
     rng = np.random.default_rng(0)
     half = rng.standard_normal((1, 200, 2, 16))
