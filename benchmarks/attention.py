@@ -100,7 +100,7 @@ def visible_pairs(pattern: Pattern | Heads, length: int, rows: int = 256) -> flo
     return float(np.asarray(counts).sum(dtype=np.int64)) / len(patterns)
 
 
-def by_pattern(length: int = LENGTH) -> list[list[str]]:
+def by_pattern(ways: list[str], length: int = LENGTH) -> list[list[str]]:
     """Rows of the patterns next to full causal attention."""
     patterns = [causal(parse(text)) for text in PATTERNS.values()] + [Causal() & Blocks(LAYOUT, length // len(LAYOUT))]
     texts = [*PATTERNS.items(), ("a table of blocks", f"Blocks({LAYOUT.mean():.0%} of 64 x 64, {length // 64})")]
@@ -110,9 +110,9 @@ def by_pattern(length: int = LENGTH) -> list[list[str]]:
         text = text.replace("|", "\\|")  # not the end of a cell
         rows.append([name, f"`{text}`", f"{seen:,.0f}", f"{seen / pairs:.2%}", f"{pairs / seen:.1f}"])
     arrays = heads(length)
-    for change in WAYS.values():
+    for way in ways:
         runs = [functools.partial(attention, pattern=pattern) for pattern in (Causal(), *patterns)]
-        full, *seconds = best(*(compiled(change(run), *arrays) for run in runs), repeats=3)
+        full, *seconds = best(*(compiled(WAYS[way](run), *arrays) for run in runs), repeats=3)
         for row, s, seen in zip(rows, seconds, visible, strict=True):
             row += [f"{1e3 * s:,.0f}", f"{full / s:.1f}", f"{full / s * seen / pairs:.2f}"]
     return rows
@@ -135,7 +135,7 @@ def by_layer() -> list[list[str]]:
     ]
 
 
-def report() -> str:
+def report(ways: list[str]) -> str:
     text = (
         "# Attention's speed on a CPU\n\n"
         f"`python benchmarks/attention.py --write`, on {machine()}. B=1, H={HEADS}, K=V={KEYS}, float32; a matrix "
@@ -151,8 +151,8 @@ def report() -> str:
         "work: bringing queries, keys and values into blocks, and the output back.\n\n"
     )
     titles = ["", "pattern", "visible pairs", "of the causal", "promised"]
-    titles += [title for way in WAYS for title in (f"{way}, ms", "speed-up", "share")]
-    text += table(titles, by_pattern(), words=(0, 1))
+    titles += [title for way in ways for title in (f"{way}, ms", "speed-up", "share")]
+    text += table(titles, by_pattern(ways), words=(0, 1))
     text += (
         "\n## Layers whose tokens choose what they see, forward\n\n"
         f"Width {WIDTH}, heads of {KEYS}, projections included; a ratio is full attention's time over the layer's.\n\n"
@@ -164,8 +164,9 @@ def report() -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="replace benchmarks/attention.md")
-    write = parser.parse_args().write
-    text = report()
-    if write:
+    parser.add_argument("--backward", action="store_true", help="the patterns' backward pass too: some more minutes")
+    arguments = parser.parse_args()
+    text = report(list(WAYS) if arguments.backward else ["forward"])
+    if arguments.write:
         pathlib.Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

@@ -24,6 +24,7 @@ from flax import nnx
 
 from longctx import config, ops
 from longctx.layers import MIXERS, MLPS
+from longctx.layers.attention import Attention
 from longctx.layers.positions import T5, Alibi, CoPE, DualChunk, NoPositions, RandomPositions, SelfExtend, XPos, YaRN
 from longctx.ops import attention
 from longctx.ops.patterns import causal, parse
@@ -69,6 +70,15 @@ VARIANTS = {
     ),
     "positions/xpos": ("attention", {"positions": XPos(scale_base=64.0)}),
     "positions/xpos+window": ("attention", {"positions": XPos(scale_base=64.0), "pattern": "Window(11)"}),
+    "lsh/centroids": ("lsh", {"centroid_weight": 0.01, "rounds": 1, "buckets": 4, "rope_base": 0.0}),
+    "indexer_topk/dense": (
+        "indexer_topk",
+        {"stage": "dense", "kv_heads": 2, "qk_norm": False, "rope_base": 0.0},
+    ),
+    "multi_resolution/attention": (
+        "multi_resolution",
+        {"factor": 2, "layers": 2, "inner": Attention.Config(pattern="Window(5)", conv_width=3)},
+    ),
     "s5/bilinear": ("s5", {"discretisation": "bilinear"}),
     "infini/short": ("infini", {"segment": 7, "rope_base": 0.0}),
     "infini/delta": ("infini", {"segment": 7, "delta": True}),
@@ -81,7 +91,7 @@ VARIANTS = {
 }
 LAYERS = {name: (name, {}) for name in (*MIXERS, *MLPS)} | VARIANTS
 # Layers whose state holds every token, so that what crosses devices grows with the sequence.
-UNBOUNDED = {"forgetting", "indexer_topk", "lsh", "moba", "nsa", "path"} | {
+UNBOUNDED = {"forgetting", "indexer_topk", "indexer_topk/dense", "lsh", "lsh/centroids", "moba", "nsa", "path"} | {
     name
     for name, (kind, options) in LAYERS.items()
     if kind == "attention" and causal(parse(options.get("pattern", "Causal()"))).union.reach is None
@@ -89,7 +99,7 @@ UNBOUNDED = {"forgetting", "indexer_topk", "lsh", "moba", "nsa", "path"} | {
 # Layers whose state has room for every token of the document.
 GROWING_STATE = UNBOUNDED
 # Numbers per token that a layer gathers on all devices: of summaries by which queries choose blocks of keys.
-GATHERED = {"moba": 32, "nsa": 16}
+GATHERED = {"indexer_topk": 16, "indexer_topk/dense": 64, "moba": 32, "nsa": 32}
 
 
 def slow(*values):

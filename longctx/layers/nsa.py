@@ -32,9 +32,9 @@ class NSA(nnx.Module):
         heads: int = 4  # H
         kv_heads: int = 2  # G, divides H; the heads of a group select the same blocks
         head_width: int = 32  # K
-        compressed: int = 8  # l, tokens of a compressed block
-        stride: int = 4  # d, from one compressed block to the next; divides both kinds of blocks
-        selected: int = 8  # m, tokens of a block that is selected
+        compressed: int = 4  # l, tokens of a compressed block
+        stride: int = 2  # d, from one compressed block to the next; divides both kinds of blocks
+        selected: int = 4  # m, tokens of a block that is selected
         count: int = 4  # n, blocks selected, with the first, the own and the one before it
         window: int = 8  # w, the last tokens, the own included
         rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions (NoPE)

@@ -69,7 +69,7 @@ class Plan:
         """With blocks for so many rows of all heads, and tokens in each."""
         block = 512
         budget = _CPU_LOGITS if jax.default_backend() == "cpu" else np.inf
-        wide = np.inf if self.pattern.reach is None else max(128, self.pattern.reach)
+        wide = self.pattern.scattered or (np.inf if self.pattern.reach is None else max(128, self.pattern.reach))
         while block > 64 and (block > wide or rows * block**2 > budget):
             block //= 2
         sizes = (min(given or block, tokens) for given, tokens in ((self.q_block, queries), (self.k_block, keys)))

@@ -11,7 +11,7 @@ downsample, work at a coarse resolution, and upsample (Nawrot et al., Hourglass,
 shifted by c - 1 tokens instead).
 
 The ends of any two groups are c places apart or more: a row of T places, cut into cells of c, has at most one end in
-each, and the coarse row has a place for each cell: its token, or padding.
+each, and the coarse row has a place for each cell: its token, or padding, which stands before and after documents only.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def refine(u: Float[Array, "B N C D"], before: Float[Array, "B 2 C D"], segments
       u: of each coarse token, what it tells the C tokens for which it is the last.
       before: the same of the last two places of the coarse row before this one. Where the span goes on with a document,
         and nothing is known of how its groups lay, both are the last whole group's.
-      segments: of the tokens, T >= C - 1 of them if the row has other parts.
+      segments: of the tokens; T is a multiple of C if the row has other parts.
 
     Returns:
       `[B, T, D]`, 0 for tokens before which no group of their document is whole.

@@ -8,7 +8,12 @@ A pattern is taken apart as on one device, and each part moves no more keys than
 | ... with anchors             | also these, by a prefix scan                                              |
 | at multiples of a stride     | each token once, to the device that has all tokens of its residue         |
 | of unbounded reach, few seen | the keys that are seen, gathered                                          |
-| of unbounded reach           | all keys, round a ring                                                    |
+| ... seen by scattered blocks | the blocks that the shard's queries see, in rounds                        |
+| of unbounded reach           | all keys, round a ring; or, where that is less, queries, keys and values, |
+|                              | so that each device has all tokens of some of the heads                   |
+
+The latter is DeepSpeed-Ulysses (Jacobs et al., arXiv:2309.14509). A device sends 2 T G K (P - 1) / P numbers by the
+ring, forward, and T (H + G) (K + V) (P - 1) / P² by heads, whose groups P devices must be able to share.
 """
 
 from __future__ import annotations
@@ -24,8 +29,8 @@ from jaxtyping import Array, Float
 
 from longctx.ops import attention as ops
 from longctx.ops.partial import Partial, add_sinks, merge
-from longctx.ops.patterns import Keys, Pattern, terms
-from longctx.parallel import exchange, halo, ring
+from longctx.ops.patterns import Keys, Pattern, Range, terms
+from longctx.parallel import chosen, exchange, halo, mesh, ring
 from longctx.typing import Segments
 
 
@@ -79,8 +84,12 @@ def _part(q, k, v, decay, segments: Segments, pattern: Pattern, axis_name: str, 
         keys = _keys_near(k, v, decay, segments, pattern, axis_name)
     elif pattern.seen(np.zeros(1, int)) is not None:
         keys = _keys_seen(k, v, decay, segments, pattern, axis_name)
+    elif pattern.scattered:
+        keys = _keys_scattered(k, v, decay, segments, pattern, axis_name)
     elif pattern.stride % devices == 0 and q.shape[1] % pattern.stride == 0:
         return _by_residue(q, k, v, decay, segments, pattern, axis_name, **options)
+    elif _heads_are_shared(q, k, devices):
+        return _by_heads(q, k, v, decay, segments, pattern, axis_name, **options)
     else:
         return ring.attention(q, k, v, pattern, segments, axis_name, decay=decay, **options)
     return _attend(ops.attention_partial, q, decay, segments, keys, pattern, **options)
@@ -124,6 +133,47 @@ def _keys_seen(k, v, decay, segments: Segments, pattern: Pattern, axis_name: str
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), gathered, own)
 
 
+def _keys_scattered(k, v, decay, segments: Segments, pattern: Pattern, axis_name: str):
+    """The same of the shard's own tokens, and of the blocks before it that any of its queries sees.
+
+    Before the shard, its queries see only the document in progress where it begins: of that the places are known.
+    """
+    length, size = k.shape[1], pattern.scattered
+    devices, device = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    blocks = -(-length // size)  # of a shard
+    ongoing = segments.valid & (segments.runs == 0)
+    entry = jnp.argmax(ongoing, axis=1)[:, None]
+    document, position = (jnp.take_along_axis(x, entry, axis=1) for x in (segments.ids, segments.positions))
+    start = device * length + entry - position  # its first token
+
+    def cut(x, rest=0):
+        x = jnp.pad(x, ((0, 0), (0, blocks * size - length), *((0, 0),) * (x.ndim - 2)), constant_values=rest)
+        return x.reshape(x.shape[0], blocks, size, *x.shape[2:])
+
+    limit = np.iinfo(np.int32).max // 2
+    queries = Range(
+        cut(jnp.where(ongoing, segments.positions, limit), limit).min(2)[:, :, None],
+        cut(jnp.where(ongoing, segments.positions, -1), -1).max(2)[:, :, None],
+    )
+    number = jnp.arange(devices * blocks)
+    place = np.arange(size)
+    places = number[:, None] // blocks * length + jnp.minimum(number[:, None] % blocks * size + place, length - 1)
+    keys = Range(jnp.maximum(places[:, 0] - start, 0)[:, None], (places[:, -1] - start)[:, None])
+    wanted = pattern.touches(queries, keys) & (queries.first <= queries.last) & (keys.first <= keys.last)
+    wanted = wanted.any(1) & (number // blocks < device)
+
+    own = (k, v, decay)
+    row = chosen.Shards(axis_name, length)
+    found = row.fetch(jax.tree.map(lambda x: cut(x)[:, :, :, None], own), jnp.where(wanted, number, -1)[:, None, None])
+    found = jax.tree.map(lambda x, like: x.reshape(x.shape[0], -1, *like.shape[2:]), found, own)
+    # The last block of a shard may be shorter; its last token would count twice.
+    inside = (number[:, None] % blocks * size + place < length) & (places >= start[..., None])
+    ids = jnp.where(wanted[..., None] & inside, document[..., None], 0).reshape(len(k), -1)
+    positions = jnp.maximum(places - start[..., None], 0).reshape(len(k), -1)
+    held = Segments(ids, positions, jnp.zeros(ids.shape, bool))
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), (*found, held), (*own, segments))
+
+
 def _seen(own, count: int, pattern: Pattern, axis_name: str):
     """Of the last `count` tokens of a shard, those that later shards may see, and padding where there can be more.
 
@@ -142,6 +192,41 @@ def _seen(own, count: int, pattern: Pattern, axis_name: str):
         return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
     return jax.tree.map(take, (*own[:-1], held))
+
+
+def _heads_are_shared(q, k, devices: int) -> bool:
+    """Whether the devices can share the groups of heads, those that `model` splits left where they are, and it pays."""
+    heads, groups = q.shape[2], k.shape[2]
+    return groups % (devices * mesh.size("model")) == 0 and heads + groups < devices * groups
+
+
+def _by_heads(q, k, v, decay, segments: Segments, pattern: Pattern, axis_name: str, bias=None, **options) -> Partial:
+    """Each device attends among all tokens of the row, with the groups g of heads of which g mod P is its number."""
+    devices, (batch, length), groups = jax.lax.axis_size(axis_name), q.shape[:2], k.shape[2]
+
+    def apart(x, axis):  # the heads at `axis`: P first, then those of each
+        x = x.reshape(*x.shape[:axis], groups // devices, devices, -1, *x.shape[axis + 1 :])
+        x = jnp.moveaxis(x, axis + 1, 0)
+        return x.reshape(*x.shape[: axis + 1], -1, *x.shape[axis + 3 :])
+
+    def rows(x):  # [P, B, T, ...], by shard, as whole rows
+        return jnp.moveaxis(x, 0, 1).reshape(batch, devices * length, *x.shape[3:])
+
+    def out(x):
+        return rows(exchange.all_to_all(apart(x, 2), axis_name))
+
+    def home(x):
+        x = jnp.moveaxis(x.reshape(batch, devices, length, *x.shape[2:]), 1, 0)
+        x = exchange.all_to_all(x, axis_name)  # [P, B, T, heads of each, ...]
+        x = jnp.moveaxis(x.reshape(*x.shape[:3], groups // devices, -1, *x.shape[4:]), 0, 3)
+        return x.reshape(batch, length, -1, *x.shape[5:])
+
+    everywhere = jax.tree.map(lambda x: jnp.broadcast_to(x, (devices, *x.shape)), segments)
+    whole = jax.tree.map(lambda x: rows(exchange.all_to_all(x, axis_name)), everywhere)
+    q, k, v, decay = jax.tree.map(out, (q, k, v, decay))
+    bias = jax.tree.map(lambda x: jnp.take(apart(x, 0), jax.lax.axis_index(axis_name), axis=0), bias)
+    partial = ops.attention_partial(q, k, v, pattern, whole, decay=decay, bias=bias, **options)
+    return jax.tree.map(home, partial)
 
 
 def _by_residue(q, k, v, decay, segments: Segments, pattern: Pattern, axis_name: str, **options) -> Partial:

@@ -13,6 +13,7 @@ What a device must know of those before it, and the bytes it sends for that:
 | recurrence, not associative  | the state, device after device in turn        | devices - 1 states              |
 | attention of bounded reach   | the last keys and values, by a halo exchange  | those of `reach` tokens         |
 | ... with n anchors           | also these of the document, by a scan         | those of ⌈log₂ devices⌉ n       |
+| ... to scattered blocks      | those that are seen, in rounds                | those of these                  |
 | attention of unbounded reach | all keys and values, round a ring             | those of T tokens               |
 | CoPE                         | the same                                      | those of T tokens               |
 | a coarser row, and back      | what the last groups tell, by a halo          | those of 2 groups               |
@@ -279,14 +280,15 @@ def coarsen(x: Float[Array, "B T D"], segments: Segments, factor: int) -> tuple[
     """The span at a coarser resolution, as `longctx.ops.resolution.coarsen`; each device has the groups that end on it.
 
     Raises:
-      ValueError: T is not a multiple of the devices along `context`, or a device has fewer than factor - 1 tokens.
+      ValueError: T is not a multiple of the devices along `context`, or a device's share not one of `factor`.
     """
     if not _splits(x.shape[1]):
         return resolution.coarsen(x, segments, factor)
-    if x.shape[1] // mesh.context_size() < factor - 1:
+    share = x.shape[1] // mesh.context_size()
+    if share % factor:  # else a coarse row would have gaps within documents
         raise ValueError(
-            f"a span of {x.shape[1]} tokens leaves a device fewer than {factor - 1}, which groups of {factor} need; "
-            "give longer rows, or change the mesh."
+            f"each device has {share} tokens of a span, which cannot be cut into groups of {factor}; "
+            f"give rows whose share is a multiple of {factor}, or another factor."
         )
     return _island(lambda x, segments: resolution.coarsen(x, segments, factor), (_SHARD, _SHARD), _SHARD)(x, segments)
 

@@ -96,7 +96,7 @@ HEADS = 4
 OPS = {
     "moba": (moba, {"block": 4, "count": 3}),
     "moba/long": (moba, {"block": 11, "count": 2}),
-    "nsa": (nsa, {"stride": 4, "selected": 12, "count": 4, "window": 11}),
+    "nsa": (nsa, {"stride": 4, "selected": 4, "count": 4, "window": 11}),
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from longctx import config
-from longctx.ops import gated_delta, gated_linear, linear_scan, slstm
+from longctx.ops import biases, gated_delta, gated_linear, linear_scan, slstm
 from longctx.ops.patterns import (
     Causal,
     Chunked,
@@ -24,6 +24,7 @@ from longctx.ops.patterns import (
     Strided,
     Window,
 )
+from longctx.parallel import attention as sharded
 from longctx.parallel import mesh, rules, sequence
 from longctx.typing import Segments
 
@@ -56,12 +57,18 @@ def attending(pattern, **options):
     return lambda segments, sinks, q, k, v: sequence.attention(q, k, v, pattern, segments, sinks=sinks, **options)
 
 
+def by_heads(segments, q, k, v, decay, slopes):
+    """Eight heads, which four or eight devices share: that is less to send than all keys round the ring."""
+    return sequence.attention(q, k, v, Causal(), segments, decay=decay, bias=biases.Alibi(slopes))
+
+
 def convolving(segments, state, x, kernel):
     return sequence.convolution(x, kernel, state, segments)
 
 
 # The op, and the logical axes of its arguments: the state or sinks first, which have no time.
 HEAD = ("batch", "time", "heads", "head")
+MANY = ("batch", "time", "eight", "head")
 MATRIX = ("batch", "heads", "head", "head")
 OPS = {
     "linear_scan": (recurrent(linear_scan), [("batch", "mlp")] + [("batch", "time", "mlp")] * 2),
@@ -81,14 +88,15 @@ OPS = {
     "fixed": (attending(Causal() & (Chunked(12) | Fixed(12, 2))), [("heads",)] + [HEAD] * 3),
     "random": (attending(Causal() & (Window(4) | RandomBlocks(4, 2))), [("heads",)] + [HEAD] * 3),
     "full": (attending(Causal(), soft_cap=5.0), [("heads",)] + [HEAD] * 3),
+    "full, by heads": (by_heads, [MANY] * 3 + [MANY[:3], ("eight",)]),
 }
-UNBOUNDED = ("strided", "strided, round", "fixed", "random", "full")
+UNBOUNDED = ("strided", "strided, round", "fixed", "random", "full", "full, by heads")
 BOUNDED = [name for name in OPS if name not in UNBOUNDED]
 
 
 def arguments(name, length=LENGTH):
     sizes = {"batch": BATCH, "time": length, "heads": HEADS, "head": KEYS, "mlp": WIDTH, "taps": TAPS, "gates": 4}
-    sizes["before"] = TAPS - 1
+    sizes |= {"before": TAPS - 1, "eight": 8}
     axes = OPS[name][1]
     keys = jax.random.split(jax.random.key(0), len(axes))
     arrays = [jax.random.normal(key, [sizes[axis] for axis in each]) for key, each in zip(keys, axes, strict=True)]
@@ -154,6 +162,36 @@ def test_bytes_do_not_grow(name):
     assert bytes_sent(name, 4 * LENGTH) == bytes_sent(name, 8 * LENGTH) > 0
 
 
+@pytest.mark.parametrize("ids", [None, packed().ids], ids=["one document", "packed"])
+def test_scattered_blocks_that_move_are_those_that_are_seen(ids):
+    """Before its own shard a device gets the blocks of places in which its queries see a key, and no others.
+
+    Fails if a block is wanted by the wrong shard; if blocks of an earlier document are wanted.
+    """
+    devices, size = 4, 4
+    pattern = Causal() & RandomBlocks(size, 2)
+    segments = Segments.single(2, LENGTH) if ids is None else packed()
+    k, v = arguments("random")[2:]
+
+    def run(k, v, segments):
+        return sharded._keys_scattered(k, v, None, segments, pattern, "context")[3]
+
+    with jax.set_mesh(mesh.make(config.Mesh(1, devices, 1))):
+        spec = jax.P(None, "context")
+        island = jax.shard_map(run, in_specs=spec, out_specs=spec, axis_names={"context"}, check_vma=False)
+        held = jax.device_get(jax.jit(island)(k, v, segments))
+    ids, positions = np.asarray(segments.ids), np.asarray(segments.positions)
+    mask = pattern.mask(positions[:, :, None], positions[:, None, :])
+    mask &= (ids[:, :, None] == ids[:, None, :]) & (ids[:, :, None] > 0)
+    for row, device in np.ndindex(2, devices):
+        shard = slice(device * LENGTH // devices, (device + 1) * LENGTH // devices)
+        blocks = mask[row, shard, : shard.start].any(0).reshape(-1, size).any(1)
+        given = held.ids[row].reshape(devices, -1)[device, : shard.start].reshape(-1, size) > 0
+        assert not (blocks & ~given.any(1)).any()
+        # Blocks of a document straddle those of places; a block that only touches the range of positions may come too.
+        assert given.any(1).sum() <= blocks.sum() + (0 if ids is None else 2)
+
+
 def test_ring_keeps_no_other_keys():
     """What the ring keeps for its backward pass does not grow with the devices. Fails under plain differentiation."""
 
@@ -197,3 +235,11 @@ def test_refusals():
             sequence.attention(q, k, v, Window(4), None)
         with pytest.raises(NotImplementedError, match="implementation 'cudnn' gives no partial results"):
             sequence.attention(q, k, v, Causal(), None, implementation="cudnn")
+
+
+def test_groups_that_straddle_shards_are_refused():
+    with (
+        jax.set_mesh(mesh.make(config.Mesh(1, 4, 1))),
+        pytest.raises(ValueError, match="cannot be cut into groups of 3"),
+    ):
+        sequence.coarsen(jnp.zeros((1, LENGTH, 2)), Segments.single(1, LENGTH), 3)

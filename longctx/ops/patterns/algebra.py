@@ -30,6 +30,7 @@ class Pattern:
       band: whether a query sees all that `reach` and `ahead` allow, and nothing else.
       stride: the distance of a query from a key that it sees is a multiple of this.
       exact: whether `touches` is True only where something is visible.
+      scattered: tokens a block, if what is far away are whole blocks here and there; 0 if not.
     """
 
     reach: int | None
@@ -38,6 +39,7 @@ class Pattern:
     band: bool = False
     stride: int = 1
     exact: bool = True
+    scattered: int = 0
 
     def __and__(self, other: Pattern) -> Pattern:
         return Both(self, other)
@@ -273,6 +275,10 @@ class Both(Pattern):
     def stride(self) -> int:
         return math.lcm(self.first.stride, self.second.stride)
 
+    @property
+    def scattered(self) -> int:
+        return self.first.scattered or self.second.scattered
+
     def mask(self, q_positions, k_positions):
         return self.first.mask(q_positions, k_positions) & self.second.mask(q_positions, k_positions)
 
@@ -416,19 +422,20 @@ class Not(Pattern):
 def terms(pattern: Pattern) -> tuple[Pattern, ...]:
     """Patterns whose attentions, merged, are that under `pattern`: its summands, each taken apart where it pays.
 
-    The parts of a summand share no pair of tokens. The first is what has no better order of tokens than their own; each
-    of the others is thin.
+    The parts of a summand share no pair of tokens. The first is what has no better order of tokens than their own, and
+    lies together; each of the others is thin or scattered.
     """
     return tuple(part for summand in pattern.summands for part in _disjoint(summand))
 
 
 def _disjoint(pattern: Pattern) -> tuple[Pattern, ...]:
     parts = pattern.parts
-    if pattern.thin or not any(part.thin for part in parts):
+    apart = [part for part in parts if part.thin or part.scattered]
+    if pattern.thin or not apart:
         return (pattern,)
-    plain = [part for part in parts if not part.thin]
+    plain = [part for part in parts if part not in apart]
     found = [functools.reduce(operator.or_, plain)] if plain else []
-    for part in (part for part in parts if part.thin):
+    for part in apart:
         found.append(part & ~functools.reduce(operator.or_, found) if found else part)
     return tuple(found)
 

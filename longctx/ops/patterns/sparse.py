@@ -257,6 +257,10 @@ class RandomBlocks(Pattern):
     def __post_init__(self):
         at_least_one(self, "block", "number")
 
+    @property
+    def scattered(self) -> int:
+        return self.block
+
     def _drawn(self, row):
         """For each part of the blocks before block `row`: the block that is drawn, and whether there is any."""
         for part in range(self.number):
