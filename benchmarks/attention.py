@@ -32,8 +32,8 @@ LENGTH = 32768  # of the patterns' rows
 PATTERNS = {
     "the own token": "Window(1)",
     "sliding window": "Window(512)",
-    "wider": "Window(4096)",
     "... and the first tokens": "Window(512) | Sinks(4)",
+    "wide window": "Window(4096)",
     "groups": "Chunked(512)",
     "shifted groups": "ShiftedGroups(512)",
     "LongLoRA": "Chunked(512), ShiftedGroups(512)",

@@ -56,6 +56,7 @@ class MoBA(nnx.Module):
         self.value = Linear(width, keys, ("embed", "heads"), rngs)
         back = undo_values(self.value, options.heads, options.head_width)
         self.out = Linear(queries, width, ("heads", "embed"), rngs, initial=back)
+        # A convolution begins by showing queries and values as they are, and keys as those of the token before.
         lags = [0] * queries + [1] * keys + [0] * keys
         self.conv = ShortConv(options.conv_width, lags, rngs) if options.conv_width else None
         self.query_norm = RMSNorm(options.head_width, ("head",), initial=1.5) if options.qk_norm else None
@@ -76,14 +77,14 @@ class MoBA(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if options.rope_base:
             q, k = (rotate(part, segments.positions, options.rope_base) for part in (q, k))
-        sizes = {"block": options.block, "count": options.count}
+        blocks = {"block": options.block, "count": options.count}
         if state is None:
             cache = self._empty(batch, length, x.dtype).append(k, v, segments)
-            y = sequence.chosen_blocks(moba, q, k, v, segments=segments, **sizes)
+            y = sequence.chosen_blocks(moba, q, k, v, segments=segments, **blocks)
         else:
             cache = state.cache.append(k, v, segments)
             k, v, held, span = row.join(state.cache, cache, k, v, segments)
-            y = moba.chunked(q, k, v, span, held, **sizes)
+            y = moba.chunked(q, k, v, span, held, **blocks)
         return self.out(y.reshape(batch, length, -1)), AttentionState(cache, tail)
 
     def _empty(self, batch: int, capacity: int, dtype) -> KVCache:

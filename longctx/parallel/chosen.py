@@ -11,8 +11,9 @@ device sends, with P devices,
     wishes     N for each row of the batch and group of heads, to each of the others
     blocks     rounds · ⌈N / 8⌉, to each later device, and back their gradients
 
-Rows of the batch and groups of heads wish for themselves. The blocks come to stand in their places among all blocks of
-the row, so that a device has room for all keys of the row, zeros where it wants none.
+Rows of the batch and groups of heads wish for themselves. What is saved is what no query of a shard chooses: where they
+all choose differently, a device wants nearly all blocks, and as much moves as round a ring. The blocks come to stand in
+their places among all blocks of the row, so that a device has room for all keys of the row, zeros where it wants none.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def packed():
 def test_cut_finds_every_block(size, stride):
     """Each whole block of each document once, with its tokens; the same from a part of the row that it ends in.
 
-    Seen to fail: a block that the padding after a document would fill up; the places of blocks that are not there.
+    Seen to fail: a block whose first tokens are not in the row; the last place of each cell taken for the block's.
     """
     segments, documents = packed()
     length = segments.ids.shape[1]

@@ -1,5 +1,7 @@
 """MoBA: the fast form against the definition, and the definition against a loop."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,7 @@ def packed(length):
 
 
 def test_definition_is_the_formula():
+    """Query by query. Seen to fail: one block more than `count` chosen."""
     length = 45
     q, k, v, _ = inputs(length)
     found = moba.recurrent(q, k, v, Segments.single(2, length), Segments.single(2, length), block=BLOCK, count=COUNT)
@@ -43,7 +46,11 @@ def test_definition_is_the_formula():
 
 @pytest.mark.parametrize(("length", "pack"), [(1, False), (7, False), (50, False), (50, True), (70, True)])
 def test_fast_form_is_the_definition(length, pack):
-    """Outputs and gradients. Fails if a block of another document, or one that is not whole, can be chosen."""
+    """Outputs and gradients, and 0 for padding.
+
+    Seen to fail: blocks of other documents chosen, or the own one once more; heads put together in another order; a
+    block's first key in place of the mean.
+    """
     *arrays, cotangent = inputs(length)
     segments = packed(length) if pack else Segments.single(2, length)
 
@@ -57,13 +64,26 @@ def test_fast_form_is_the_definition(length, pack):
     (gradients, y), (expected_gradients, expected) = run(moba.chunked), run(moba.recurrent)
     for a, b in zip((y, *gradients), (expected, *expected_gradients), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+    assert (np.asarray(y)[np.asarray(segments.ids) == 0] == 0).all()
+
+
+def test_the_first_of_equal_blocks():
+    """Keys that are all alike: the first blocks and the own are seen, all tokens alike. Seen to fail: the last ones."""
+    length, row = 45, Segments.single(2, 45)
+    q, _, v, _ = inputs(length)
+    k = jnp.ones((2, length, 2, 8))
+    for attend in (moba.chunked, moba.recurrent):
+        found = jax.jit(functools.partial(attend, block=BLOCK, count=COUNT))(q, k, v, row, row)
+        for t in (20, 44):
+            seen = [*range(2 * BLOCK), *range(t // BLOCK * BLOCK, t + 1)]
+            np.testing.assert_allclose(found[:, t], v[:, seen].mean(1).repeat(2, axis=1), atol=1e-5)
 
 
 def test_a_span_sees_what_came_before():
     """Queries that are the last tokens of the row of keys."""
     q, k, v, _ = inputs(60)
     row = Segments.single(2, 60)
-    options = {"block": BLOCK, "count": COUNT}
-    whole = moba.chunked(q, k, v, row, row, **options)
-    last = moba.chunked(q[:, 41:], k, v, Segments.single(2, 19, offset=41), row, **options)
+    run = jax.jit(functools.partial(moba.chunked, block=BLOCK, count=COUNT))
+    whole = run(q, k, v, row, row)
+    last = run(q[:, 41:], k, v, Segments.single(2, 19, offset=41), row)
     np.testing.assert_allclose(last, whole[:, 41:], atol=1e-5)

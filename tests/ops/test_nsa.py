@@ -49,8 +49,11 @@ def softmax(x):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_definition_is_the_formula(options):
-    """Query by query, with equation 9 as the paper writes it. Seen to fail: scores of single heads; the block before
-    the own left out; a compressed block seen before its last token."""
+    """Query by query, with equation 9 as the paper writes it.
+
+    Seen to fail: the largest of the heads' scores for their sum; the block before the own left to its score; compressed
+    blocks that end one token later.
+    """
     length, (stride, selected, count, window) = 41, options.values()
     arrays = inputs(length)
     row = Segments.single(2, length)
@@ -90,8 +93,11 @@ def test_definition_is_the_formula(options):
 
 @pytest.mark.parametrize(("length", "pack", "number"), [(1, 0, 0), (9, 0, 0), (70, 0, 1), (90, 1, 0), (90, 1, 1)])
 def test_fast_form_is_the_definition(length, pack, number):
-    """Outputs and gradients. Seen to fail: overlaps of compressed and selected blocks counted as 1, or taken from the
-    compressed block one further; blocks of another document selected."""
+    """Outputs and gradients, and 0 for padding.
+
+    Seen to fail: overlaps of compressed and selected blocks counted as 1, or taken from the compressed block one
+    further; one head's scores for the group's; compressed blocks seen too early; blocks of another document selected.
+    """
     arrays, options = inputs(length), OPTIONS[number]
     segments = packed(length) if pack else Segments.single(2, length)
     cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((2, length, HEADS, VALUES)), jnp.float32)

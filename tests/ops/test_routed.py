@@ -22,7 +22,8 @@ def dense(q, k, v, chosen, scale):
 def test_routed_is_dense(length):
     """Outputs, logsumexps and gradients; queries with no block, and a block that nobody chose.
 
-    Fails if: an assignment's tile is another block's; the results of a query's blocks are not weighted.
+    Seen to fail: a tile that is taken for the next block's; results of a query's blocks that do not merge; a tile too
+    few; gradients of a block's keys from its last tile only, or without what the logsumexp passes on.
     """
     rng = np.random.default_rng(0)
     batch, groups, repeats, blocks, size, count = 2, 2, 3, 5, 8, 3
