@@ -47,7 +47,8 @@ class AdaptiveSpan(nnx.Module):
         @property
         def attention(self) -> Attention.Config:
             """The options of the attention inside."""
-            shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:6]}
+            names = "heads", "kv_heads", "head_width", "positions", "conv_width", "qk_norm"
+            shared = {name: getattr(self, name) for name in names}
             return Attention.Config(**shared, pattern=f"Window({self.longest + self.ramp})")
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):

@@ -1,8 +1,8 @@
-"""Tokens that stand before a shard of the sequence: the last ones, and the first ones of the document in progress.
+"""Tokens that stand before a shard of the sequence: the last ones, and chosen ones of the document in progress.
 
 For what looks back a bounded number of tokens, such as attention in a window. With `last` a device receives exactly
 the tokens it asks for, each straight from the device that holds it: one message if a shard is at least that long,
-⌈n/T⌉ otherwise. `first` is a prefix scan. The bytes of neither depend on the length of the sequence.
+⌈n/T⌉ otherwise. `anchors` is a prefix scan. The bytes of neither depend on the length of the sequence.
 """
 
 from __future__ import annotations
