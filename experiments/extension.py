@@ -5,8 +5,8 @@ Command, for any kind of positions (by default rope):
     python -m longctx.train --config=experiments/extension.py:alibi --workdir=runs/alibi
 
 Hardware: 2 CPU cores. `benchmarks/extension.py` makes a table and a plot of what each scheme scores, other schemes put
-in place of RoPE after training included. Seen so far, at 512 and at 8,192 tokens: RoPE finds 0.93 and 0.20 of the needles,
-no positions at all (`nope`) 1.00 and 0.72.
+in place of RoPE after training included. Seen so far, at 512 and at 8,192 tokens: RoPE finds 0.93 and 0.20 of the
+needles, no positions at all (`nope`) 1.00 and 0.72.
 """
 
 from ml_collections import ConfigDict

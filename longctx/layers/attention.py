@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, ShortConv, like_queries, undo_values
+from longctx.layers.basic import Projections
 from longctx.layers.positions import ROPE, CoPE, Positions
 from longctx.memory.cache import KVCache
 from longctx.ops import attention as ops
@@ -31,7 +31,7 @@ class AttentionState:
     conv: Float[Array, "B W-1 C"] | None
 
 
-class Attention(nnx.Module):
+class Attention(Projections):
     """Causal softmax attention over what a pattern shows of the document so far.
 
     State: a `KVCache` of as many tokens as the pattern reaches back, the own included, and of its anchors; of
@@ -70,18 +70,7 @@ class Attention(nnx.Module):
                 yield "positions that take attention apart have the same pattern for all heads; give one pattern"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
-        self.options = options
-        queries, keys = options.heads * options.head_width, options.kv_heads * options.head_width
-        self.query = Linear(width, queries, ("embed", "heads"), rngs)
-        like_query = like_queries(self.query, options.kv_heads, options.head_width)
-        self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
-        self.value = Linear(width, keys, ("embed", "heads"), rngs)
-        back = undo_values(self.value, options.heads, options.head_width)
-        self.out = Linear(queries, width, ("heads", "embed"), rngs, initial=back)
-        lags = [*_lags(options, options.heads), *(1 + _lags(options, options.kv_heads)), *np.zeros(keys, int)]
-        self.conv = ShortConv(options.conv_width, lags, rngs) if options.conv_width else None
-        self.query_norm = RMSNorm(options.head_width, ("head",), initial=1.5) if options.qk_norm else None
-        self.key_norm = RMSNorm(options.head_width, ("head",)) if options.qk_norm else None
+        super().__init__(width, options, rngs, _lags(options))
         self.sinks = nnx.Param(jnp.zeros(options.heads, jnp.float32), axes=("heads",)) if options.sinks else None
         learned = options.positions.initial(options.heads, options.head_width)
         self.positions = None if learned is None else nnx.Param(learned, axes=options.positions.axes)
@@ -101,15 +90,7 @@ class Attention(nnx.Module):
         """Returns `(y[B, T, D], AttentionState)`; `bias` is added to logits, instead of that of the positions."""
         batch, length, _ = x.shape
         options = self.options
-        parts = [self.query(x), self.key(x), self.value(x)]
-        tail = None
-        if self.conv is not None:
-            mixed, tail = self.conv(jnp.concatenate(parts, axis=-1), segments, None if state is None else state.conv)
-            sizes = [part.shape[-1] for part in parts]
-            parts = jnp.split(mixed, [sizes[0], sizes[0] + sizes[1]], axis=-1)
-        q, k, v = (part.reshape(batch, length, -1, options.head_width) for part in parts)
-        if options.qk_norm:
-            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v, tail = self.project(x, segments, None if state is None else state.conv)
         if options.length_base:
             # The more keys share a softmax, the sharper it must be (Nakanishi, 2025, "Scalable-Softmax").
             tokens = segments.positions.astype(jnp.float32)[..., None, None] + 1
@@ -197,11 +178,15 @@ def _join(k, v, segments: Segments, before: KVCache, after: KVCache, decay=None)
     return keys, values, since, span, held
 
 
-def _lags(options: Attention.Config, heads: int) -> np.ndarray:
-    """Tokens back that each channel of queries begins by showing, head after head; keys show one token more.
+def _lags(options: Attention.Config) -> np.ndarray:
+    """Tokens back that each channel of queries, keys and values begins by showing.
 
-    Even heads compare single tokens. In odd heads the channels are shared among the last W-1 tokens, so the more of
-    these agree, the larger the logit: what follows a repeated phrase is found, not what follows a repeated word.
+    Keys show one token more than queries do, head by head, and values none. Even heads compare single tokens. In odd
+    heads the channels are shared among the last W-1 tokens, so the more of these agree, the larger the logit: what
+    follows a repeated phrase is found, not what follows a repeated word.
     """
     phrase = np.arange(options.head_width) * max(options.conv_width - 1, 1) // options.head_width
-    return np.concatenate([phrase * (head % 2) for head in range(heads)])
+    queries, keys = (
+        np.concatenate([phrase * (head % 2) for head in range(heads)]) for heads in (options.heads, options.kv_heads)
+    )
+    return np.concatenate([queries, 1 + keys, np.zeros_like(keys)])

@@ -12,6 +12,7 @@ then takes a hundred steps to learn instead of thousands.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,44 @@ class ShortConv(nnx.Module):
         """The inputs before any token: zeros, float32."""
         taps, channels = self.kernel.shape
         return jnp.zeros((batch, taps - 1, channels), jnp.float32)
+
+
+class Projections(nnx.Module):
+    """Queries, keys and values of softmax attention, and the way back: what its mixers derive from.
+
+    Args:
+      width: D.
+      options: with `heads`, `kv_heads`, `head_width`, `conv_width` (taps on queries, keys and values; 0: none) and
+        `qk_norm`.
+      rngs: source of the initial values.
+      lags: of the convolution, for queries, keys and values; None for keys one token behind the others.
+    """
+
+    def __init__(self, width: int, options: Any, rngs: nnx.Rngs, lags: Sequence[int] | None = None):
+        self.options = options
+        queries, keys = options.heads * options.head_width, options.kv_heads * options.head_width
+        self.query = Linear(width, queries, ("embed", "heads"), rngs)
+        like_query = like_queries(self.query, options.kv_heads, options.head_width)
+        self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
+        self.value = Linear(width, keys, ("embed", "heads"), rngs)
+        back = undo_values(self.value, options.heads, options.head_width)
+        self.out = Linear(queries, width, ("heads", "embed"), rngs, initial=back)
+        lags = [0] * queries + [1] * keys + [0] * keys if lags is None else lags
+        self.conv = ShortConv(options.conv_width, lags, rngs) if options.conv_width else None
+        self.query_norm = RMSNorm(options.head_width, ("head",), initial=1.5) if options.qk_norm else None
+        self.key_norm = RMSNorm(options.head_width, ("head",)) if options.qk_norm else None
+
+    def project(self, x: Float[Array, "B T D"], segments: Segments, tail: Float[Array, "B W-1 C"] | None):
+        """`(q[B, T, H, K], k[B, T, G, K], v[B, T, G, K], tail)`; the tail is that of the convolution, None without."""
+        parts = [self.query(x), self.key(x), self.value(x)]
+        width = parts[0].shape[-1]
+        if self.conv is not None:
+            mixed, tail = self.conv(jnp.concatenate(parts, axis=-1), segments, tail)
+            parts = jnp.split(mixed, [width, width + parts[1].shape[-1]], axis=-1)
+        q, k, v = (part.reshape(*x.shape[:2], -1, self.options.head_width) for part in parts)
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        return q, k, v, tail
 
 
 def l2_normalise(x: Float[Array, "... K"]) -> Float[Array, "... K"]:

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import AttentionState
-from longctx.layers.basic import Linear, RMSNorm, ShortConv, like_queries, undo_values
+from longctx.layers.basic import Projections
 from longctx.layers.rotary import rotate
 from longctx.memory import row
 from longctx.memory.cache import KVCache
@@ -18,7 +18,7 @@ from longctx.parallel import sequence
 from longctx.typing import Segments
 
 
-class MoBA(nnx.Module):
+class MoBA(Projections):
     """Causal softmax attention to the query's own block of the document and to the earlier ones that suit it best.
 
     The paper has blocks of 512 tokens of which a query sees 3, own included, to blocks of 4,096 and 12. State: keys and
@@ -48,33 +48,13 @@ class MoBA(nnx.Module):
                 yield "conv_width and rope_base must not be negative"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
-        self.options = options
-        queries, keys = options.heads * options.head_width, options.kv_heads * options.head_width
-        self.query = Linear(width, queries, ("embed", "heads"), rngs)
-        like_query = like_queries(self.query, options.kv_heads, options.head_width)
-        self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
-        self.value = Linear(width, keys, ("embed", "heads"), rngs)
-        back = undo_values(self.value, options.heads, options.head_width)
-        self.out = Linear(queries, width, ("heads", "embed"), rngs, initial=back)
-        # A convolution begins by showing queries and values as they are, and keys as those of the token before.
-        lags = [0] * queries + [1] * keys + [0] * keys
-        self.conv = ShortConv(options.conv_width, lags, rngs) if options.conv_width else None
-        self.query_norm = RMSNorm(options.head_width, ("head",), initial=1.5) if options.qk_norm else None
-        self.key_norm = RMSNorm(options.head_width, ("head",)) if options.qk_norm else None
+        super().__init__(width, options, rngs)
 
     def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: AttentionState | None = None):
         """Returns `(y[B, T, D], AttentionState)`."""
         batch, length, _ = x.shape
         options = self.options
-        parts = [self.query(x), self.key(x), self.value(x)]
-        tail = None
-        if self.conv is not None:
-            mixed, tail = self.conv(jnp.concatenate(parts, axis=-1), segments, None if state is None else state.conv)
-            sizes = [part.shape[-1] for part in parts]
-            parts = jnp.split(mixed, [sizes[0], sizes[0] + sizes[1]], axis=-1)
-        q, k, v = (part.reshape(batch, length, -1, options.head_width) for part in parts)
-        if options.qk_norm:
-            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v, tail = self.project(x, segments, None if state is None else state.conv)
         if options.rope_base:
             q, k = (rotate(part, segments.positions, options.rope_base) for part in (q, k))
         blocks = {"block": options.block, "count": options.count}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, ShortConv, like_queries, undo_values
+from longctx.layers.basic import Projections
 from longctx.ops import pyramid as ops
 from longctx.parallel import sequence
 from longctx.typing import Segments
@@ -24,7 +24,7 @@ class PyramidState:
     conv: Float[Array, "B W-1 C"] | None
 
 
-class Pyramid(nnx.Module):
+class Pyramid(Projections):
     """Softmax attention to the last W tokens, and at each level above to the last W summaries of older ones.
 
     A node of level l attends to c nodes of the level below, and so summarises c^l tokens. The query of that attention
@@ -60,34 +60,15 @@ class Pyramid(nnx.Module):
                 yield f"conv_width is {self.conv_width}; give 0 for none, or more"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
-        self.options = options
-        queries, keys = options.heads * options.head_width, options.kv_heads * options.head_width
-        self.query = Linear(width, queries, ("embed", "heads"), rngs)
-        like_query = like_queries(self.query, options.kv_heads, options.head_width)
-        self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
-        self.value = Linear(width, keys, ("embed", "heads"), rngs)
-        lags = [0] * queries + [1] * keys + [0] * keys
-        self.conv = ShortConv(options.conv_width, lags, rngs) if options.conv_width else None
-        self.query_norm = RMSNorm(options.head_width, ("head",), initial=1.5) if options.qk_norm else None
-        self.key_norm = RMSNorm(options.head_width, ("head",)) if options.qk_norm else None
+        super().__init__(width, options, rngs)
         self.pool = nnx.Param(jnp.zeros((options.kv_heads, options.head_width)), axes=("heads", "head"))
         self.bias = nnx.Param(jnp.zeros((options.heads, options.levels - 1)), axes=("heads", None))
-        back = undo_values(self.value, options.heads, options.head_width)
-        self.out = Linear(queries, width, ("heads", "embed"), rngs, initial=back)
 
     def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: PyramidState | None = None):
         """Returns `(y[B, T, D], PyramidState)`."""
         batch, length, _ = x.shape
         options = self.options
-        parts = [self.query(x), self.key(x), self.value(x)]
-        tail = None
-        if self.conv is not None:
-            mixed, tail = self.conv(jnp.concatenate(parts, axis=-1), segments, None if state is None else state.conv)
-            sizes = [part.shape[-1] for part in parts]
-            parts = jnp.split(mixed, [sizes[0], sizes[0] + sizes[1]], axis=-1)
-        q, k, v = (part.reshape(batch, length, -1, options.head_width) for part in parts)
-        if options.qk_norm:
-            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v, tail = self.project(x, segments, None if state is None else state.conv)
         y, nodes = sequence.recurrence(
             ops,
             *(q, k, v),
