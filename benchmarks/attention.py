@@ -5,6 +5,7 @@
 Every number is the best of several calls, all of a table taking turns, so that what else the machine does falls on all.
 A ratio is the other's time over ours: above 1 we are faster. A pattern that shows n pairs of tokens promises T(T+1)/2n
 times the speed of full causal attention, as if work were all in the pairs; its share is how much of that is measured.
+Its work is that of the blocks it touches, read off the compiled program.
 With --write the tables replace benchmarks/attention.md.
 """
 
@@ -21,7 +22,7 @@ import numpy as np
 from layers import WIDTH, programs, table
 from timing import best, compiled, machine, normal, peak
 
-from longctx.layers import MIXERS
+from longctx.evals.programs import operations
 from longctx.ops.attention import attention
 from longctx.ops.patterns import Blocks, Causal, Heads, Pattern, causal, parse
 from longctx.typing import Segments
@@ -46,7 +47,15 @@ PATTERNS = {
     "Longformer": "Window(512) | Global((0, 1000, 20000))",
 }
 LAYOUT = np.random.default_rng(0).random((64, 64)) < 0.1
-CHOOSING = ("moba", "nsa", "indexer_topk", "lsh", "h_transformer", "pyramid")  # layers whose pattern is in the tokens
+LAYERS = {  # those whose pattern is in the tokens, with sizes of their papers, and hierarchies
+    "attention": {},
+    "moba": {"block": 512, "count": 3},
+    "nsa": {"compressed": 32, "stride": 16, "selected": 64, "count": 16, "window": 512},
+    "indexer_topk": {"count": 2048, "index_heads": 4, "index_width": 32},
+    "lsh": {"buckets": 64, "rounds": 2},
+    "h_transformer": {"block": 16, "levels": 11},
+    "pyramid": {"window": 64, "levels": 6},
+}
 ROWS = (2048, 8192, 32768)  # tokens in the layers' rows
 
 
@@ -111,27 +120,31 @@ def by_pattern(ways: list[str], length: int = LENGTH) -> list[list[str]]:
         rows.append([name, f"`{text}`", f"{seen:,.0f}", f"{seen / pairs:.2%}", f"{pairs / seen:.1f}"])
     arrays = heads(length)
     for way in ways:
-        runs = [functools.partial(attention, pattern=pattern) for pattern in (Causal(), *patterns)]
-        full, *seconds = best(*(compiled(WAYS[way](run), *arrays) for run in runs), repeats=3)
-        for row, s, seen in zip(rows, seconds, visible, strict=True):
-            row += [f"{1e3 * s:,.0f}", f"{full / s:.1f}", f"{full / s * seen / pairs:.2f}"]
+        runs = [WAYS[way](functools.partial(attention, pattern=pattern)) for pattern in (Causal(), *patterns)]
+        all_work, *work = (operations(jax.jit(run).lower(*arrays).compile().as_text()) for run in runs)
+        full, *seconds = best(*(compiled(run, *arrays) for run in runs), repeats=3)
+        for row, s, seen, done in zip(rows, seconds, visible, work, strict=True):
+            row += [f"{done / all_work:.2%}", f"{1e3 * s:,.0f}", f"{full / s:.1f}"]
+            row += [f"{full / s * seen / pairs:.2f}", f"{s / full * all_work / done:.1f}"]
     return rows
 
 
 def by_layer() -> list[list[str]]:
     """Rows of the layers whose tokens choose what they see, next to full attention as a layer, forward."""
-    names = ["attention", *(name for name in CHOOSING if name in MIXERS)]
     columns = []
     for length in ROWS:
         arguments = (Segments.single(1, length), normal(0, 1, length, WIDTH), normal(1, 1, length, WIDTH))
         calls = []
-        for name in names:
-            functions, params = programs(name)
+        for name, options in LAYERS.items():
+            functions, params = programs(name, options)
             calls.append(compiled(functions["forward"], params, *arguments))
         columns.append(best(*calls, repeats=3))
     return [
-        [name, *(text for times in columns for text in (f"{1e3 * times[i]:,.0f}", f"{times[0] / times[i]:.2f}"))]
-        for i, name in enumerate(names)
+        [
+            f"{name} ({', '.join(f'{key} {value}' for key, value in options.items())})" if options else name,
+            *(text for times in columns for text in (f"{1e3 * times[i]:,.0f}", f"{times[0] / times[i]:.2f}")),
+        ]
+        for i, (name, options) in enumerate(LAYERS.items())
     ]
 
 
@@ -147,14 +160,16 @@ def report(ways: list[str]) -> str:
     text += (
         f"\n## Patterns next to full causal attention, {LENGTH:,} tokens\n\n"
         "All with `Causal() &`. Pairs are those of one head; a key seen twice counts twice. Promised is the speed-up "
-        "if work were all in the pairs, and the share is how much of it is measured. `Window(1)` shows the rest of the "
-        "work: bringing queries, keys and values into blocks, and the output back.\n\n"
+        "if work were all in the pairs, and the share is how much of it is measured. Work is that of the touched "
+        "blocks, in operations of the compiled program as a part of full attention's; time / work is how much longer "
+        "a pattern takes than its work at full attention's pace. `Window(1)` shows what there is beside the pairs: "
+        "bringing queries, keys and values into blocks, and the output back.\n\n"
     )
     titles = ["", "pattern", "visible pairs", "of the causal", "promised"]
-    titles += [title for way in ways for title in (f"{way}, ms", "speed-up", "share")]
+    titles += [title for way in ways for title in ("work", f"{way}, ms", "speed-up", "share", "time / work")]
     text += table(titles, by_pattern(ways), words=(0, 1))
     text += (
-        "\n## Layers whose tokens choose what they see, forward\n\n"
+        "\n## Layers whose tokens choose what they see, and hierarchies, forward\n\n"
         f"Width {WIDTH}, heads of {KEYS}, projections included; a ratio is full attention's time over the layer's.\n\n"
     )
     titles = ["layer", *(title for length in ROWS for title in (f"ms, {length:,} tokens", "ratio"))]

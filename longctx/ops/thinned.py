@@ -56,12 +56,27 @@ def attend(
 def _part(of_queries, of_keys, bias, queries: Tokens, keys: Tokens, places, plan: Plan) -> Partial:
     """Attention under a pattern that is no union of thin ones; `of_queries` and `of_keys` are the arrays by token."""
     pattern = plan.pattern
+    if places is not None:
+        queries = _with_spans(queries, pattern)
     seeing, seen = pattern.seeing(queries.positions), pattern.seen(keys.positions)
     if seeing is not None or seen is not None:
         return _chosen(of_queries, of_keys, bias, queries, keys, places, plan, seeing, seen)
     if pattern.stride > 1 and places is not None:
         return _folded(of_queries, of_keys, bias, queries, keys, plan)
     return _blockwise(of_queries, of_keys, bias, queries, keys, places, plan)
+
+
+def _with_spans(queries: Tokens, pattern) -> Tokens:
+    """Queries that know which of the row's keys they see, where those of their order of tokens are all of a range."""
+    thin = pattern.seeing(queries.positions) is not None or pattern.seen(queries.positions) is not None
+    behind = pattern.inside.behind(queries.positions)
+    if pattern.ahead != 0 or behind is None or (thin and pattern.stride > 1):
+        return queries
+    xp, later = (np, np.maximum.accumulate) if isinstance(queries.ids, np.ndarray) else (jnp, jax.lax.cummax)
+    place, before = np.arange(queries.ids.shape[1], dtype=np.int32), xp.pad(queries.ids, ((0, 0), (1, 0)))[:, :-1]
+    document = later(xp.where(queries.ids == before, 0, place), axis=1)  # where it begins
+    first, end = xp.maximum(document, place - behind.last), place + 1 - behind.first
+    return queries._replace(first=first, end=xp.where(queries.ids > 0, end, 0))
 
 
 def _blockwise(of_queries, of_keys, bias, queries, keys, places, plan) -> Partial:
@@ -75,6 +90,11 @@ def _chosen(of_queries, of_keys, bias, queries, keys, places, plan, seeing, seen
     q_places, k_places = (None, None) if places is None else places
     of_queries, queries, q_places, put_back = _keep(of_queries, queries, q_places, seeing)
     of_keys, keys, k_places, _ = _keep(of_keys, keys, k_places, seen)
+    if seen is not None and queries.first is not None:  # places among those that are kept
+        xp = np if isinstance(seen, np.ndarray) else jnp
+        kept = xp.pad(xp.cumsum(seen, axis=1, dtype=np.int32), ((0, 0), (1, 0)))
+        first, end = (xp.take_along_axis(kept, x, axis=1) for x in (queries.first, queries.end))
+        queries = queries._replace(first=first, end=end)
     if 0 in (queries.ids.shape[1], keys.ids.shape[1]):
         return Partial(jnp.zeros(shape, jnp.float32), jnp.full(shape[:3], -jnp.inf, jnp.float32))
     if plan.pattern.stride == 1:
@@ -101,10 +121,13 @@ def _keep(arrays, tokens: Tokens, places: Range | None, chosen: Bool[Array, "row
 
         arrays = jax.tree.map(lambda x: x[:, index], arrays)
         places = None if places is None else Range(places.first[index], places.last[index])
-        return arrays, Tokens(tokens.ids[:, index], tokens.positions[:, index]), places, scatter
+        return arrays, jax.tree.map(lambda x: x[:, index], tokens), places, scatter
     order = jnp.argsort(~chosen, axis=1, stable=True)
     arrays, back = _take(arrays, order), jnp.argsort(order, axis=1)
-    tokens = _take(Tokens(jnp.where(chosen, tokens.ids, 0), tokens.positions), order)
+    tokens = tokens._replace(ids=jnp.where(chosen, tokens.ids, 0))
+    if tokens.end is not None:
+        tokens = tokens._replace(end=jnp.where(chosen, tokens.end, 0))
+    tokens = _take(tokens, order)
     if places is not None:  # tokens move towards the start only
         places = Range(places.first, np.full_like(places.last, places.last[-1]))
     return arrays, tokens, places, lambda partial: _take(partial, back)
@@ -134,6 +157,9 @@ def _folded(of_queries, of_keys, bias, queries, keys, plan) -> Partial:
     def rows(x):  # tokens that are the same in all rows still are, but no longer in those that a row became
         return x if x.shape[0] == batch * stride else (np if isinstance(x, np.ndarray) else jnp).tile(x, (batch, 1))
 
+    if queries.first is not None:  # places in the row that a token's becomes
+        row = np.arange(length, dtype=np.int32) % stride
+        queries = queries._replace(first=-((row - queries.first) // stride), end=-((row - queries.end) // stride))
     of_queries, of_keys, queries, keys = jax.tree.map(fold, (of_queries, of_keys, queries, keys))
     queries, keys = jax.tree.map(rows, (queries, keys))
     place = np.arange(queries.ids.shape[1]) * stride

@@ -247,5 +247,6 @@ def _by_residue(q, k, v, decay, segments: Segments, pattern: Pattern, axis_name:
         return jnp.moveaxis(x, 0, 2).reshape(batch, length, *x.shape[4:])
 
     q, k, v, decay, segments = jax.tree.map(out, (q, k, v, decay, segments))
-    partial = ops.attention_partial(q, k, v, pattern.inside, segments, decay=decay, **options)
+    # Segments on both sides: neighbours in these rows are `stride` apart, not the next tokens of their document.
+    partial = ops.attention_partial(q, k, v, pattern.inside, segments, segments, decay=decay, **options)
     return jax.tree.map(home, partial)

@@ -9,6 +9,7 @@ from longctx.ops.patterns import (
     Causal,
     Chunked,
     Dilated,
+    Either,
     Everything,
     Fixed,
     Global,
@@ -330,3 +331,19 @@ def test_patterns_become_causal():
     assert causal(Window(4)) == Causal() & Window(4)
     assert causal(Causal()) == Causal()
     assert causal(Heads((Window(4), Causal()))) == Heads((Causal() & Window(4), Causal()))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_behind_is_what_is_visible_behind(pattern):
+    """Fails with Window.behind one token longer, and with Chunked.behind that forgets the shift of the groups."""
+    positions = np.arange(LENGTH)
+    found = pattern.behind(positions)
+    if found is None:
+        assert not pattern.band or isinstance(pattern, Either)
+        return
+    distance = positions[:, None] - positions
+    first, last = (np.broadcast_to(x, LENGTH)[:, None] for x in found)
+    visible = (first <= distance) & (distance <= last)
+    np.testing.assert_array_equal(visible, dense(pattern) & (distance >= 0))
+    for side, expected in zip(pattern.behind(jnp.asarray(positions)), found, strict=True):
+        np.testing.assert_array_equal(side, expected)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from longctx.ops.patterns.arrays import larger, smaller
+
 
 class Range(NamedTuple):
     """Positions `first` to `last`, both included; integers or integer arrays of any one shape."""
@@ -88,6 +90,13 @@ class Pattern:
 
     def seen(self, positions: Int[Array, "..."]) -> Bool[Array, "..."] | None:
         """False only for keys that nothing sees; None if there are none such."""
+        return None
+
+    def behind(self, positions: Int[Array, "..."]) -> Range | None:
+        """Of the keys not after it, a query sees those at distances of this range, integers or as `positions`.
+
+        None if they are not all of a range. A distance greater than the query's position leads out of its document.
+        """
         return None
 
     @property
@@ -232,6 +241,9 @@ class Everything(Pattern):
 
     covers = touches
 
+    def behind(self, positions):
+        return Range(0, positions)
+
     def __and__(self, other):
         return other
 
@@ -296,6 +308,12 @@ class Both(Pattern):
 
     def seen(self, positions):
         return _all_of(self.first.seen(positions), self.second.seen(positions))
+
+    def behind(self, positions):
+        first, second = self.first.behind(positions), self.second.behind(positions)
+        if first is None or second is None:
+            return None
+        return Range(larger(first.first, second.first), smaller(first.last, second.last))
 
     @property
     def inside(self) -> Pattern:
@@ -414,6 +432,12 @@ class Not(Pattern):
 
     def covers(self, q, k):
         return ~self.pattern.touches(q, k)
+
+    def behind(self, positions):
+        found = self.pattern.behind(positions)
+        if found is None or np.ndim(found.first) or found.first > 0:  # on both sides of it
+            return None
+        return Range(found.last + 1, positions)
 
     def __invert__(self):
         return self.pattern

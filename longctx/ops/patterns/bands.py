@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from longctx.ops.patterns.algebra import Pattern
+from longctx.ops.patterns.algebra import Pattern, Range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +17,9 @@ class Causal(Pattern):
 
     def mask(self, q_positions, k_positions):
         return k_positions <= q_positions
+
+    def behind(self, positions):
+        return Range(0, positions)
 
     def touches(self, q, k):
         return k.first <= q.last
@@ -48,6 +51,9 @@ class Window(Pattern):
 
     def mask(self, q_positions, k_positions):
         return (q_positions - k_positions < self.size) & (k_positions - q_positions < self.size)
+
+    def behind(self, positions):
+        return Range(0, self.reach)
 
     def touches(self, q, k):
         return (q.first - k.last < self.size) & (k.first - q.last < self.size)
@@ -86,6 +92,9 @@ class Chunked(Pattern):
     def mask(self, q_positions, k_positions):
         behind = self._group(q_positions) - self._group(k_positions)
         return (behind >= 0) & (behind <= self.back)
+
+    def behind(self, positions):
+        return Range(0, positions + self._shift - (self._group(positions) - self.back) * self.size)
 
     def touches(self, q, k):
         nearest, farthest = self._group(q.first) - self._group(k.last), self._group(q.last) - self._group(k.first)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from longctx.ops.patterns.algebra import Everything, Pattern
+from longctx.ops.patterns.arrays import known, larger, smaller, take
 from longctx.ops.patterns.bands import Chunked, at_least_one
 
 
@@ -124,8 +124,8 @@ class Dilated(Pattern):
         return same & self._chosen(q_positions) & self._chosen(k_positions)
 
     def touches(self, q, k):
-        first = _larger(q.first // self.segment, k.first // self.segment)
-        last = -_larger(-(q.last // self.segment), -(k.last // self.segment))
+        first = larger(q.first // self.segment, k.first // self.segment)
+        last = -larger(-(q.last // self.segment), -(k.last // self.segment))
         # Of the segments that both ranges have a part of, all but the first and the last lie wholly in both.
         ends = (self._any(q, first) & self._any(k, first)) | (self._any(q, last) & self._any(k, last))
         return (first <= last) & (ends | (last - first > 1))
@@ -331,17 +331,17 @@ class Blocks(Pattern):
 
     def mask(self, q_positions, k_positions):
         layout = np.pad(np.asarray(self.layout), ((0, 1), (0, 1)))
-        i, j = (_smaller(x // self.block, n - 1) for x, n in zip((q_positions, k_positions), layout.shape, strict=True))
-        return _take(layout, i, j)
+        i, j = (smaller(x // self.block, n - 1) for x, n in zip((q_positions, k_positions), layout.shape, strict=True))
+        return take(layout, i, j)
 
     def _count(self, q, k):
         """True entries of the layout where the blocks of two ranges meet."""
         sums = np.pad(np.asarray(self.layout), ((1, 0), (1, 0))).cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
         (i, m), (j, n) = (
-            (_smaller(side.first // self.block, blocks), _smaller(side.last // self.block + 1, blocks))
+            (smaller(side.first // self.block, blocks), smaller(side.last // self.block + 1, blocks))
             for side, blocks in zip((q, k), np.subtract(sums.shape, 1), strict=True)
         )
-        return _take(sums, m, n) - _take(sums, i, n) - _take(sums, m, j) + _take(sums, i, j)
+        return take(sums, m, n) - take(sums, i, n) - take(sums, m, j) + take(sums, i, j)
 
     def touches(self, q, k):
         return self._count(q, k) > 0
@@ -365,40 +365,24 @@ def _single(q, k):
     return (q.first == q.last) & (k.first == k.last)
 
 
-def _numpy(*arrays) -> bool:
-    return not any(isinstance(x, jax.Array) for x in arrays)
-
-
-def _larger(x, y):
-    return np.maximum(x, y) if _numpy(x, y) else jnp.maximum(x, y)
-
-
-def _smaller(x, y):
-    return np.minimum(x, y) if _numpy(x, y) else jnp.minimum(x, y)
-
-
-def _take(table: np.ndarray, i, j):
-    return table[i, j] if _numpy(i, j) else jnp.asarray(table)[i, j]
-
-
 def _among(chosen: tuple[int, ...], positions):
     """Whether each position is chosen."""
     if chosen == tuple(range(len(chosen))):
         return positions < len(chosen)
-    return (np.isin if _numpy(positions) else jnp.isin)(positions, np.asarray(chosen))
+    return (np.isin if known(positions) else jnp.isin)(positions, np.asarray(chosen))
 
 
 def _count(chosen: tuple[int, ...], side):
     """How many chosen positions lie in a range."""
     if chosen == tuple(range(len(chosen))):
-        return _smaller(side.last + 1, len(chosen)) - _smaller(side.first, len(chosen))
-    search = np.searchsorted if _numpy(*side) else jnp.searchsorted
+        return smaller(side.last + 1, len(chosen)) - smaller(side.first, len(chosen))
+    search = np.searchsorted if known(*side) else jnp.searchsorted
     return search(np.asarray(chosen), side.last, side="right") - search(np.asarray(chosen), side.first)
 
 
 def hashed(*numbers):
     """A 32-bit hash of integers, as int32 from 0 on; the same in numpy and jax (Appleby's finaliser, MurmurHash3)."""
-    xp = np if _numpy(*numbers) else jnp
+    xp = np if known(*numbers) else jnp
     with np.errstate(over="ignore"):
         x = xp.uint32(0)
         for number in numbers:
