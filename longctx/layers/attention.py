@@ -18,7 +18,7 @@ from longctx.ops import attention as ops
 from longctx.ops import cope
 from longctx.ops.biases import Bias
 from longctx.ops.patterns import Causal, Heads, Pattern, causal, parse
-from longctx.parallel import sequence
+from longctx.parallel import choice, sequence
 from longctx.typing import Segments
 
 
@@ -50,6 +50,7 @@ class Attention(Projections):
         length_base: float = 0.0  # n: logits are scaled by log(tokens so far + 1) / log n; 0: not
         sinks: bool = False  # a learned logit per head that joins the softmax's denominator
         soft_cap: float = 0.0  # logits become cap · tanh(logits / cap); 0: none
+        context_parallel: str = "auto"  # how devices meet all keys of a row: auto, ring, heads, both, or gather
 
         def problems(self):
             if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
@@ -59,6 +60,8 @@ class Attention(Projections):
             yield from (f"positions.{problem}" for problem in self.positions.refusals(self.head_width))
             if self.length_base and self.length_base <= 1:
                 yield f"length_base is {self.length_base}; give a length above 1, or 0 for no scaling"
+            if self.context_parallel not in choice.NAMES:
+                yield f"context_parallel is '{self.context_parallel}'; choose one of {', '.join(choice.NAMES)}"
             try:
                 pattern = causal(parse(self.pattern))
             except ValueError as error:
@@ -118,6 +121,7 @@ class Attention(Projections):
         }
         if caches is None:
             parts = scheme.parts(q, k, self.pattern, segments, segments, known)
+            settings["context_parallel"] = options.context_parallel
             return sequence.attention_by_parts(parts, v, segments, **settings)
         k, v, _, span, held = _join(k, v, segments, *caches)
         parts = scheme.parts(q, k, self.pattern, span, held, known)

@@ -9,11 +9,12 @@ A pattern is taken apart as on one device, and each part moves no more keys than
 | at multiples of a stride     | each token once, to the device that has all tokens of its residue         |
 | of unbounded reach, few seen | the keys that are seen, gathered                                          |
 | ... seen by scattered blocks | the blocks that the shard's queries see, in rounds                        |
-| of unbounded reach           | all keys, round a ring; or, where that is less, queries, keys and values, |
-|                              | so that each device has all tokens of some of the heads                   |
-
-The latter is DeepSpeed-Ulysses (Jacobs et al., arXiv:2309.14509). A device sends 2 T G K (P - 1) / P numbers by the
-ring, forward, and T (H + G) (K + V) (P - 1) / P² by heads, whose groups P devices must be able to share.
+| of unbounded reach           | what the model of costs chooses, or the caller names (`parallel/choice.py`): |
+| ... "ring"                   | all keys, round a ring (`parallel/ring.py`)                               |
+| ... "heads"                  | queries, keys and values, so that each device has all tokens of some of   |
+|                              | the heads (`parallel/ulysses.py`)                                         |
+| ... "both"                   | the latter among neighbours, and their keys round a ring                  |
+| ... "gather"                 | all keys, to all devices                                                  |
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from jaxtyping import Array, Float
 from longctx.ops import attention as ops
 from longctx.ops.partial import Partial, add_sinks, merge
 from longctx.ops.patterns import Keys, Pattern, Range, terms
-from longctx.parallel import chosen, exchange, halo, mesh, ring
+from longctx.parallel import choice, chosen, exchange, gather, halo, ring, ulysses
 from longctx.typing import Segments
 
 
@@ -43,6 +44,7 @@ def attention(
     decay: Float[Array, "B T H"] | None = None,
     sinks: Float[Array, " H"] | None = None,
     implementation: str | None = None,
+    context_parallel: str = "auto",
     **options,
 ) -> Float[Array, "B T H V"]:
     """Attention of this shard's queries to the keys of all shards that a part lets them see.
@@ -54,9 +56,11 @@ def attention(
       segments: of this shard's tokens; ids and positions are those of the whole rows.
       axis_name: the mesh axis.
       decay: sums of log decays at this shard's tokens, counted from the start of their documents.
+      context_parallel: how a part meets all keys, one of `longctx.parallel.choice.NAMES`.
       sinks, implementation, options: as in `longctx.ops.attention.attention`.
 
     Raises:
+      ValueError: the devices cannot share the heads as `context_parallel` says.
       NotImplementedError: an implementation other than "blockwise" is named where partial results are taken.
     """
     parts = [part._replace(pattern=term) for part in parts for term in terms(part.pattern)]
@@ -71,13 +75,17 @@ def attention(
             f"implementation '{implementation}' gives no partial results, which {parts[0].pattern} needs when several "
             "devices share the sequence; leave it None, or choose 'blockwise'."
         )
-    results = (_part(q, k, v, decay, segments, pattern, axis_name, **options) for q, k, pattern in parts)
+    results = (
+        _part(q, k, v, decay, segments, pattern, axis_name, context_parallel, **options) for q, k, pattern in parts
+    )
     result = functools.reduce(merge, results)
     result = result if sinks is None else add_sinks(result, sinks)
     return result.output.astype(v.dtype)
 
 
-def _part(q, k, v, decay, segments: Segments, pattern: Pattern, axis_name: str, **options) -> Partial:
+def _part(
+    q, k, v, decay, segments: Segments, pattern: Pattern, axis_name: str, context_parallel: str, **options
+) -> Partial:
     """One part of a pattern that was taken apart."""
     devices = jax.lax.axis_size(axis_name)
     if pattern.reach is not None:
@@ -88,11 +96,21 @@ def _part(q, k, v, decay, segments: Segments, pattern: Pattern, axis_name: str, 
         keys = _keys_scattered(k, v, decay, segments, pattern, axis_name)
     elif pattern.stride % devices == 0 and q.shape[1] % pattern.stride == 0:
         return _by_residue(q, k, v, decay, segments, pattern, axis_name, **options)
-    elif _heads_are_shared(q, k, devices):
-        return _by_heads(q, k, v, decay, segments, pattern, axis_name, **options)
     else:
-        return ring.attention(q, k, v, pattern, segments, axis_name, decay=decay, **options)
+        return _everywhere(q, k, v, decay, segments, pattern, axis_name, context_parallel, **options)
     return _attend(ops.attention_partial, q, decay, segments, keys, pattern, **options)
+
+
+def _everywhere(
+    q, k, v, decay, segments: Segments, pattern: Pattern, axis_name: str, context_parallel: str, **options
+) -> Partial:
+    """One part of which a query may see any key before it."""
+    scheme = choice.choose(choice.Case.of(q, k, v, pattern, axis_name), context_parallel)
+    options |= {"decay": decay, "balanced": scheme.balanced}
+    if scheme.among > 1:
+        return ulysses.attention(q, k, v, pattern, segments, axis_name, among=scheme.among, **options)
+    op = gather if scheme.name == "gather" else ring
+    return op.attention(q, k, v, pattern, segments, axis_name, **options)
 
 
 def _attend(op, q, decay, segments, keys, pattern, **options):
@@ -192,41 +210,6 @@ def _seen(own, count: int, pattern: Pattern, axis_name: str):
         return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
     return jax.tree.map(take, (*own[:-1], held))
-
-
-def _heads_are_shared(q, k, devices: int) -> bool:
-    """Whether the devices can share the groups of heads, those that `model` splits left where they are, and it pays."""
-    heads, groups = q.shape[2], k.shape[2]
-    return groups % (devices * mesh.size("model")) == 0 and heads + groups < devices * groups
-
-
-def _by_heads(q, k, v, decay, segments: Segments, pattern: Pattern, axis_name: str, bias=None, **options) -> Partial:
-    """Each device attends among all tokens of the row, with the groups g of heads of which g mod P is its number."""
-    devices, (batch, length), groups = jax.lax.axis_size(axis_name), q.shape[:2], k.shape[2]
-
-    def apart(x, axis):  # the heads at `axis`: P first, then those of each
-        x = x.reshape(*x.shape[:axis], groups // devices, devices, -1, *x.shape[axis + 1 :])
-        x = jnp.moveaxis(x, axis + 1, 0)
-        return x.reshape(*x.shape[: axis + 1], -1, *x.shape[axis + 3 :])
-
-    def rows(x):  # [P, B, T, ...], by shard, as whole rows
-        return jnp.moveaxis(x, 0, 1).reshape(batch, devices * length, *x.shape[3:])
-
-    def out(x):
-        return rows(exchange.all_to_all(apart(x, 2), axis_name))
-
-    def home(x):
-        x = jnp.moveaxis(x.reshape(batch, devices, length, *x.shape[2:]), 1, 0)
-        x = exchange.all_to_all(x, axis_name)  # [P, B, T, heads of each, ...]
-        x = jnp.moveaxis(x.reshape(*x.shape[:3], groups // devices, -1, *x.shape[4:]), 0, 3)
-        return x.reshape(batch, length, -1, *x.shape[5:])
-
-    everywhere = jax.tree.map(lambda x: jnp.broadcast_to(x, (devices, *x.shape)), segments)
-    whole = jax.tree.map(lambda x: rows(exchange.all_to_all(x, axis_name)), everywhere)
-    q, k, v, decay = jax.tree.map(out, (q, k, v, decay))
-    bias = jax.tree.map(lambda x: jnp.take(apart(x, 0), jax.lax.axis_index(axis_name), axis=0), bias)
-    partial = ops.attention_partial(q, k, v, pattern, whole, decay=decay, bias=bias, **options)
-    return jax.tree.map(home, partial)
 
 
 def _by_residue(q, k, v, decay, segments: Segments, pattern: Pattern, axis_name: str, **options) -> Partial:

@@ -14,7 +14,11 @@ What a device must know of those before it, and the bytes it sends for that:
 | attention of bounded reach   | the last keys and values, by a halo exchange  | those of `reach` tokens         |
 | ... with n anchors           | also these of the document, by a scan         | those of ⌈log₂ devices⌉ n       |
 | ... to scattered blocks      | those that are seen, in rounds                | those of these                  |
-| attention of unbounded reach | all keys and values, round a ring             | those of T tokens               |
+| attention of unbounded reach | as the cheapest scheme does                   | `parallel/choice.py` says       |
+| ... balanced, in a ring      | half of queries, keys, values and results     | those of T / 2 tokens           |
+| ... in a ring                | all keys and values                           | those of (devices - 1) T tokens |
+| ... by heads                 | queries, keys, values, and results home       | those of T tokens               |
+| ... gathered                 | all keys and values, to all                   | those of (devices - 1) T tokens |
 | CoPE                         | the same                                      | those of T tokens               |
 | a coarser row, and back      | what the last groups tell, by a halo          | those of 2 groups               |
 | PaTH attention               | the same, and each shard's product            | those of T tokens               |
@@ -124,6 +128,7 @@ def attention_by_parts(
     decay: Float[Array, "B T H"] | None = None,
     sinks: Float[Array, " H"] | None = None,
     bias: Bias | None = None,
+    context_parallel: str = "auto",
     **options,
 ) -> Float[Array, "B T H V"]:
     """One softmax over the keys of all parts, which share no pair of query and key.
@@ -133,16 +138,18 @@ def attention_by_parts(
       v: values.
       segments: the documents of the span; None is one document.
       decay: at each token the sum of the log decays of its document, as `recurrence` gives it; None is no decay.
+      context_parallel: how devices that share the span meet all keys, where a part's reach is unbounded: one of
+        `longctx.parallel.choice.NAMES`.
       sinks, bias, options: of `longctx.ops.attention.attention`.
 
     Raises:
       ValueError: T is not a multiple of the devices along `context`, or a pattern looks ahead while several
-        devices share the span.
+        devices share the span, or they cannot share the heads as `context_parallel` says.
     """
     if isinstance(parts[0].pattern, Heads):
 
         def call(q, k, v, pattern, **added):
-            return attention(q, k, v, pattern, segments, **added, **options)
+            return attention(q, k, v, pattern, segments, context_parallel=context_parallel, **added, **options)
 
         q, k, heads = parts[0]
         return attention_ops.by_head(call, heads, q, k, v, bias, decay=decay, sinks=sinks)
@@ -159,7 +166,7 @@ def attention_by_parts(
 
     def run(arrays, v, decay, segments, sinks, bias):
         shards = [Part(q, k, pattern) for (q, k), pattern in zip(arrays, patterns, strict=True)]
-        added = {"decay": decay, "sinks": sinks, "bias": bias}
+        added = {"decay": decay, "sinks": sinks, "bias": bias, "context_parallel": context_parallel}
         return sharded.attention(shards, v, segments, "context", **added, **options)
 
     island = _island(run, (_SHARD, _SHARD, _SHARD, _SHARD, _WHOLE, _WHOLE), _SHARD)
