@@ -9,7 +9,7 @@ A pattern is taken apart as on one device, and each part moves no more keys than
 | at multiples of a stride     | each token once, to the device that has all tokens of its residue         |
 | of unbounded reach, few seen | the keys that are seen, gathered                                          |
 | ... seen by scattered blocks | the blocks that the shard's queries see, in rounds                        |
-| of unbounded reach           | what the model of costs chooses, or the caller names (`parallel/choice.py`): |
+| of unbounded reach           | by a model of costs (`parallel/choice.py`), or as the caller names it:    |
 | ... "ring"                   | all keys, round a ring (`parallel/ring.py`)                               |
 | ... "heads"                  | queries, keys and values, so that each device has all tokens of some of   |
 |                              | the heads (`parallel/ulysses.py`)                                         |

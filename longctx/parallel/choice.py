@@ -9,7 +9,7 @@ Bytes that a device sends, forward, and backward if that differs (ids and positi
 | ring          | (P-1) n G w e; backward (P-1) n G w e + P n G w 4        | P - 1   | 2 - 1/P | 2 n G w e     |
 | balanced ring | and n/2 (H K e + G w e + H (V+1) 4)                      | P + 1   | 1       | 2 n G w e     |
 | heads         | (A-1)/A n (H K e + s G w e + H (V+1) 4), A = P           | 2 (P-1) | 1       | s n G w e     |
-| both          | that with A < P; and the ring's of P/A devices, s n G w e a turn                           |||
+| both          | that, A < P; and the ring's of P/A devices and s G groups | both's  | ring's  | 2 s n G w e   |
 | gather        | (P-1) n G w e; balanced, and n/2 (H K e + H (V+1) 4)     | log₂ P  | 1       | P n G w e     |
 
 "slowest" is the slowest device's work over the mean, under a causal pattern. The time of a training step's attention is

@@ -90,7 +90,7 @@ def compiled(scheme, length, monkeypatch, gradients):
 @pytest.mark.parametrize("gradients", [False, True], ids=["forward", "and backward"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_bytes(scheme, gradients, monkeypatch):
-    """What a device sends is what the model of costs says, within a tenth, at T and 4T.
+    """What a device sends is what the model of costs says, within a fiftieth, at T and 4T.
 
     Seen to fail: the ring's last hop sent home for nothing; a scheme's results sent in another dtype than said.
     """
@@ -100,7 +100,7 @@ def test_bytes(scheme, gradients, monkeypatch):
         cost = choice.cost(case, scheme, choice.PLATFORMS["cpu"])
         said = cost.forward + (cost.backward if gradients else 0)
         print(f"{scheme}, {length} tokens: {sent} bytes sent, {said:.0f} said, {sent / said:.3f}")
-        assert 0.9 <= sent / said <= 1.1
+        assert 0.98 <= sent / said <= 1.02  # of results, the logsumexps stay where nobody asks for them
 
 
 def test_bytes_of_the_tree():
