@@ -363,8 +363,7 @@ def _scan(op, inputs, parameters, state, segments: Segments | None, static):
             entering = _from_all_before(op, inputs, parameters, state, segments, static)
         elif hasattr(op, "transition"):
             transition = op.transition(*inputs, *parameters, segment_ids=segments, **static)
-            before = op.apply(prefix.exclusive(op.compose, transition, "context"), state)
-            entering = jax.tree.map(lambda given, come: jnp.where(device == 0, given, come), state, before)
+            entering = prefix.entering(op, transition, state, "context")
         else:
             entering = _in_turn(lambda state: run(state)[1], state, "context")
         y, after = run(entering)
