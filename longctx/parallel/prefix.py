@@ -27,10 +27,13 @@ import jax
 import jax.numpy as jnp
 
 from longctx.ops import gated_delta, gated_linear, levels, linear_scan, selective_scan
+from longctx.parallel import pipeline
 
 Transition = TypeVar("Transition")
 
+# Transitions whose A is diagonal, so that it is its own transpose; those on matrix states, whose columns it treats alike.
 DIAGONAL = (gated_linear.Transition, levels.Transition, linear_scan.Transition, selective_scan.Transition)
+COLUMNS = (gated_linear.Transition, gated_delta.Transition)
 
 
 def entering(op: types.ModuleType, transition: Any, state: Any, axis_name: str) -> Any:
@@ -46,38 +49,31 @@ def entering(op: types.ModuleType, transition: Any, state: Any, axis_name: str) 
         before = op.apply(exclusive(op.compose, transition, axis_name), state)
         return on_first(state, before, axis_name)
 
+    count = pipeline.blocks(transition, jax.lax.axis_size(axis_name)) if isinstance(transition, COLUMNS) else 0
+
+    def coming(transition, state, reverse=False):
+        if count:
+            return pipeline.handed_on(op.apply, transition, state, axis_name, count, reverse)
+        return exclusive(op.compose, transition, axis_name, reverse).state
+
     @jax.custom_vjp
     def run(transition, state):
-        first = on_first(op.apply(transition, state), transition.state, axis_name)
-        before = exclusive(op.compose, transition._replace(state=first), axis_name).state
-        return on_first(state, before, axis_name)
+        # The scan has the state from the first device's transition, and so its last hop needs no A.
+        own = transition.state if count else on_first(op.apply(transition, state), transition.state, axis_name)
+        return on_first(state, coming(transition._replace(state=own), state), axis_name)
 
     def forward(transition, state):
         entered = run(transition, state)
         return entered, (transition, entered)
 
     def backward(saved, cotangent):
-        transition = _transpose(saved[0])._replace(state=cotangent)
-        coming = exclusive(op.compose, transition, axis_name, reverse=True).state
-        return returned(op, saved, cotangent, coming, axis_name)
+        mirrored = _transpose(saved[0])._replace(state=cotangent)
+        after = coming(mirrored, jnp.zeros_like(cotangent), reverse=True)  # of the state after the span
+        transition, before = jax.vjp(op.apply, *saved)[1](after)
+        return transition, on_first(cotangent + before, jnp.zeros_like(cotangent), axis_name)
 
     run.defvjp(forward, backward)
     return run(transition, state)
-
-
-def returned(op: types.ModuleType, saved: tuple[Any, Any], cotangent: Any, coming: Any, axis_name: str):
-    """Cotangents of the transition and of the state before the first span.
-
-    Args:
-      op: the family's module.
-      saved: this device's transition and the state that entered it.
-      cotangent: of that state, for what its own device made of it.
-      coming: of the state after the span, for what all later devices made of it.
-      axis_name: the mesh axis.
-    """
-    transition, through = jax.vjp(op.apply, *saved)[1](coming)
-    whole = jax.tree.map(jnp.add, cotangent, through)
-    return transition, on_first(whole, jax.tree.map(jnp.zeros_like, whole), axis_name)
 
 
 def exclusive(
