@@ -31,7 +31,7 @@ from longctx.parallel import pipeline
 
 Transition = TypeVar("Transition")
 
-# Transitions whose A is diagonal, so that it is its own transpose; those on matrix states, whose columns it treats alike.
+# Those whose A is diagonal, and so its own transpose; those whose A treats all columns of a matrix state alike.
 DIAGONAL = (gated_linear.Transition, levels.Transition, linear_scan.Transition, selective_scan.Transition)
 COLUMNS = (gated_linear.Transition, gated_delta.Transition)
 
