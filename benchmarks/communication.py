@@ -21,11 +21,15 @@ import os
 import pathlib
 import re
 import time
+from importlib import metadata
 
 if __name__ == "__main__":  # before jax starts; the back end's optimisations take time and move no byte
     FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS, "TPU_SKIP_MDS_QUERY": "1"}
-    os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
+    if metadata.version("jaxlib").startswith("0.10."):  # an unknown flag ends the process
+        FLAGS += " --xla_cpu_use_fusion_emitters=false"
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import jax
 import jax.numpy as jnp
@@ -96,8 +100,7 @@ class Message(collections.namedtuple("Message", "kind scheme way bytes senders")
 def messages(text: str, devices: int) -> list[Message]:
     """Every message of a program, those in loops as often as they are sent; of branches all count.
 
-    Raises:
-      ValueError: a loop with messages runs a number of times that is known at run time only.
+    Where how often a loop runs depends on the data, one round of it counts, and the schemes of its messages say so.
     """
     computations, entry = {}, None
     for line in text.splitlines():
@@ -117,11 +120,10 @@ def messages(text: str, devices: int) -> list[Message]:
                 continue
             called = [n.strip(" %") for one, more in CALLED.findall(rest) for n in (one or more).split(",")]
             inner = [sent for computation in called for sent in of(computation)]
-            if inner and op == "while":
-                trips = TRIPS.search(rest)
-                if trips is None:
-                    raise ValueError("a loop with messages runs a number of times known at run time only.")
+            if op == "while" and (trips := TRIPS.search(rest)):
                 inner *= int(trips[1])
+            elif op == "while":
+                inner = [sent._replace(scheme=f"{sent.scheme} (a round)") for sent in inner]
             found += inner
         return found
 
@@ -210,7 +212,7 @@ def measure(names: list[str], topology: str | None, results: pathlib.Path) -> di
     """All cells of the named layers, from the file of results or compiled now and appended to it."""
     cells = dict(map(json.loads, results.read_text().splitlines())) if results.exists() else {}
     sizes = ((4, SHARE), (4, 4 * SHARE), (8, SHARE))
-    jobs = [(f"{name} {p} {p * share}", counted, (name, p * share, p)) for name in names for p, share in sizes]
+    jobs = [(f"{name} {p} {p * share}", counted, (name, p * share, p)) for p, share in sizes for name in names]
     jobs += [(f"{name} {topology}", under_way, (name, topology)) for name in OVERLAPPED if topology and name in names]
     jobs = [job for job in jobs if job[0] not in cells]
     begin = time.perf_counter()
@@ -258,7 +260,8 @@ HEAD = f"""# What a device sends in a training step
 By `python benchmarks/communication.py --write`, jax {jax.__version__}. Bytes that one device sends, the one that
 sends most, in a step (loss and gradients) and in its forward pass alone, for one row over 4 and 8 devices, each with
 256 or 1,024 of its tokens; layers of width {WIDTH} with default options, float32. Read off the compiled programs,
-messages in loops as often as they are sent. A permutation counts its operand, where the device is among the senders; a
+messages in loops as often as they are sent; chosen blocks go in rounds, up to eight, as many as the data need, of which
+one is counted each way. A permutation counts its operand, where the device is among the senders; a
 gather P - 1 shards; an all-to-all (P - 1) / P of the array; a sum over devices 2 (P - 1) / P of it. The sums, of the
 gradients of parameters, and of the loss, are told apart and are in no other column.
 
