@@ -1,4 +1,4 @@
-"""The exclusive prefix scan of a monoid over a mesh axis.
+"""The exclusive prefix scan of a monoid over a mesh axis, and the states that it hands to each device.
 
 Device p holds the transition t_p of its span. What stands before it acts as
 
@@ -6,22 +6,81 @@ Device p holds the transition t_p of its span. What stands before it acts as
 
 By Hillis and Steele (1986): before hop d = 1, 2, 4, … device p holds the composition of the spans (p-d, p], and of
 (p-d, p) without its own; it composes both with what device p-d holds. ⌈log₂ devices⌉ messages of one transition
-each, whatever the length of the spans. Gradients are the same messages in reverse.
+each, whatever the length of the spans.
+
+The state that enters device p + 1 is s_{p+1} = A_p s_p + b_p. Where A_p is diagonal or a matrix, its gradient is the
+same scan from the last device to the first: with c_p the cotangent that s_p has on its own device, the whole is
+
+    λ_p = A_pᵀ λ_{p+1} + c_p,
+
+and that of t_p follows from s_p and λ_{p+1} where it is. No hop is saved, only the transition and the state; the last
+hop of either scan sends no A, which nobody composes any further. Gradients of other transitions go back hop by hop.
 """
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from longctx.ops import gated_delta, gated_linear, levels, linear_scan, selective_scan
+from longctx.parallel import pipeline
+
 Transition = TypeVar("Transition")
+
+# Those whose A is diagonal, and so its own transpose; those whose A treats all columns of a matrix state alike.
+DIAGONAL = (gated_linear.Transition, levels.Transition, linear_scan.Transition, selective_scan.Transition)
+COLUMNS = (gated_linear.Transition, gated_delta.Transition)
+
+
+def entering(op: types.ModuleType, transition: Any, state: Any, axis_name: str) -> Any:
+    """The state that enters this device's span, inside a `jax.shard_map`.
+
+    Args:
+      op: the family's module, of which `compose` and `apply` are called.
+      transition: of this device's span.
+      state: before the first device's span, the same on all devices.
+      axis_name: the mesh axis.
+    """
+    if not isinstance(transition, (gated_delta.Transition, *DIAGONAL)):
+        before = op.apply(exclusive(op.compose, transition, axis_name), state)
+        return on_first(state, before, axis_name)
+
+    count = pipeline.blocks(transition, jax.lax.axis_size(axis_name)) if isinstance(transition, COLUMNS) else 0
+
+    def coming(transition, state, reverse=False):
+        if count:
+            return pipeline.handed_on(op.apply, transition, state, axis_name, count, reverse)
+        return exclusive(op.compose, transition, axis_name, reverse).state
+
+    @jax.custom_vjp
+    def run(transition, state):
+        # The scan has the state from the first device's transition, and so its last hop needs no A.
+        own = transition.state if count else on_first(op.apply(transition, state), transition.state, axis_name)
+        return on_first(state, coming(transition._replace(state=own), state), axis_name)
+
+    def forward(transition, state):
+        entered = run(transition, state)
+        return entered, (transition, entered)
+
+    def backward(saved, cotangent):
+        mirrored = _transpose(saved[0])._replace(state=cotangent)
+        after = coming(mirrored, jnp.zeros_like(cotangent), reverse=True)  # of the state after the span
+        transition, before = jax.vjp(op.apply, *saved)[1](after)
+        return transition, on_first(cotangent + before, jnp.zeros_like(cotangent), axis_name)
+
+    run.defvjp(forward, backward)
+    return run(transition, state)
 
 
 def exclusive(
-    compose: Callable[[Transition, Transition], Transition], transition: Transition, axis_name: str
+    compose: Callable[[Transition, Transition], Transition],
+    transition: Transition,
+    axis_name: str,
+    reverse: bool = False,
 ) -> Transition:
     """The composition of the transitions of all earlier devices along `axis_name`, inside a `jax.shard_map`.
 
@@ -30,16 +89,19 @@ def exclusive(
         device without sender receives and discards.
       transition: this device's, a pytree of arrays of equal shapes on all devices.
       axis_name: the mesh axis; any number of devices.
+      reverse: from the last device to the first: the composition of those of all later devices, the last one's first.
 
     Returns:
-      A transition. The first device has none before it and gets zeros, which the caller must not apply.
+      A transition. The first device (the last, in reverse) has none before it and gets zeros, which the caller must
+      not apply.
     """
     devices = jax.lax.axis_size(axis_name)
     index = jax.lax.axis_index(axis_name)
+    index = devices - 1 - index if reverse else index
     before, through = jax.tree.map(jnp.zeros_like, transition), transition
     hop = 1
     while hop < devices:
-        received = shift(through, hop, axis_name)
+        received = shift(through, -hop if reverse else hop, axis_name)
         before = received if hop == 1 else _where(index >= hop, compose(received, before), before)
         if 2 * hop < devices:
             through = _where(index >= hop, compose(received, through), through)
@@ -48,9 +110,21 @@ def exclusive(
 
 
 def shift(tree, hop: int, axis_name: str):
-    """What the device `hop` places earlier holds; zeros where there is none."""
-    pairs = [(i, i + hop) for i in range(jax.lax.axis_size(axis_name) - hop)]
+    """What the device `hop` places earlier holds (later, if negative); zeros where there is none."""
+    devices = jax.lax.axis_size(axis_name)
+    pairs = [(i, i + hop) for i in range(devices) if 0 <= i + hop < devices]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axis_name, pairs), tree)
+
+
+def on_first(first, others, axis_name: str):
+    """`first` on the first device along `axis_name`, `others` on the others."""
+    return _where(jax.lax.axis_index(axis_name) == 0, first, others)
+
+
+def _transpose(transition):
+    if isinstance(transition, gated_delta.Transition):
+        return transition._replace(matrix=jnp.swapaxes(transition.matrix, -1, -2))
+    return transition
 
 
 def _where(condition, then, otherwise):

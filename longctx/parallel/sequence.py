@@ -9,6 +9,7 @@ What a device must know of those before it, and the bytes it sends for that:
 | op                           | moves                                         | bytes a device sends            |
 |------------------------------|-----------------------------------------------|---------------------------------|
 | recurrence, convolution      | transitions, by an exclusive prefix scan      | ⌈log₂ devices⌉ transitions      |
+| ... of large matrices        | the state, in blocks, from device to device   | one state                       |
 | ... of In-Place TTT, briefly | the tokens, where they are fewer numbers      | those of its tokens             |
 | recurrence, not associative  | the state, device after device in turn        | devices - 1 states              |
 | attention of bounded reach   | the last keys and values, by a halo exchange  | those of `reach` tokens         |
@@ -370,8 +371,7 @@ def _scan(op, inputs, parameters, state, segments: Segments | None, static):
             entering = _from_all_before(op, inputs, parameters, state, segments, static)
         elif hasattr(op, "transition"):
             transition = op.transition(*inputs, *parameters, segment_ids=segments, **static)
-            before = op.apply(prefix.exclusive(op.compose, transition, "context"), state)
-            entering = jax.tree.map(lambda given, come: jnp.where(device == 0, given, come), state, before)
+            entering = prefix.entering(op, transition, state, "context")
         else:
             entering = _in_turn(lambda state: run(state)[1], state, "context")
         y, after = run(entering)
@@ -396,14 +396,15 @@ def _in_turn(run: Callable, state, axis_name: str):
     A device runs its span in its own turn and passes the rest of them by. The backward pass runs it again, from the
     state before it.
     """
-    device = jax.lax.axis_index(axis_name)
+    device, last = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name) - 1
+
+    def take(number, coming, entering):
+        return jax.tree.map(lambda new, old: jnp.where(device == number, new, old), coming, entering)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def turn(carry, number):
         coming, entering = carry
-        entering = jax.tree.map(lambda new, old: jnp.where(device == number, new, old), coming, entering)
         left = jax.lax.cond(device == number, run, lambda state: state, coming)
-        return (prefix.shift(left, 1, axis_name), entering), None
+        return (prefix.shift(left, 1, axis_name), take(number, coming, entering)), None
 
-    turns = jnp.arange(jax.lax.axis_size(axis_name))
-    return jax.lax.scan(turn, (state, state), turns)[0][1]
+    return take(last, *jax.lax.scan(turn, (state, state), jnp.arange(last))[0])
