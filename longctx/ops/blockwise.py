@@ -33,6 +33,7 @@ import numpy as np
 from jax.numpy import float32 as f32
 from jaxtyping import Array, Float, Int
 
+from longctx.ops.backend import platform
 from longctx.ops.biases import Bias
 from longctx.ops.patterns import Pattern, Range, touched_pairs
 
@@ -81,7 +82,7 @@ class Plan:
         Fine blocks leave out more, coarse ones are quicker for their size: measured on a CPU, a step's time grows with
         its logits to the power 3/4. Steps are counted as if the row were one document.
         """
-        budget = _CPU_LOGITS if jax.default_backend() == "cpu" else np.inf
+        budget = _CPU_LOGITS if platform() == "cpu" else np.inf
         sides = places or tuple(Range(np.arange(tokens), np.arange(tokens)) for tokens in (queries, keys))
         sides = jax.tree.map(lambda x: x[:_ESTIMATED], sides)
         chosen, least = 64, np.inf
