@@ -268,10 +268,12 @@ def _sweep(schedule: Schedule, step, carry):
     """Runs `step(carry, i, j, masked)` over the touched pairs, masking where there is need."""
     queries, keys = jnp.asarray(schedule.queries), jnp.asarray(schedule.keys)
 
-    def loop(first, last, carry, masked):
-        return jax.lax.fori_loop(first, last, lambda n, carry: step(carry, queries[n], keys[n], masked), carry)
+    def loop(first, last, most, carry, masked):
+        # The scope is for whoever counts operations: where both loops end at run time, the last tells of their steps.
+        with jax.named_scope(f"at_most_{most}_steps"):
+            return jax.lax.fori_loop(first, last, lambda n, carry: step(carry, queries[n], keys[n], masked), carry)
 
-    return loop(schedule.whole, schedule.touched, loop(0, schedule.whole, carry, False), True)
+    return loop(schedule.whole, schedule.touched, len(queries), loop(0, schedule.whole, 0, carry, False), True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
