@@ -46,7 +46,7 @@ def command(folder, *flags):
 
 @needs_libtpu
 def test_a_step_is_compiled_for_a_pod(tmp_path):
-    """Four devices that are not here. Seen to fail: activations float32, as this machine would choose."""
+    """Four devices that are not here, in a process of its own: the numbers that are known by hand."""
     done = command(tmp_path, "--topology=v5e:2x2", "--json=plan.json")
     assert done.returncode == 0, done.stderr
     assert "**It fits.**" in done.stdout
