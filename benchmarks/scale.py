@@ -101,14 +101,15 @@ def report(cells: dict) -> str:
         "",
         "`python benchmarks/scale.py --write`: compiled on a machine without a TPU; nothing is measured.",
         "",
+    ]
+    on_pods = {key: cell for key, cell in cells.items() if " 2**" not in key}
+    lines += bool(on_pods) * [
         f"## experiments/hybrid_1b_1m.py and full attention, {2**23:,} tokens a step",
         "",
         "| pod | kind | tokens a row | context | temporaries, GiB | all, GiB | fits | sent, GiB | utilised, at most |",
         "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
     ]
-    for key, cell in cells.items():
-        if " 2**" in key:
-            continue
+    for key, cell in on_pods.items():
         held, sent = cell["bytes_per_device"], cell["collectives"]
         sent = "—" if sent is None else f"{sum(sent.values()) / 2**30:.1f}"
         lines.append(
@@ -121,7 +122,7 @@ def report(cells: dict) -> str:
         f"## The longest row on one {SMALL}",
         "",
         f"{LAYERS} layers of width {WIDTH}, everything recomputed, one row over eight chips; powers of two up to "
-        f"2**{LONGEST}.",
+        f"2**{LONGEST}; a dash where the next one was not tried.",
         "",
         "| layer | longest that fits | its temporaries, GiB | shortest that does not |",
         "| --- | ---: | ---: | ---: |",
@@ -164,7 +165,7 @@ def plot(cells: dict, path: pathlib.Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("runs/scale.jsonl"))
+    parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--only", default="", help="cells whose name has this")
     parser.add_argument("--write", action="store_true", help="replace benchmarks/scale.md and scale.png")
     options = parser.parse_args()
@@ -180,5 +181,6 @@ if __name__ == "__main__":
     text = report(found.known)
     if options.write:
         pathlib.Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
-        plot(found.known, pathlib.Path(__file__).with_suffix(".png"))
+        if any(" 2**" not in key for key in found.known):
+            plot(found.known, pathlib.Path(__file__).with_suffix(".png"))
     print(text)
