@@ -16,7 +16,7 @@ never run there. Only `smoke`, the same at a size for a test, was trained.
 from ml_collections import ConfigDict
 
 ROWS = {"128k": 2**17, "1m": 2**20, "4m": 2**22, "smoke": 128}  # tokens
-CONTEXT = {"128k": 8, "1m": 16, "4m": 64, "smoke": 1}  # devices that share a row
+CONTEXT = {"128k": 8, "1m": 16, "4m": 128, "smoke": 1}  # devices that share a row
 TOKENS = 2**23  # a step, in rows of any length
 
 
