@@ -24,6 +24,7 @@ setuptools.setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "plan": ["jax[tpu]>=0.10.2,<0.13"],  # libtpu compiles for TPUs on a machine without one
         "test": [
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",

@@ -23,9 +23,11 @@ RANK = {
     "evals": 7,
     "inference": 7,
     "commands": 8,
+    "planning": 8,
     "train": 9,
     "evaluate": 9,
     "generate": 9,
+    "plan": 9,
 }
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from longctx import config
 from longctx.layers.basic import RMSNorm
 from longctx.models.block import Block
+from longctx.ops.backend import platform
 from longctx.parallel.rules import constrain
 from longctx.typing import Segments
 
@@ -46,7 +47,7 @@ class LanguageModel(nnx.Module):
     def dtype(self):
         """Of the activations: what the config says, or what the hardware multiplies fast."""
         if self.options.dtype == "auto":
-            return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+            return jnp.float32 if platform() == "cpu" else jnp.bfloat16
         return jnp.dtype(self.options.dtype)
 
     @property

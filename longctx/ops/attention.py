@@ -30,6 +30,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from longctx.ops import blockwise, thinned
+from longctx.ops.backend import platform
 from longctx.ops.biases import Bias
 from longctx.ops.kernels import cudnn, splash
 from longctx.ops.partial import Partial, add_sinks, merge
@@ -266,10 +267,10 @@ def _tokens(q, k, segment_ids, kv_segment_ids) -> tuple[blockwise.Tokens, blockw
 
 def _choose(q, k, v, pattern: Pattern, case) -> str:
     """The implementation for this case on this platform."""
-    kernel = _PLATFORM_KERNELS.get(jax.default_backend())
+    kernel = _PLATFORM_KERNELS.get(platform())
     refusal = _KERNELS[kernel].refusal(q, k, v, pattern, **case) if kernel else None
     if kernel and not refusal:
-        chosen, reason = kernel, f"the kernel of this platform ({jax.default_backend()})"
+        chosen, reason = kernel, f"the kernel of this platform ({platform()})"
     elif q.shape[1] * k.shape[1] <= _DENSE_LOGITS or q.shape[1] == 1:
         chosen, reason = "dense", "few logits"
     else:

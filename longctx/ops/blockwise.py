@@ -33,6 +33,7 @@ import numpy as np
 from jax.numpy import float32 as f32
 from jaxtyping import Array, Float, Int
 
+from longctx.ops.backend import platform
 from longctx.ops.biases import Bias
 from longctx.ops.patterns import Pattern, Range, touched_pairs
 
@@ -81,7 +82,7 @@ class Plan:
         Fine blocks leave out more, coarse ones are quicker for their size: measured on a CPU, a step's time grows with
         its logits to the power 3/4. Steps are counted as if the row were one document.
         """
-        budget = _CPU_LOGITS if jax.default_backend() == "cpu" else np.inf
+        budget = _CPU_LOGITS if platform() == "cpu" else np.inf
         sides = places or tuple(Range(np.arange(tokens), np.arange(tokens)) for tokens in (queries, keys))
         sides = jax.tree.map(lambda x: x[:_ESTIMATED], sides)
         chosen, least = 64, np.inf
@@ -267,10 +268,12 @@ def _sweep(schedule: Schedule, step, carry):
     """Runs `step(carry, i, j, masked)` over the touched pairs, masking where there is need."""
     queries, keys = jnp.asarray(schedule.queries), jnp.asarray(schedule.keys)
 
-    def loop(first, last, carry, masked):
-        return jax.lax.fori_loop(first, last, lambda n, carry: step(carry, queries[n], keys[n], masked), carry)
+    def loop(first, last, most, carry, masked):
+        # The scope is for whoever counts operations: where both loops end at run time, the last tells of their steps.
+        with jax.named_scope(f"at_most_{most}_steps"):
+            return jax.lax.fori_loop(first, last, lambda n, carry: step(carry, queries[n], keys[n], masked), carry)
 
-    return loop(schedule.whole, schedule.touched, loop(0, schedule.whole, carry, False), True)
+    return loop(schedule.whole, schedule.touched, len(queries), loop(0, schedule.whole, 0, carry, False), True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
-from longctx.evals.programs import operations
+from longctx.evals.programs import collectives, operations
 
 X = jax.ShapeDtypeStruct((16, 32, 32), jnp.float32)
 
@@ -42,3 +43,80 @@ def test_unknown_loops_are_refused():
 
     with pytest.raises(ValueError, match="known at run time only"):
         operations(text(unknown))
+
+
+def test_collectives_by_hand():
+    """On 8 devices in groups of 4, within a loop of 3. Seen to fail: the loop counted once; groups taken for all 8."""
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    size = 4 * 8 * 16  # bytes of a device's shard
+
+    def shard(x):
+        def step(x, _):
+            x = jax.lax.ppermute(x, "b", [(i, (i + 1) % 4) for i in range(4)])
+            whole = jax.lax.all_gather(x, "b", axis=0, tiled=True)
+            turned = jax.lax.all_to_all(x, "b", 0, 0, tiled=True)
+            return jnp.tanh(jax.lax.psum(x, "b") + whole[:8] + turned), None
+
+        return jax.lax.scan(step, x, length=3)[0]
+
+    spec = PartitionSpec(("a", "b"))
+    f = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    found = collectives(f.lower(jax.ShapeDtypeStruct((64, 16), jnp.float32)).compile().as_text(), 8)
+    assert found == {
+        "all-gather": 3 * 3 * size,
+        "all-reduce": 3 * 2 * size * 3 // 4,
+        "all-to-all": 3 * size * 3 // 4,
+        "collective-permute": 3 * size,
+    }
+
+
+TPU = """HloModule jit_step
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  ROOT %sum = f32[]{:T(128)} add(%a, %a)
+}
+%condition (p: (u32[], bf16[8,128])) -> pred[] {
+  %p = (u32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %count = u32[]{:T(128)} get-tuple-element(%p), index=0
+  %bound = u32[]{:T(128)} constant(5), metadata={op_name="while/cond/lt"}
+  ROOT %less = pred[]{:T(512)} compare(%count, %bound), direction=LT
+}
+%started (x: bf16[8,128]) -> (bf16[8,128], bf16[32,128]) {
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %gather.1 = bf16[32,128]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=3, replica_groups=mesh['a'=2,'b'=4] {'b'}
+  ROOT %call = (bf16[8,128]{1,0}, bf16[32,128]{1,0}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+%async_collective_fusion.2 (x: bf16[8,128]) -> bf16[32,128] {
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %gather.2 = bf16[32,128]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=3, replica_groups=mesh['a'=2,'b'=4] {'b'}
+}
+%body (p: (u32[], bf16[8,128])) -> (u32[], bf16[8,128]) {
+  %p = (u32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%p), index=1
+  %async-collective-start.1 = (bf16[8,128]{1,0}, bf16[32,128]{1,0}) fusion(%x), kind=kCustom, calls=%started
+  %step = bf16[32,128]{1,0} fusion(%x), kind=kOutput, calls=%async_collective_fusion.2
+  %async-collective-done.1 = bf16[32,128]{1,0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.2
+  %send = (bf16[8,128]{1,0}, bf16[8,128]{1,0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
+  ROOT %pair = (u32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%count, %x)
+}
+ENTRY %main (x: bf16[8,128]) -> f32[] {
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %loop = (u32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) while(%x), condition=%condition, body=%body
+  %sum = f32[]{:T(128)} all-reduce(%x), replica_groups=[4,2]<=[8], to_apply=%add
+  ROOT %part = bf16[8,128]{1,0} reduce-scatter(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
+}
+"""
+
+
+def test_collectives_of_a_tpu_program():
+    """In the compiler's words for a TPU: one that is under way during other work counts once, and so on.
+
+    Seen to fail: `_under_way` always false.
+    """
+    size = 2 * 8 * 128
+    assert collectives(TPU, 8) == {
+        "all-gather": 5 * 3 * size,
+        "all-reduce": 4,
+        "collective-permute": 5 * size,
+        "reduce-scatter": 3 * size,
+    }

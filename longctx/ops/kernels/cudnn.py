@@ -8,11 +8,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from longctx.ops.backend import platform
+
 
 def refusal(q, k, v, pattern, *, segment_ids, kv_segment_ids, sinks, soft_cap, decay, bias) -> str | None:
     """Why cuDNN cannot compute this, as the end of a sentence; None if it can. Arguments as `attention`."""
-    if jax.default_backend() != "gpu":
-        return f"needs an NVIDIA GPU, and the platform is {jax.default_backend()}; use 'blockwise'."
+    if platform() != "gpu":
+        return f"needs an NVIDIA GPU, and the platform is {platform()}; use 'blockwise'."
     if segment_ids is not None or kv_segment_ids is not None:
         return "takes rows of one document only; pass no segment ids, or use 'blockwise'."
     if any(x is not None for x in (sinks, soft_cap, decay, bias)):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
+from longctx.ops.backend import platform
 from longctx.typing import Segments
 
 _LANES = 128  # the kernel's tiles; lengths are filled up to a multiple of it
@@ -18,8 +19,8 @@ _LANES = 128  # the kernel's tiles; lengths are filled up to a multiple of it
 def refusal(q, k, v, pattern, *, segment_ids, kv_segment_ids, sinks, soft_cap, decay, bias) -> str | None:
     """Why splash cannot compute this, as the end of a sentence; None if it can. Arguments as `attention`."""
     del k, v, segment_ids, soft_cap
-    if jax.default_backend() != "tpu":
-        return f"needs a TPU, and the platform is {jax.default_backend()}; use 'blockwise'."
+    if platform() != "tpu":
+        return f"needs a TPU, and the platform is {platform()}; use 'blockwise'."
     if kv_segment_ids is not None:
         return "takes keys that are the queries' own tokens, and kv_segment_ids were given; use 'blockwise'."
     if any(x is not None for x in (sinks, decay, bias)):

@@ -1,0 +1,153 @@
+"""The command: what cannot be planned is refused in a sentence, and a step compiled for a pod tells what it takes."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import longctx
+from longctx import config
+from longctx.errors import UsageError
+from longctx.planning import compiled, topology
+from longctx.planning.report import Report
+
+ROOT = Path(longctx.__file__).parents[1]
+EXPERIMENT = """
+from ml_collections import ConfigDict
+
+def get_config():
+    mixer = {"kind": "attention", "heads": 2, "kv_heads": 2, "head_width": 8, "pattern": "Window(32)"}
+    blocks = {"only": {"mixer": mixer, "mlp": {"kind": "relu2", "hidden": 32}}}
+    return ConfigDict({
+        "model": {"width": 16, "pattern": ("only",), "repeats": 2, "blocks": blocks},
+        "training": {"stages": ((2, 4, 64), (2, 4, 256))},
+        "data": {"tokenizer": "bytes"},
+        "mesh": {"context": 2},
+    })
+"""
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[plan]'"
+)
+
+
+def command(folder, *flags):
+    """The command in a process of its own, which alone may set the platform."""
+    (folder / "experiment.py").write_text(EXPERIMENT, encoding="utf-8")
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    arguments = [sys.executable, "-m", "longctx.plan", "--config=experiment.py", *flags]
+    return subprocess.run(
+        arguments, cwd=folder, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+
+
+@needs_libtpu
+def test_a_step_is_compiled_for_a_pod(tmp_path):
+    """Four devices that are not here, in a process of its own: the numbers that are known by hand."""
+    done = command(tmp_path, "--topology=v5e:2x2", "--json=plan.json")
+    assert done.returncode == 0, done.stderr
+    assert "**It fits.**" in done.stdout
+    assert "not a measurement" in done.stdout
+    found = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert found["fits"] is True
+    assert (found["topology"], found["config"]) == ("v5e:2x2", "experiment.py")
+    assert (found["mesh"], found["devices"]) == ({"data": 2, "context": 2, "model": 1}, 4)
+    assert found["tokens_per_step"] == 4 * 256
+    held = found["bytes_per_device"]
+    # Two moments of each parameter, and two counters; parameters that the devices split are a quarter on each.
+    assert held["optimizer"] == 2 * held["parameters"] + 8
+    assert found["parameters"] <= held["parameters"] < 1.5 * found["parameters"]
+    assert held["total"] > held["parameters"] + held["optimizer"] + held["temporaries"] > 0
+    assert found["collectives"]["all-gather"] > 0
+    assert found["collectives"]["collective-permute"] > 0
+    weights = 2 * (4 * 16 * 16 + 2 * 16 * 32) + 16 * 260  # of matrices, the unembedding among them
+    attended = 2 * 4 * 7 * 2 * (2 * 256 * 256 * 8)  # layers, rows, products, heads; one block of a row
+    assert found["flops_per_step"] == pytest.approx(6 * 1024 * weights + attended, rel=0.01)
+    assert 0 < found["utilisation_bound"] < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("h100:8", "names GPUs"),
+        ("v5e", "give one of v4, v5e, v5p, v6e"),
+        ("v9:2x2", "v5p:4x4x8"),
+        pytest.param("v5e:3x3", "not divisible", marks=needs_libtpu),
+    ],
+)
+def test_unknown_pods(name, said):
+    with pytest.raises(UsageError, match=said):
+        topology.describe(name)
+
+
+def test_libtpu_missing(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[plan\]'"):
+        topology.describe("v5e:2x2")
+
+
+def experiment(**training):
+    block = config.Block("gla", None, "relu2", None)
+    stage = config.Stage(1, 8, 1024)
+    return config.Experiment(
+        model=config.Model(("only",), {"only": block}), training=config.Training((stage,), **training), data=None
+    )
+
+
+def report(sizes, collectives=None, mesh=(2, 2, 1), **training):
+    given = experiment(**training)
+    names = {"config": "x", "topology": "v5e:2x2", "devices": 4, "device": topology.CHIPS["v5e"]}
+    names |= {"mesh": dict(zip(("data", "context", "model"), mesh, strict=True)), "parameters": 10}
+    counted = {"flops_per_step": 4e12, "flops_done": 5e12, "passes": 6e12, "compile_seconds": 1.0}
+    return Report(
+        **names,
+        **counted,
+        experiment=given,
+        stage=given.training.stages[0],
+        bytes_per_device=sizes,
+        collectives=collectives,
+    )
+
+
+SIZES = {"parameters": 2**20, "optimizer": 2**21, "batch": 100, "temporaries": 2**34, "total": 2**35}
+
+
+def test_what_to_change():
+    """Fields of the experiment, which differ with what is too large. Seen to fail: rows never told apart."""
+    text = report(SIZES).text()
+    assert "**It does not fit.**" in text
+    assert "model.remat='full'" in text
+    assert "training.accumulate=4" in text
+    assert "mesh.model" not in text
+    assert "mesh.context=4" in report(SIZES, accumulate=4).text()
+    assert "mesh.model=2" in report(SIZES | {"optimizer": 2**34}).text()
+    assert "more devices along mesh.context" in report(SIZES, mesh=(1, 4, 1), accumulate=8).text()
+
+
+def test_the_roofline():
+    """The slowest of three bounds, and the model's operations over it, by hand."""
+    found = report(SIZES | {"temporaries": 0, "total": 2**22}, {"all-gather": 2 * 10**9})
+    assert found.fits
+    assert not found.changes()
+    assert found.seconds["compute"] == pytest.approx(6e12 / 4 / 197e12)
+    assert found.seconds["links"] == pytest.approx(0.01)
+    assert found.utilisation == pytest.approx(4e12 / 4 / 197e12 / 0.01)
+
+
+def test_too_large_is_a_result():
+    """The compiler's two ways of saying so; any other error stays one."""
+    error = RuntimeError(
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (40.00G) exceeds "
+        "available HBM (15.75G)."
+    )
+    assert compiled.too_large(error, 5) == {"temporaries": 40 * 2**30, "total": 40 * 2**30 + 5}
+    error = RuntimeError(
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.\n"
+        "Total hbm usage >= 20.75G:\n    reserved        258.00M\n    program   20.00G\n    arguments  512.00M"
+    )
+    assert compiled.too_large(error, 0)["temporaries"] == 20 * 2**30
+    with pytest.raises(RuntimeError, match="deadlock"):
+        compiled.too_large(RuntimeError("INTERNAL: deadlock"), 0)

@@ -1,0 +1,67 @@
+"""Operations of traced programs, known by hand."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from longctx.ops.attention import attention_partial
+from longctx.ops.patterns import Causal, Window
+from longctx.planning.work import Work, count
+
+X = jax.ShapeDtypeStruct((32, 32), jnp.bfloat16)
+ONE = 2 * 32**3
+
+
+def found(f, *arrays):
+    """The work outside of loops that end at run time, and in them."""
+    return count(jax.jit(f).trace(*arrays).jaxpr.jaxpr)
+
+
+def test_loops_branches_and_recomputation():
+    """Seen to fail: a scan's body counted once; both branches counted."""
+
+    def looped(x):
+        def step(y, _):
+            return jax.lax.cond(y[0, 0] > 0, lambda y: y @ x @ x, lambda y: y @ x, y), None
+
+        return jax.lax.scan(step, x, length=5)[0]
+
+    def layer(x):
+        return jnp.sum(jnp.tanh(x @ x))
+
+    assert found(looped, X)[0] == Work(10 * ONE, 10 * ONE)
+    assert found(jax.grad(layer), X)[0].operations == 3 * ONE
+    assert found(jax.grad(jax.checkpoint(layer)), X)[0].operations == 4 * ONE
+
+
+def test_float32_takes_several_passes():
+    """Seen to fail: every product one pass."""
+
+    def product(x, precision):
+        return jnp.matmul(x, x, precision=precision)
+
+    full = jax.ShapeDtypeStruct(X.shape, jnp.float32)
+    for array, precision, passes in ((full, "highest", 6), (full, "high", 3), (full, None, 1), (X, "highest", 1)):
+        assert found(lambda x, p=precision: product(x, p), array)[0] == Work(ONE, passes * ONE), (array, precision)
+
+
+def test_every_device_of_an_island_counts():
+    """Seen to fail: a shard_map's body counted once."""
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        rows = PartitionSpec("b")
+        island = jax.shard_map(lambda x: x @ x.T, in_specs=rows, out_specs=rows, axis_names={"b"}, check_vma=False)
+        assert found(island, X)[0].operations == 4 * 2 * 8 * 32 * 8
+
+
+def test_attention_tells_its_steps():
+    """Blocks of 16 in a row of 64: 10 pairs of them are causal, 7 within a window of 16; forward two products each.
+
+    Fails if the loop over pairs says nothing, or says so twice.
+    """
+    tokens = jax.ShapeDtypeStruct((1, 64, 1, 8), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    for pattern, pairs in ((Causal(), 10), (Causal() & Window(16), 7)):
+        f = lambda q, ids, p=pattern: attention_partial(q, q, q, p, ids, block=16).output  # noqa: E731
+        fixed, looped = found(f, tokens, ids)
+        assert (fixed.operations, looped.operations) == (0, pairs * 2 * 2 * 16 * 16 * 8), pattern
