@@ -125,9 +125,9 @@ def first_difference(
     document, position = (int(x[row, token]) for x in (segments.ids, segments.positions))
     by_shard = wrong.reshape(len(wrong), shards, length).any(axis=(0, 2))
     return (
-        f"first at token {token} (row {row}; shard {shard}, its token {place}; document {document}, position {position}), "
-        f"by {error[row, token]:.2g} of the largest entry; in all {int(wrong.sum())} tokens, by at most {error[wrong].max():.2g}, in shards "
-        + ", ".join(map(str, np.flatnonzero(by_shard)))
+        f"first at token {token} (row {row}; shard {shard}, its token {place}; document {document}, "
+        f"position {position}), by {error[row, token]:.2g} of the largest entry; in all {int(wrong.sum())} tokens, "
+        f"by at most {error[wrong].max():.2g}, in shards {', '.join(map(str, np.flatnonzero(by_shard)))}"
     )
 
 

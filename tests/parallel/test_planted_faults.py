@@ -124,7 +124,7 @@ def compared(case):
 
 def local(segments):
     """What a shard makes of its ids alone: it does not know what stands before it."""
-    return Segments.from_ids(segments.ids)
+    return segments and Segments.from_ids(segments.ids)
 
 
 def positions_restart(patch):
@@ -134,7 +134,7 @@ def positions_restart(patch):
 def start_lost(patch):
     for name in ("transition", "chunked"):
         f = getattr(linear_scan, name)
-        patch(linear_scan, name, lambda *a, f=f, segment_ids, **k: f(*a, segment_ids=local(segment_ids), **k))
+        patch(linear_scan, name, lambda *a, f=f, segment_ids=None, **k: f(*a, segment_ids=local(segment_ids), **k))
 
 
 def earlier_document_leaks(patch):
