@@ -257,11 +257,8 @@ def test_what_a_fault_breaks(name, monkeypatch):
     assert found == rows()[name][:3]
 
 
-LAYERS = {
-    "recurrence": "rglru",
-    "halo": "attention/window+sinks",
-    "ring": "attention/everything",
-}  # two groups of heads, which four devices cannot share
+# The ring's has two groups of heads, which four devices cannot share.
+LAYERS = {"recurrence": "rglru", "halo": "attention/window+sinks", "ring": "attention/everything"}
 
 
 @pytest.mark.slow
