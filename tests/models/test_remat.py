@@ -91,6 +91,7 @@ def test_blocks_are_recomputed_one_at_a_time():
     """Three blocks in the pattern, repeated twice, take the memory of one block repeated six times.
 
     On a CPU the compiler drops the barriers between what is computed first and what is computed again, unless told.
+    Seen to fail: with the barriers dropped.
     """
     kept = {"xla_disable_hlo_passes": "optimization-barrier-expander,cse_barrier_expander"}
     repeated, in_pattern = (run("full", (1, 1, 1), *shape, **kept)[2] for shape in ((1, 6), (3, 2)))
@@ -98,7 +99,10 @@ def test_blocks_are_recomputed_one_at_a_time():
 
 
 def test_block_inputs_go_to_the_host():
-    """All inputs of blocks that the backward pass finds are in host memory, and none on the device."""
+    """All inputs of blocks that the backward pass finds are in host memory, and none on the device.
+
+    Seen to fail: the output of a block named in place of its input.
+    """
 
     def kept(remat):
         step, params = program(remat, blocks=2, repeats=3)
