@@ -79,14 +79,26 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A language model: a pattern of blocks, repeated."""
+    """A language model: a pattern of blocks, repeated.
+
+    What the backward pass finds of a block, and recomputes the rest from, is what `remat` says:
+
+    | remat     | kept                                        | when                                                  |
+    |-----------|---------------------------------------------|-------------------------------------------------------|
+    | "none"    | everything                                  | it fits: nothing is computed twice                    |
+    | "dots"    | what the products with parameters give      | it nearly fits: little is computed twice              |
+    | "full"    | the block's input, `[B, T, D]`              | long rows: the forward pass is computed twice         |
+    | "offload" | the same, in the host's memory meanwhile    | the inputs of all blocks do not fit the device either |
+
+    On a CPU, whose memory is the host's, "offload" is "full".
+    """
 
     pattern: tuple[str, ...]  # names of blocks, in order
     blocks: Mapping[str, Block]  # the kinds of block that the pattern names
     width: int = 128  # D
     repeats: int = 1  # times the pattern is repeated (its parameters stacked, one scan)
     dtype: str = "auto"  # of activations; "auto" is bfloat16 on GPU and TPU, float32 on CPU
-    remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but matrix products), "full"
+    remat: str = "none"  # what the backward pass recomputes: "none", "dots", "full", "offload"; see above
 
     def problems(self):
         if self.width < 1 or self.repeats < 1:
@@ -97,7 +109,7 @@ class Model:
             if name not in self.blocks:
                 yield f"pattern names the block '{name}', not among blocks: {sorted(self.blocks)}"
         yield from _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        yield from _one_of("remat", self.remat, ("none", "dots", "full"))
+        yield from _one_of("remat", self.remat, ("none", "dots", "full", "offload"))
 
 
 @dataclasses.dataclass(frozen=True)

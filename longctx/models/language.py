@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from longctx import config
@@ -17,9 +18,18 @@ from longctx.ops.backend import platform
 from longctx.parallel.rules import constrain
 from longctx.typing import Segments
 
+_policies = jax.checkpoint_policies
+# What the backward pass finds of each block, beside its input. Offloaded is the named input, not the output: the scan's
+# carry stays on the device whatever a policy says.
 _REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "full": _policies.nothing_saveable,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -73,16 +83,21 @@ class LanguageModel(nnx.Module):
         x = table[tokens].astype(self.dtype) * math.sqrt(self.options.width)
         x = constrain(x, ("batch", "time", None))
 
+        def run(block, x, before):
+            return block(checkpoint_name(x, "block_input"), segments, before)
+
+        # Block by block, so that the backward pass holds what one of them recomputes, however many are in the pattern.
+        if self.options.remat != "none":
+            run = jax.checkpoint(run, policy=_REMAT[self.options.remat])
+
         def repeat(x, blocks_and_states):
             after = []
             for block, before in zip(*blocks_and_states, strict=True):
-                x, block_state = block(x, segments, before)
+                x, block_state = run(block, x, before)
                 x = constrain(x, ("batch", "time", None))
                 after.append(None if state is None else block_state)
             return x, tuple(after)
 
-        if self.options.remat != "none":
-            repeat = jax.checkpoint(repeat, policy=_REMAT[self.options.remat])
         before = (None,) * len(self.blocks) if state is None else state
         x, after = jax.lax.scan(repeat, x, (tuple(self.blocks), before))
         return self.norm(x), None if state is None else after
