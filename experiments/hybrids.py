@@ -80,7 +80,7 @@ def get_config(arg: str = "griffin") -> ConfigDict:
     config.model.pattern = PATTERNS[name]  # blocks, in order
     config.model.repeats = 1  # times the pattern is repeated
     config.model.dtype = "auto"  # of activations: bfloat16 on GPU and TPU, float32 on CPU
-    config.model.remat = "none"  # what the backward pass recomputes: "none", "dots" or "full"
+    config.model.remat = "none"  # what the backward pass recomputes: "none", "dots", "full" or "offload"
     config.model.blocks = ConfigDict()
     for block in dict.fromkeys(PATTERNS[name]):
         config.model.blocks[block] = {"mixer": MIXERS[block], "mlp": {"kind": "swiglu", "hidden": 256}}

@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.pattern = ("local", "full", "delta", "full")  # blocks, in order
     config.model.repeats = 1  # times the pattern is repeated
     config.model.dtype = "auto"  # of activations: bfloat16 on GPU and TPU, float32 on CPU
-    config.model.remat = "none"  # what the backward pass recomputes: "none", "dots" or "full"
+    config.model.remat = "none"  # what the backward pass recomputes: "none", "dots", "full" or "offload"
     config.model.blocks = ConfigDict()
     config.model.blocks.delta = {  # a matrix memory of bounded size, written by the gated delta rule
         "mixer": {

@@ -102,6 +102,8 @@ def test_an_experiment_file(path):
         arguments = [f"{kind},{size}" for kind in MIXERS for size in ("", "small", "smoke")]
     elif names := file.get("PATTERNS") or file.get("MLPS") or file.get("KINDS"):
         arguments = [f"{name}{size}" for name in names for size in ("", ",smoke")]
+    elif rows := file.get("ROWS"):
+        arguments = [f"{row}{kind}" for row in rows for kind in ("", ",attention")]
     else:
         arguments = ["", "smoke"]
     for argument in arguments:

@@ -88,6 +88,7 @@ VARIANTS = {
     "inplace_ttt/clip+decay": ("inplace_ttt", {"minibatch": 5, "clip": 0.5, "decay": 0.9}),
     "titans/gate": ("titans", {"mode": "gate", "depth": 1, "minibatch": 7}),
     "lact/momentum+orthogonal": ("lact", {"momentum": True, "orthogonal": True, "minibatch": 40}),
+    "swiglu/chunk": ("swiglu", {"chunk": 5}),
 }
 LAYERS = {name: (name, {}) for name in (*MIXERS, *MLPS)} | VARIANTS
 # Layers whose state holds every token, so that what crosses devices grows with the sequence.

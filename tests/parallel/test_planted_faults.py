@@ -51,8 +51,7 @@ def entering():
 
     def shard(x, gate, state, segments):
         transition = linear_scan.transition(x, log_decay(gate), segment_ids=segments)
-        before = linear_scan.apply(prefix.exclusive(linear_scan.compose, transition, "context"), state)
-        return jnp.where(jax.lax.axis_index("context") == 0, state, before)[None]
+        return prefix.entering(linear_scan, transition, state, "context")[None]
 
     row, whole, out = jax.P(None, "context"), jax.P(), jax.P("context")
     island = jax.shard_map(
@@ -167,24 +166,17 @@ def wrong_neighbour(patch):
 
 
 def gradient_stopped(patch):
-    patch(prefix, "shift", lambda *a, f=prefix.shift: jax.lax.stop_gradient(f(*a)))
+    patch(prefix, "entering", lambda *a, f=prefix.entering: jax.lax.stop_gradient(f(*a)))
 
 
 def gradient_not_sent_back(patch):
-    def shift(tree, hop, axis_name, f=prefix.shift):
-        received = jax.custom_vjp(lambda x: f(x, hop, axis_name))
-        received.defvjp(lambda x: (f(x, hop, axis_name), None), lambda _, cotangent: (cotangent,))
-        return jax.tree.map(
-            lambda x: received(x) if jnp.issubdtype(x.dtype, jnp.floating) else f(x, hop, axis_name), tree
-        )
-
-    patch(prefix, "shift", shift)
+    patch(prefix, "shift", lambda tree, hop, axis_name, f=prefix.shift: tree if hop < 0 else f(tree, hop, axis_name))
 
 
 def gradient_away_from_home(patch):
-    def onward(tree, axis_name, f=ring.onward):
+    def onward(tree, axis_name, step=1, f=ring.onward):
         travels = all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(tree))
-        return tree if travels else f(tree, axis_name)  # keys go with their ids; gradients alone
+        return tree if travels else f(tree, axis_name, step)  # keys go with their ids; gradients alone
 
     patch(ring, "onward", onward)
 

@@ -59,7 +59,9 @@ def attending(pattern, **options):
 
 def by_heads(segments, q, k, v, decay, slopes):
     """Eight heads, which four or eight devices share: that is less to send than all keys round the ring."""
-    return sequence.attention(q, k, v, Causal(), segments, decay=decay, bias=biases.Alibi(slopes))
+    return sequence.attention(
+        q, k, v, Causal(), segments, decay=decay, bias=biases.Alibi(slopes), context_parallel="heads"
+    )
 
 
 def convolving(segments, state, x, kernel):
@@ -87,7 +89,7 @@ OPS = {
     "strided, round": (attending(Causal() & Strided(6)), [("heads",)] + [HEAD] * 3),
     "fixed": (attending(Causal() & (Chunked(12) | Fixed(12, 2))), [("heads",)] + [HEAD] * 3),
     "random": (attending(Causal() & (Window(4) | RandomBlocks(4, 2))), [("heads",)] + [HEAD] * 3),
-    "full": (attending(Causal(), soft_cap=5.0), [("heads",)] + [HEAD] * 3),
+    "full": (attending(Causal(), soft_cap=5.0, context_parallel="ring"), [("heads",)] + [HEAD] * 3),
     "full, by heads": (by_heads, [MANY] * 3 + [MANY[:3], ("eight",)]),
 }
 UNBOUNDED = ("strided", "strided, round", "fixed", "random", "full", "full, by heads")
