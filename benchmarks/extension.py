@@ -149,11 +149,13 @@ def _plot(found, contexts, lengths, file: pathlib.Path) -> None:
             values = [summary["perplexity"]["final_block"].get(n, float("nan")) for n in contexts]
             above.plot([int(n) for n in contexts], values, marker=".", label=name)
             below.plot([int(n) for n in lengths], [summary["needle"]["accuracy"][n] for n in lengths], marker=".")
-        above.set(title=part, xscale="log", yscale="log", xlabel="tokens of context")
+        above.set(title=part, xscale="log", xlabel="tokens of context")
         below.set(xscale="log", ylim=(-0.03, 1.03), xlabel="tokens a row")
-        for axis in (above, below):
+        for axis, ticks in ((above, contexts), (below, lengths)):
             axis.axvline(TRAINED, color="grey", linewidth=0.8, linestyle=":")
-        above.legend(fontsize="x-small")
+            axis.set_xticks([int(n) for n in ticks], [f"{int(n):,}" for n in ticks], fontsize="x-small")
+            axis.minorticks_off()
+        above.legend(fontsize="x-small", ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.08))
     axes[0, 0].set_ylabel("perplexity of the last tokens")
     axes[1, 0].set_ylabel("needles found")
     figure.savefig(file, dpi=110)
