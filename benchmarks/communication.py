@@ -88,7 +88,7 @@ def compiled(name: str, length: int, devices: list[jax.Device]) -> str:
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
         row = described(jax.eval_shape(lambda: Segments.single(1, length)), jax.P(None, "context"))
-        x = described(jnp.zeros((1, length, WIDTH)), jax.P(None, "context"))
+        x = described(jax.ShapeDtypeStruct((1, length, WIDTH), jnp.float32), jax.P(None, "context"))
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
         return step.lower(described(nnx.as_pure(params), jax.P()), x, row).compile().as_text()
 
@@ -192,7 +192,7 @@ def counted(name: str, length: int, devices: int) -> dict:
 
 
 def under_way(name: str, topology: str) -> dict:
-    """What a schedule has between the start of a message and its end: messages by whether loops or else is there."""
+    """Messages by their pass and by what the schedule has between their start and their end."""
     from jax.experimental import topologies
 
     devices = list(topologies.get_topology_desc(topology, platform="tpu").devices)
@@ -200,12 +200,14 @@ def under_way(name: str, topology: str) -> dict:
     body = text[text.index("\nENTRY ") :].splitlines()
     lines = [found.groups() for found in map(INSTRUCTION.match, body) if found]
     starts = {line[0]: at for at, line in enumerate(lines) if line[2] == "collective-permute-start"}
-    total = collections.Counter(loop=0, work=0, nothing=0)
+    total = {f"{way} {what}": 0 for way in ("forward", "backward") for what in ("loop", "fusion", "nothing")}
     for at, (_, _, op, rest) in enumerate(lines):
         if op == "collective-permute-done":
-            between = [line[2] for line in lines[starts[re.match(r"%?([\w.\-]+)", rest)[1]] + 1 : at]]
-            total["loop" if "while" in between else "work" if "fusion" in between else "nothing"] += 1
-    return dict(total)
+            start = starts[re.match(r"%?([\w.\-]+)", rest)[1]]
+            between = {line[2] for line in lines[start + 1 : at]}
+            way = "backward" if "transpose(" in lines[start][3] else "forward"
+            total[f"{way} {'loop' if 'while' in between else 'fusion' if 'fusion' in between else 'nothing'}"] += 1
+    return total
 
 
 def measure(names: list[str], topology: str | None, results: pathlib.Path) -> dict:
@@ -250,20 +252,20 @@ def report(names: list[str], topology: str | None, cells: dict) -> str:
     text += "them gathers an array as long as the sequence.\n"
     if topology:
         rows = [[name, *(str(n) for n in cells[f"{name} {topology}"].values())] for name in OVERLAPPED]
-        columns = ["layer", "a loop over tokens", "other work", "nothing"]
+        columns = ["layer", *cells[f"{OVERLAPPED[0]} {topology}"]]
         text += OVERLAP.format(topology=topology, share=SHARE) + table(columns, rows)
     return text
 
 
 HEAD = f"""# What a device sends in a training step
 
-By `python benchmarks/communication.py --write`, jax {jax.__version__}. Bytes that one device sends, the one that
-sends most, in a step (loss and gradients) and in its forward pass alone, for one row over 4 and 8 devices, each with
-256 or 1,024 of its tokens; layers of width {WIDTH} with default options, float32. Read off the compiled programs,
-messages in loops as often as they are sent; chosen blocks go in rounds, up to eight, as many as the data need, of which
-one is counted each way. A permutation counts its operand, where the device is among the senders; a
-gather P - 1 shards; an all-to-all (P - 1) / P of the array; a sum over devices 2 (P - 1) / P of it. The sums, of the
-gradients of parameters, and of the loss, are told apart and are in no other column.
+By `python benchmarks/communication.py --write`, jax {jax.__version__}. Bytes that one device sends, the one that sends
+most, in a step (loss and gradients) and in its forward pass alone, for one row over 4 and 8 devices, each with 256 or
+1,024 of its tokens; layers of width {WIDTH} with default options, float32. Read off the compiled programs, messages in
+loops as often as they are sent; chosen blocks go in rounds, up to eight, as many as the data need, of which one is
+counted each way. A permutation counts its operand, where the device is among the senders; a gather P - 1 shards; an
+all-to-all (P - 1) / P of the array; a sum over devices 2 (P - 1) / P of it. The sums, of the gradients of parameters and
+of the loss, are in the last column and in no other.
 
 """
 
@@ -271,7 +273,7 @@ OVERLAP = """
 ## On the way
 
 Messages in the schedule of the same step compiled for {topology}, {share} tokens a device, by what the device does
-between a message's start and its end.
+between a message's start and its end: a loop over tokens, else a fused operation, or nothing.
 
 """
 
