@@ -5,9 +5,9 @@ Command, for any kind of positions (by default rope):
     python -m longctx.train --config=experiments/extension.py:alibi --workdir=runs/alibi
 
 Hardware: 2 CPU cores, about eight minutes. `benchmarks/extension.py` makes a table and a plot of what each scheme
-scores (`benchmarks/extension.md`), other schemes put in place of RoPE after training included. From 512 to 8,192 tokens RoPE's
-perplexity goes from 22.2 to 37.5 and ALiBi's from 21.4 to 20.0; of the needles they find 0.93 and 1.00, then 0.20. YaRN
-in place of RoPE, without training: 21.9 to 18.9, 0.97 to 0.95.
+scores (`benchmarks/extension.md`), other schemes put in place of RoPE after training included. From 512 to 8,192
+tokens RoPE's perplexity goes from 22.2 to 37.5 and ALiBi's from 21.4 to 20.0; of the needles they find 0.93 and 1.00,
+then 0.20. YaRN in place of RoPE, without training: 21.9 to 18.9, 0.97 to 0.95.
 """
 
 from ml_collections import ConfigDict
