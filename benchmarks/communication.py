@@ -264,8 +264,8 @@ most, in a step (loss and gradients) and in its forward pass alone, for one row 
 1,024 of its tokens; layers of width {WIDTH} with default options, float32. Read off the compiled programs, messages in
 loops as often as they are sent; chosen blocks go in rounds, up to eight, as many as the data need, of which one is
 counted each way. A permutation counts its operand, where the device is among the senders; a gather P - 1 shards; an
-all-to-all (P - 1) / P of the array; a sum over devices 2 (P - 1) / P of it. The sums, of the gradients of parameters and
-of the loss, are in the last column and in no other.
+all-to-all (P - 1) / P of the array; a sum over devices 2 (P - 1) / P of it. The sums, of the gradients of parameters
+and of the loss, are in the last column and in no other.
 
 """
 
