@@ -1,11 +1,13 @@
 """What every command shares: flags, quiet logs, and errors told in a sentence.
 
 A command ends with code 0, or 2 when what it was given cannot be used (nothing is written then), or 1 when training
-met a loss that is not finite. `python -m longctx.<command> --help` lists its flags.
+met a loss that is not finite, a full disk, or a process that was lost. `python -m longctx.<command> --help` lists its
+flags.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -17,13 +19,15 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from longctx import config
 from longctx.data import TASKS
-from longctx.errors import UsageError
+from longctx.errors import RunError, UsageError
 from longctx.layers import MIXERS, MLPS
+from longctx.parallel import processes
 
 
 def define_config() -> None:
@@ -35,6 +39,21 @@ def define_config() -> None:
 def define_workdir() -> None:
     """Defines `--workdir`."""
     flags.DEFINE_string("workdir", None, "The folder that a run writes and reads everything in.")
+
+
+def define_processes() -> None:
+    """Defines `--coordinator`, `--num_processes` and `--process_id`."""
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0; 'auto' on SLURM, Kubernetes and TPU pods, without the next two."
+    )
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+
+
+def joined() -> contextlib.AbstractContextManager[None]:
+    """This process as one of those that the flags name; see `processes.joined`."""
+    given = flags.FLAGS
+    return processes.joined(given.coordinator, given.num_processes, given.process_id, workdir())
 
 
 def experiment() -> config.Experiment:
@@ -67,10 +86,26 @@ def run(main: Callable[[], int | None]) -> None:
 
 def _guarded(main: Callable[[], int | None]) -> int | None:
     try:
+        code = _ended(main)
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and jax.distributed.is_initialized():  # jax would wait for processes that may be lost
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _ended(main: Callable[[], int | None]) -> int | None:
+    """The exit code of `main`, after telling its error if that can be told in a sentence."""
+    try:
         return main()
     except UsageError as error:
         return _tell(error, 2)
-    except FloatingPointError as error:
+    except (RunError, FloatingPointError) as error:
         return _tell(error, 1)
     except KeyboardInterrupt:
         return _tell("interrupted", 130)

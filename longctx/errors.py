@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend, told in a sentence and without a traceback."""
+"""Errors that are told in a sentence, without a traceback."""
 
 
 class UsageError(ValueError):
@@ -6,4 +6,11 @@ class UsageError(ValueError):
 
     The message names what was given, what was expected and what to do. The commands print it on one line and
     exit with code 2, before anything is written.
+    """
+
+
+class RunError(RuntimeError):
+    """What ended a run from outside: a disk that is full, a process that was lost.
+
+    The message says what is left and how to go on. The commands print it on one line and exit with code 1.
     """

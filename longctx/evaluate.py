@@ -20,7 +20,11 @@ _MESH = flags.DEFINE_list("mesh", None, "Devices as DATA,CONTEXT,MODEL; by defau
 
 
 def main() -> None:
-    run = workdirs.open_run(commands.workdir())
+    with commands.joined():
+        _evaluate(workdirs.open_run(commands.workdir()))
+
+
+def _evaluate(run: workdirs.Run) -> None:
     experiment = run.experiment
     mesh = meshes.make(experiment.mesh if _MESH.value is None else _sizes(_MESH.value))
     model, _ = workdirs.load_model(run, mesh)
@@ -45,4 +49,5 @@ def _sizes(given: list[str]) -> config.Mesh:
 
 if __name__ == "__main__":
     commands.define_workdir()
+    commands.define_processes()
     commands.run(main)

@@ -3,25 +3,28 @@
     python -m longctx.train --config=experiments/quickstart.py --workdir=runs/quickstart
 
 The same command goes on where a run stopped; in a finished run it only evaluates. `--config.training.clip_norm=0.5`
-overrides a field of the file.
+overrides a field of the file. On several machines, each starts the command with `--coordinator=HOST:PORT
+--num_processes=N --process_id=I`, or with `--coordinator=auto`; see docs/many_processes.md.
 """
 
 from __future__ import annotations
 
-import jax
-from absl import flags
+from pathlib import Path
 
-from longctx import commands, data, evals
+import jax
+
+from longctx import commands, config, data, evals
 from longctx.training import loop
 from longctx.training import workdir as workdirs
 
-_MULTIPROCESS = flags.DEFINE_bool("multiprocess", False, "Join the other processes of the cluster first.")
 
-
-def main() -> int | None:
+def main() -> None:
     experiment, workdir = commands.experiment(), commands.workdir()
-    if _MULTIPROCESS.value:
-        jax.distributed.initialize()
+    with commands.joined():
+        _train(experiment, workdir)
+
+
+def _train(experiment: config.Experiment, workdir: Path) -> None:
     mesh = loop.make_mesh(experiment)  # here too, so that what does not fit is refused before the corpus is read
     workdirs.check(workdir, experiment)
     started = (workdir / "config.json").exists()
@@ -38,4 +41,5 @@ def main() -> int | None:
 if __name__ == "__main__":
     commands.define_config()
     commands.define_workdir()
+    commands.define_processes()
     commands.run(main)

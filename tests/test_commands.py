@@ -33,6 +33,7 @@ from longctx import commands, train
 
 commands.define_config()
 commands.define_workdir()
+commands.define_processes()
 ends = []
 for case in json.load(sys.stdin):
     errors = os.open("errors", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)

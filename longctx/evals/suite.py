@@ -47,7 +47,8 @@ def evaluate(
         notes.append("Training has not finished: this is the newest checkpoint.")
     start = time.perf_counter()
     measure = _of_task if isinstance(source, data.Task) else _of_text
-    with tqdm.tqdm(desc="evaluating", unit="token", unit_scale=True, disable=None) as bar:
+    silent = None if jax.process_index() == 0 else True  # None: where stderr is no terminal
+    with tqdm.tqdm(desc="evaluating", unit="token", unit_scale=True, disable=silent) as bar:
         measured = measure(model, experiment, source, bar, notes)
         total = bar.total
 

@@ -4,25 +4,27 @@ Orbax writes a checkpoint aside and renames it when it is whole, so a run that i
 checkpoint before as the newest. What a disk, a copy or a hand may do to it later is found by `SHA256SUMS`, the
 digests of its files (`sha256sum --check SHA256SUMS` reads it too): Orbax alone would load some damage as numbers.
 
-A checkpoint has three parts: `params`; `optimizer`, the rest of the training state; and `data`, where the input
-stands. Evaluation reads the first alone.
+A checkpoint has two parts: `params`, which evaluation reads alone, and `optimizer`, the rest of the training state.
+Where the input stands follows from the step. All processes write their shares into one folder and any number of them
+reads it, each what its devices hold; process 0 chooses which checkpoint is read, digests and tidies.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import grain
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from longctx.errors import UsageError
+from longctx.errors import RunError, UsageError
+from longctx.parallel.processes import from_first
 from longctx.training.step import TrainState
 
 SUMS = "SHA256SUMS"
@@ -43,62 +45,83 @@ class Checkpoints:
         self.directory = _directory(workdir)
         self._keep = keep
         self._background = concurrent.futures.ThreadPoolExecutor(1)
-        self._saving: concurrent.futures.Future | None = None
+        self._saving: tuple[int, concurrent.futures.Future] | None = None
 
-    def save(self, step: int, state: TrainState, data: grain.DatasetIterator) -> None:
-        """Saves in the background, once the state is copied off the devices; one save at a time."""
+    def save(self, step: int, state: TrainState) -> None:
+        """Saves in the background, once the state is copied off the devices; one save at a time.
+
+        Raises:
+          RunError: this save, or the one before, cannot be written.
+        """
         self.wait()
-        self._prepare()
         path = self.directory / str(step)
-        parts = {"params": state.params, "optimizer": _rest(state), "data": data}
-        response = ocp.save_checkpointables_async(path, parts, overwrite=True)
-        self._saving = self._background.submit(self._finish, path, response)
+        parts = {"params": state.params, "optimizer": _rest(state)}
+        with self._told(step):
+            self._prepare()
+            response = ocp.save_checkpointables_async(path, parts, overwrite=True)
+        self._saving = step, self._background.submit(self._finish, path, response)
 
     def wait(self) -> None:
-        """Returns when what `save` began is on disk; raises what hindered it."""
+        """Returns when what `save` began is on disk.
+
+        Raises:
+          RunError: it cannot be written.
+        """
         if self._saving is not None:
-            self._saving.result()
-            self._saving = None
+            (step, saving), self._saving = self._saving, None
+            with self._told(step):
+                saving.result()
+
+    def newest(self) -> str:
+        """Which checkpoint is the newest, in words."""
+        saved = self.steps()
+        return f"{self.directory / str(saved[-1])} is the last good checkpoint" if saved else "nothing is saved"
+
+    @contextlib.contextmanager
+    def _told(self, step: int) -> Iterator[None]:
+        """Tells in a sentence what hindered a save; Orbax raises many kinds."""
+        try:
+            yield
+        except Exception as error:
+            what = str(error).splitlines() or [type(error).__name__]
+            raise RunError(
+                f"the checkpoint of step {step} cannot be written to {self.directory} ({what[0][:300]}); training "
+                f"stops and {self.newest()}. Make room, then give the same command: it goes on from there."
+            ) from error
 
     def steps(self) -> list[int]:
         """Of the checkpoints on disk, oldest first."""
         return _steps(self.directory)
 
-    def restore(
-        self, abstract: TrainState, data_at: Callable[[int], grain.DatasetIterator | None]
-    ) -> tuple[int, TrainState, grain.DatasetIterator | None] | None:
+    def restore(self, abstract: TrainState) -> tuple[int, TrainState] | None:
         """The newest usable checkpoint, or None where there is no checkpoint.
 
         Damaged ones newer than it are named in a warning and moved to `checkpoints/damaged-<step>`.
 
         Args:
           abstract: shapes, dtypes and shardings of the state.
-          data_at: from a step to a new iterator for the step after it, whose place is then restored; or to None
-            where the step after it begins on a new iterator anyway.
 
         Returns:
-          Steps done, the state, and the iterator.
+          Steps done, and the state.
 
         Raises:
           UsageError: there are checkpoints and all are damaged, or one is of another model.
         """
 
-        def load(step: int, path: Path):
-            data = data_at(step)
-            parts = {"params": abstract.params, "optimizer": _rest(abstract)}
-            found = ocp.load_checkpointables(path, parts if data is None else parts | {"data": data})
-            return TrainState(params=found["params"], **found["optimizer"]), data
+        def load(path: Path):
+            found = ocp.load_checkpointables(path, {"params": abstract.params, "optimizer": _rest(abstract)})
+            return TrainState(params=found["params"], **found["optimizer"])
 
         found = _newest(self.directory, load)
         if found is None:
             return None
-        step, (state, data), damaged = found
+        step, state, damaged = found
         if jax.process_index() == 0:
             for path in damaged:
                 aside = path.with_name(f"damaged-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-        return step, state, data
+        return step, state
 
     def _prepare(self) -> None:
         """Makes the directory, free of what a killed run left half-written."""
@@ -130,7 +153,7 @@ def load_params(workdir: Path, abstract: Any) -> tuple[Any, int]:
       UsageError: there is no usable checkpoint, or it is of another model.
     """
     directory = _directory(workdir)
-    found = _newest(directory, lambda _, path: ocp.load_checkpointables(path, {"params": abstract})["params"])
+    found = _newest(directory, lambda path: ocp.load_checkpointables(path, {"params": abstract})["params"])
     if found is None:
         raise UsageError(f"{directory} holds no checkpoint; train first, or name another --workdir.")
     step, params, _ = found
@@ -150,15 +173,21 @@ def _steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
 
 
-def _newest(directory: Path, load: Callable[[int, Path], _T]) -> tuple[int, _T, list[Path]] | None:
-    """The newest checkpoint that `load` can load: its step, what was loaded, and the damaged ones newer than it."""
+def _newest(directory: Path, load: Callable[[Path], _T]) -> tuple[int, _T, list[Path]] | None:
+    """The newest checkpoint that `load` can load: its step, what was loaded, and the damaged ones newer than it.
+
+    What process 0 finds on the disk holds for all.
+    """
     damaged = {}
-    for step in reversed(_steps(directory)):
+    first = jax.process_index() == 0
+    steps = _steps(directory) if first else []
+    for i in range(from_first(len(steps))):
+        step = from_first(steps[-1 - i] if first else 0)
         path = directory / str(step)
-        problem = _damage(path)
-        if problem is None:
+        problem = _damage(path) if first else "process 0 found it damaged"
+        if from_first(problem is None):
             try:
-                loaded = load(step, path)
+                loaded = load(path)
             except Exception as error:  # Orbax raises many kinds
                 problem = f"it cannot be loaded ({str(error).splitlines()[0][:200]})"
                 if (path / SUMS).exists():
@@ -167,7 +196,7 @@ def _newest(directory: Path, load: Callable[[int, Path], _T]) -> tuple[int, _T, 
                         "version. Use the WORKDIR's own config.json and tokenizer.json, or start in a new --workdir."
                     ) from error
             else:
-                for bad, what in damaged.items():
+                for bad, what in damaged.items() if first else ():
                     _log.warning("the checkpoint %s is damaged: %s. Step %d is used instead.", bad, what, step)
                 return step, loaded, list(damaged)
         damaged[path] = problem

@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from grain.experimental import set_next_index
 
 from longctx import config, data
 from longctx.errors import UsageError
 from longctx.parallel import mesh as meshes
+from longctx.parallel.processes import Votes
 from longctx.training import workdir as workdirs
 from longctx.training.checkpoints import Checkpoints
 from longctx.training.metrics import Metrics, Row, summarise
@@ -70,20 +72,15 @@ def train(experiment: config.Experiment, workdir: Path, source: data.Source) -> 
         iterators = [_batches(experiment, source, program, index) for index in range(len(training.stages))]
         changes = workdirs.start(workdir, experiment, source)
         checkpoints = Checkpoints(workdir, experiment.checkpoints.keep)
-
-        def data_at(step: int):
-            stage, offset = _locate(training, step)
-            return _batches(experiment, source, program, stage) if offset else None
-
-        restored = checkpoints.restore(program.abstract, data_at)
-        step, state, iterator = (0, program.init(), None) if restored is None else restored
-        if iterator is not None:
-            iterators[_locate(training, step)[0]] = iterator
+        restored = checkpoints.restore(program.abstract)
+        step, state = (0, program.init()) if restored is None else restored
+        stage, done = _locate(training, step)
+        set_next_index(iterators[stage], done)
         with Metrics(workdir, training, step, jax.process_index() == 0) as metrics, _stop_signals() as stop:
             if step:
                 metrics.say("; ".join([f"going on from step {step}", *changes]))
             run = _Run(experiment, program, checkpoints, metrics)
-            step = run.steps(step, state, iterators, stop)
+            step = run.steps(step, state, iterators, Votes(stop, mesh))
         summary = summarise(workdir, training)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract.params))
     return summary | {"finished": step == training.steps, "parameters": parameters, "devices": mesh.size}
@@ -107,8 +104,8 @@ class _Run:
         self._checkpoints, self._metrics = checkpoints, metrics
         self._clock = 0.0
 
-    def steps(self, step, state, iterators, stop) -> int:
-        """Trains from `step` to the end, or until `stop` is set; returns the steps done."""
+    def steps(self, step, state, iterators, votes) -> int:
+        """Trains from `step` to the end, or until `votes` are for a stop; returns the steps done."""
         end, pending, compiled = self._training.steps, None, {}
         try:
             while step < end:
@@ -123,10 +120,10 @@ class _Run:
                 step += 1
                 self._read(pending)
                 pending = _Pending(step, index, batch, metrics)
-                stopping = bool(stop)
+                stopping = bool(votes)
                 if step % self._every == 0 or step == end or stopping:
                     pending = self._read(pending)  # a state is saved only once it is known to be finite
-                    self._checkpoints.save(step, state, iterator)
+                    self._checkpoints.save(step, state)
                     self._clock = time.perf_counter()
                 if stopping:
                     self._metrics.say(f"asked to stop: step {step} is saved, the same command goes on from there")
@@ -161,11 +158,9 @@ class _Run:
 
     def _not_finite(self, name: str, value: float, pending: _Pending) -> str:
         self._checkpoints.wait()
-        saved = [str(step) for step in self._checkpoints.steps()]
-        good = f"{self._checkpoints.directory / saved[-1]} is the last good checkpoint" if saved else "nothing is saved"
         return (
             f"the {name.replace('_', ' ')} is {value} at step {pending.step}, on {pending.batch}; training stops and "
-            f"{good}. Lower training.learning_rate or training.clip_norm, or look at these rows."
+            f"{self._checkpoints.newest()}. Lower training.learning_rate or training.clip_norm, or look at these rows."
         )
 
 

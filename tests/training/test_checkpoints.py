@@ -3,7 +3,6 @@
 import logging
 import shutil
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,13 +18,6 @@ def new_state(seed):
     return TrainState(jnp.uint32(seed), {"matrix": values, "layers": {0: values[0]}}, (values[1], jnp.int32(seed)))
 
 
-def new_data(step=0):
-    iterator = iter(grain.MapDataset.range(100).shuffle(seed=1).to_iter_dataset())
-    for _ in range(step):
-        next(iterator)
-    return iterator
-
-
 def abstract(state):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
@@ -35,44 +27,40 @@ def same(found, expected):
 
 
 def restore(checkpoints):
-    return checkpoints.restore(abstract(new_state(0)), lambda step: new_data())
+    return checkpoints.restore(abstract(new_state(0)))
 
 
 @pytest.fixture
 def saved(tmp_path):
-    """A workdir with checkpoints after 3 and 6 steps; the iterator of each stands there."""
+    """A workdir with checkpoints after 3 and 6 steps."""
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (3, 6):
-        checkpoints.save(step, new_state(step), new_data(step))
+        checkpoints.save(step, new_state(step))
     checkpoints.wait()
     return tmp_path
 
 
-def test_gives_back_the_same_bits_and_the_next_row(saved):
-    step, state, iterator = restore(Checkpoints(saved, keep=2))
+def test_gives_back_the_same_bits(saved):
+    step, state = restore(Checkpoints(saved, keep=2))
     assert step == 6
     same(state, new_state(6))
-    assert next(iterator) == next(new_data(6))
 
 
 def test_what_happens_after_save_is_not_in_it(tmp_path):
-    """The state is consumed by the next step, and the iterator moves on, while the save is in the background."""
-    checkpoints, state, iterator = Checkpoints(tmp_path, keep=2), new_state(1), new_data(1)
-    checkpoints.save(1, state, iterator)
+    """The state is consumed by the next step while the save is in the background."""
+    checkpoints, state = Checkpoints(tmp_path, keep=2), new_state(1)
+    checkpoints.save(1, state)
     consume = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 + 7, state), donate_argnums=0)
     for _ in range(3):
         state = consume(state)
-        next(iterator)
     checkpoints.wait()
-    _, found, place = restore(checkpoints)
-    same(found, new_state(1))
-    assert next(place) == next(new_data(1))
+    same(restore(checkpoints)[1], new_state(1))
 
 
 def test_the_newest_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 10, 11):
-        checkpoints.save(step, new_state(step), new_data())
+        checkpoints.save(step, new_state(step))
     checkpoints.wait()
     assert checkpoints.steps() == [10, 11]
 
@@ -102,10 +90,6 @@ def delete(folder):
     largest(folder).unlink()
 
 
-def empty_place(folder):
-    next((folder / "data").glob("process*")).write_text("")
-
-
 def unfinished_copy(folder):
     """Without its sums, and without most of its files."""
     for file in folder.rglob("*"):
@@ -113,21 +97,20 @@ def unfinished_copy(folder):
             file.unlink()
 
 
-@pytest.mark.parametrize("harm", [truncate, flip, delete, empty_place, unfinished_copy])
+@pytest.mark.parametrize("harm", [truncate, flip, delete, unfinished_copy])
 def test_a_damaged_newest_is_passed_over(saved, caplog, harm):
     """`flip` needs the check of SHA256SUMS: Orbax alone loads such a file as other numbers, without a word."""
     harm(saved / "checkpoints" / "6")
     checkpoints = Checkpoints(saved, keep=2)
     with caplog.at_level(logging.WARNING, logger="longctx"):
-        step, state, iterator = restore(checkpoints)
+        step, state = restore(checkpoints)
     assert step == 3
     same(state, new_state(3))
-    assert next(iterator) == next(new_data(3))
     told = [record.getMessage() for record in caplog.records if record.name.startswith("longctx")]
     assert len(told) == 1
     assert str(saved / "checkpoints" / "6") in told[0]
     assert (saved / "checkpoints" / "damaged-6").is_dir()
-    checkpoints.save(6, new_state(8), new_data(8))  # the step is reached again, and saved again
+    checkpoints.save(6, new_state(8))  # the step is reached again, and saved again
     checkpoints.wait()
     assert checkpoints.steps() == [3, 6]
     same(restore(checkpoints)[1], new_state(8))
@@ -139,7 +122,7 @@ def test_one_that_was_never_finished_is_not_seen_and_is_cleared(saved):
     shutil.copytree(folder / "6", folder / "9.orbax-checkpoint-tmp")
     checkpoints = Checkpoints(saved, keep=2)
     assert restore(checkpoints)[0] == 6
-    checkpoints.save(9, new_state(9), new_data())
+    checkpoints.save(9, new_state(9))
     checkpoints.wait()
     assert sorted(path.name for path in folder.iterdir()) == ["6", "9"]
 
