@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 # Schemes that learn on short rows; what replaces RoPE afterwards is a field of `positions` as well.
 KINDS = ("rope", "nope", "alibi", "t5", "cope", "xpos", "random", "giraffe_power", "giraffe_truncated")
+OPTIONS = {"random": {"trained": 512, "span": 16_384}}  # where the defaults are for longer rows than these
 
 
 def get_config(arg: str = "rope") -> ConfigDict:
@@ -47,7 +48,7 @@ def get_config(arg: str = "rope") -> ConfigDict:
             "heads": 2,
             "kv_heads": 2,
             "head_width": 64,
-            "positions": {"kind": kind},
+            "positions": {"kind": kind, **OPTIONS.get(kind, {})},
             "conv_width": 4,  # makes facts quick to learn; it tells only the order of neighbours
         },
         "mlp": {"kind": "relu2", "hidden": 256},
