@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import os
 import re
 import runpy
@@ -107,6 +108,10 @@ def _ended(main: Callable[[], int | None]) -> int | None:
         return _tell(error, 2)
     except (RunError, FloatingPointError) as error:
         return _tell(error, 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        return _tell(f"{error.filename or 'a file'} cannot be written: {error.strerror}. Make room and go on.", 1)
     except KeyboardInterrupt:
         return _tell("interrupted", 130)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does

@@ -76,8 +76,8 @@ def name(folder: Path, others: list[int]) -> bool:
     found = lost(folder, others)
     for index, who, how in [one for one in found if one[2] != FOLLOWED] or found:
         print(
-            f"error: process {index} ({who}) was lost: {how or 'it was killed, or its machine is gone'}. What was saved "
-            "is whole: give all the same commands again, and they go on from there.",
+            f"error: process {index} ({who}) was lost: {how or 'it was killed, or its machine is gone'}. What was "
+            "saved is whole: give all the same commands again, and they go on from there.",
             file=sys.stderr,
             flush=True,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -79,11 +80,13 @@ class Metrics:
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, *_) -> None:
-        self._bar.close()
-        if self._chief:
-            self._file.close()
-            self._writer.close()
+    def __exit__(self, kind: type | None, *_) -> None:
+        # A full disk hinders these as well; what it hindered first is the error to tell.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            self._bar.close()
+            if self._chief:
+                self._file.close()
+                self._writer.close()
 
 
 def read(workdir: Path) -> list[Row]:

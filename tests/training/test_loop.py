@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 import longctx
 from longctx import config
 from longctx.data.synthetic import SelectiveCopying
-from longctx.errors import UsageError
+from longctx.errors import RunError, UsageError
 from longctx.training import loop, metrics
 from longctx.training import workdir as workdirs
 from longctx.training.step import Program
@@ -153,6 +155,31 @@ def test_the_newest_checkpoint_is_harmed(straight, tmp_path, parse, corpus, at_s
     file.write_bytes(file.read_bytes()[:-1])
     loop.train(parse(), tmp_path, corpus)
     assert "Step 6 is used instead" in caplog.text
+    assert losses(tmp_path) == losses(straight[0])
+
+
+def test_the_disk_is_full(straight, tmp_path, parse, corpus, at_step):
+    """From step 5 on no large file can be written: told in a sentence, step 4 is whole, and with room it goes on.
+
+    A limit on the size of files stands for the full disk: it needs no rights. Seen to fail when `save` writes in place.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():
+        end = time.monotonic() + 60
+        while not (tmp_path / "checkpoints" / "4" / "SHA256SUMS").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, limits[1]))
+
+    at_step(5, fill)
+    try:
+        with pytest.raises(RunError, match="the checkpoint of step 6 cannot be written") as error:
+            loop.train(parse(), tmp_path, corpus)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{tmp_path / 'checkpoints' / '4'} is the last good checkpoint" in str(error.value)
+    assert steps(tmp_path) == [2, 4]
+    assert loop.train(parse(), tmp_path, corpus)["finished"]
     assert losses(tmp_path) == losses(straight[0])
 
 

@@ -1,0 +1,122 @@
+"""What happens to one process is told by the others, and nothing that was saved is lost."""
+
+import re
+import signal
+import time
+
+import pytest
+from two import losses
+
+from longctx.training import metrics
+from longctx.training.checkpoints import SUMS
+
+TRAIN = ["-m", "longctx.train"]
+SHORT = "--config.training.stages=((3,4,32),(6,2,64))"
+
+
+def whole(workdir):
+    """Steps of the checkpoints, all of which must be finished."""
+    folder = workdir / "checkpoints"
+    found = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+    assert all((folder / str(step) / SUMS).exists() for step in found)
+    return found
+
+
+def wait_for_checkpoint(processes, workdir, step):
+    processes.wait_for(step, workdir)
+    end = time.monotonic() + 60
+    while not (workdir / "checkpoints" / str(step) / SUMS).exists():
+        assert time.monotonic() < end, "no checkpoint was written"
+        time.sleep(0.05)
+
+
+def test_only_process_0_says_anything(start, tmp_path):
+    """A run to its report: bars and table once, and nothing left of WORKDIR/processes."""
+    first, second = start(TRAIN, "--config=small.py", f"--workdir={tmp_path / 'run'}", SHORT).ended()
+    assert (first[0], second[0]) == (0, 0), (first[2], second[2])
+    assert "the report is" in first[1]
+    assert "compiled in" in first[2]
+    assert second[1:] == ("", "")
+    assert (tmp_path / "run" / "report" / "report.html").exists()
+    assert not (tmp_path / "run" / "processes").exists()
+    assert len(losses(tmp_path / "run")) == 9
+
+
+def test_asked_to_stop_and_going_on(start, tmp_path):
+    """SIGTERM to both, at different moments: both save the same step and exit with 0; the same command goes on."""
+    workdir = tmp_path / "run"
+    processes = start(TRAIN, "--config=small.py", f"--workdir={workdir}")
+    processes.wait_for(6, workdir)
+    processes.signal(signal.SIGTERM, 1)
+    time.sleep(0.05)
+    processes.signal(signal.SIGTERM, 0)
+    for code, _, errors in processes.ended():
+        assert code == 0, errors
+    done = len(losses(workdir))
+    assert 6 <= done < 203
+    assert whole(workdir)[-1] == done
+    before = losses(workdir)
+    processes = start(TRAIN, "--config=small.py", f"--workdir={workdir}")
+    processes.wait_for(done + 2, workdir)
+    processes.signal(signal.SIGTERM, 0)  # one alone is enough
+    for code, _, errors in processes.ended():
+        assert code == 0, errors
+    assert losses(workdir)[:done] == before
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_is_killed(start, tmp_path, victim):
+    """The other ends within a minute and names it; what is saved is whole, and the run goes on bit for bit."""
+    workdir, other = tmp_path / "run", 1 - victim
+    processes = start(TRAIN, "--config=small.py", f"--workdir={workdir}")
+    wait_for_checkpoint(processes, workdir, 5)
+    processes.signal(signal.SIGKILL, victim)
+    killed = time.monotonic()
+    ends = processes.ended()
+    assert time.monotonic() - killed < 60
+    assert ends[other][0] != 0
+    assert re.search(rf"error: process {victim} \(pid \d+ on \S+\) was lost: it was killed", ends[other][2])
+    assert 5 in whole(workdir) or len(whole(workdir)) == 2
+    saved, before = whole(workdir)[-1], {row["step"]: row["loss"] for row in metrics.read(workdir)}
+    processes = start(TRAIN, "--config=small.py", f"--workdir={workdir}")
+    processes.wait_for(max(before) + 1, workdir)
+    processes.signal(signal.SIGTERM)
+    for code, _, errors in processes.ended():
+        assert code == 0, errors
+    again = losses(workdir)
+    assert saved < len(again)
+    assert again[: max(before)] == [before[step] for step in range(1, max(before) + 1)]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_disk_is_full(start, tmp_path, victim):
+    """One process can write no large file: both end, the sentence says so, and no checkpoint is half there.
+
+    A limit on the size of files stands for the full disk: it needs no rights.
+    """
+    workdir = tmp_path / "run"
+
+    def prepare(index):
+        return "ulimit -f 32" if index == victim else ":"  # blocks of 512 bytes
+
+    arguments = ["--config=small.py", f"--workdir={workdir}", "--config.model.width=64", "--config.checkpoints.every=3"]
+    ends = start(TRAIN, *arguments, prepare=prepare).ended()
+    assert all(code not in (0, None) for code, _, _ in ends), ends
+    assert re.search(r"error: the checkpoint of step 3 cannot be written", ends[victim][2]), ends[victim][2]
+    assert "nothing is saved" in ends[victim][2]
+    assert re.search(rf"error: process {victim} \(.*\) was lost: the checkpoint of step 3", ends[1 - victim][2])
+    assert whole(workdir) == []
+
+
+def test_the_folder_is_not_shared(start, tmp_path, folder):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    processes = start(
+        TRAIN,
+        f"--config={folder / 'small.py'}",
+        "--workdir=run",
+        prepare=lambda index: f"cd {tmp_path / str(index)}",
+    )
+    for code, _, errors in processes.ended():
+        assert code == 2, errors
+        assert "is not a folder that they share" in errors
