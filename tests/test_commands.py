@@ -109,6 +109,16 @@ CASES = {
         ["--config=task.py", WORKDIR, "--config.training.stages=((1,4,2),)"],
         "rows of 2 tokens, too few for the task 'induction_heads'",
     ),
+    "processes without a coordinator": ([FILE, WORKDIR, "--num_processes=2"], "but not where process 0 is"),
+    "a coordinator without a port": (
+        [FILE, WORKDIR, "--coordinator=localhost", "--num_processes=2", "--process_id=0"],
+        "--coordinator=localhost --num_processes=2 --process_id=0 name no process",
+    ),
+    "a process past the last": (
+        [FILE, WORKDIR, "--coordinator=localhost:1", "--num_processes=2", "--process_id=2"],
+        "--process_id=2 name no process",
+    ),
+    "no cluster": ([FILE, WORKDIR, "--coordinator=auto"], "--coordinator=auto found no cluster"),
     "no documents": (
         [FILE, WORKDIR, "--config.mesh.data=1", "--config.data.path=none"],
         "data.path is 'none', which does not exist",

@@ -47,9 +47,8 @@ def alone(experiment, source, tmp_path_factory):
 def test_two_processes(alone, start, tmp_path, folder):
     """Every shard of the sequence on another device, two halves of it in two processes.
 
-    Tolerances: losses 1e-4 of one device's, and of the gradients 1e-4 of each parameter's largest. Seen to fail with
-    `process` always 0 in `loop._batches` on a mesh whose data axis crosses processes, and with a halo sent one device
-    too far.
+    Tolerances: losses 1e-4 of one device's, and of the gradients 1e-4 of each parameter's largest. Seen to fail with a
+    halo fetched from one device too far.
     """
     arguments = ["--config=hybrid.py", f"--workdir={tmp_path / 'run'}", f"--gradients={tmp_path / 'gradients.npz'}"]
     arguments += ["--config.mesh.context=8", f"--config.data.path={folder / 'documents'}"]
@@ -86,7 +85,7 @@ def stopped(alone, experiment, source, tmp_path_factory):
 
 @pytest.mark.parametrize("sizes", [(1, 2, 1), (1, 1, 1)])
 def test_goes_on_with_fewer_devices(alone, stopped, experiment, source, tmp_path, sizes):
-    """Tolerance 1e-4: the order of sums differs."""
+    """Tolerance 1e-4: the order of sums differs. Seen to fail when the input begins anew."""
     shutil.copytree(stopped, tmp_path / "run")
     on = dataclasses.replace(experiment, mesh=config.Mesh(*sizes))
     assert loop.train(on, tmp_path / "run", source)["finished"]
@@ -94,7 +93,10 @@ def test_goes_on_with_fewer_devices(alone, stopped, experiment, source, tmp_path
 
 
 def test_goes_on_with_more_processes(alone, stopped, start, tmp_path, folder):
-    """Two processes share the batch and split each row; each reads its own rows from the place where one stopped."""
+    """Two processes share the batch and split each row; each reads its own rows from the place where one stopped.
+
+    Seen to fail when both read the rows of process 0.
+    """
     shutil.copytree(stopped, tmp_path / "run")
     arguments = ["--config=hybrid.py", f"--workdir={tmp_path / 'run'}", f"--gradients={tmp_path / 'gradients.npz'}"]
     arguments += ["--config.mesh.data=2", "--config.mesh.context=4", f"--config.data.path={folder / 'documents'}"]
