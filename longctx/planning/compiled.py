@@ -9,7 +9,6 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from longctx import config
@@ -113,7 +112,7 @@ def compile_step(program: Program, stage: config.Stage) -> Compiled:
     sizes = {
         "parameters": on_each_device(program.abstract.params),
         "optimizer": on_each_device(program.abstract.optimizer),
-        "batch": on_each_device(batch(program, stage)),
+        "batch": on_each_device(program.batch(stage)),
     }
     try:
         with jax.set_mesh(program.mesh):
@@ -143,15 +142,6 @@ def too_large(error: Exception, arguments: int) -> dict[str, int]:
     return {"temporaries": temporaries, "total": arguments + temporaries}
 
 
-def batch(program: Program, stage: config.Stage) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch, as `Program.compile` takes it."""
-    shape = (stage.batch, stage.length)
-    dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
-    dtypes |= {"answers": np.bool_, "segment_ids": np.int32, "positions": np.int32}
-    sharding = program.batch_sharding(shape)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
-
-
 def on_each_device(tree: Any) -> int:
     """Bytes that a device holds of arrays with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -177,7 +167,5 @@ def operations(program: Program, stage: config.Stage) -> tuple[work.Work, work.W
 
 def traced(program: Program, stage: config.Stage) -> tuple[work.Work, work.Work]:
     """What `work.count` finds in a step, under the ambient mesh."""
-    state, rows = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (program.abstract, batch(program, stage))
-    )
-    return work.count(jax.jit(program.step).trace(state, rows).jaxpr.jaxpr)
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (program.abstract, program.batch(stage)))
+    return work.count(jax.jit(program.step).trace(*given).jaxpr.jaxpr)
