@@ -13,12 +13,12 @@ from jax.sharding import AbstractMesh, AxisType
 
 from longctx import config
 from longctx.data import Task, Tokenizer
-from longctx.errors import UsageError
 from longctx.evals import programs
 from longctx.parallel import mesh as meshes
 from longctx.planning import work
 from longctx.planning.report import Report
 from longctx.planning.topology import Topology
+from longctx.training import loop
 from longctx.training.step import Program
 
 _SIZE = r"([\d.]+)([BKMGT]?)"
@@ -50,10 +50,10 @@ def plan(experiment: config.Experiment, topology: Topology, name: str) -> Report
       name: of the experiment, for the report.
 
     Raises:
-      UsageError: the mesh does not fit the pod, or the stage does not fit the mesh.
+      UsageError: the mesh does not fit the pod, or a stage does not fit the mesh.
     """
     stage = max(experiment.training.stages, key=lambda stage: stage.length)
-    mesh = make_mesh(experiment, stage, topology)
+    mesh = loop.make_mesh(experiment, topology.devices)
     program = Program.make(experiment, vocabulary(experiment.data), mesh)
     begin = time.perf_counter()
     compiled = compile_step(program, stage)
@@ -75,29 +75,6 @@ def plan(experiment: config.Experiment, topology: Topology, name: str) -> Report
         passes=done.passes,
         compile_seconds=seconds,
     )
-
-
-def make_mesh(experiment: config.Experiment, stage: config.Stage, topology: Topology) -> jax.sharding.Mesh:
-    """The experiment's mesh over the pod.
-
-    Raises:
-      UsageError: it does not fit the pod, or the stage does not fit it.
-    """
-    try:
-        mesh = meshes.make(experiment.mesh, topology.devices)
-    except NotImplementedError as error:  # the torus has no such rings
-        raise UsageError(
-            f"{experiment.mesh} cannot be laid over the torus of {topology.name}; give axes whose sizes are products "
-            "of its sides."
-        ) from error
-    rows = stage.batch // experiment.training.accumulate
-    if rows % mesh.shape["data"] or stage.length % mesh.shape["context"]:
-        raise UsageError(
-            f"micro-batches of {rows} rows of {stage.length} tokens cannot be shared equally over mesh.data="
-            f"{mesh.shape['data']} and mesh.context={mesh.shape['context']} devices of {topology.name}; change "
-            "training.stages, training.accumulate or mesh."
-        )
-    return mesh
 
 
 def vocabulary(data: config.Data | Task) -> int:
