@@ -51,12 +51,12 @@ SCHEMES = {
     "handed_on": "pipeline",
     "last": "halo",
     "_in_turn": "in turn",
-    "_by_heads": "heads",
     "_by_residue": "residues",
     "_keys_seen": "gather",
     "_from_all_before": "gather",
 }
 FILES = {"ring.py": "ring", "cope.py": "ring", "lsh.py": "ring", "path.py": "ring", "chosen.py": "chosen blocks"}
+FILES |= {"ulysses.py": "heads", "gather.py": "gather"}
 
 
 def compiled(name: str, length: int, devices: list[jax.Device]) -> str:
