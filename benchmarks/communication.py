@@ -14,14 +14,14 @@ schedules tell what a device does while a message is on its way; a name is a TPU
 from __future__ import annotations
 
 import argparse
-import collections
 import json
-import math
 import os
 import pathlib
 import re
 import time
+from collections.abc import Sequence
 from importlib import metadata
+from typing import NamedTuple
 
 if __name__ == "__main__":  # before jax starts; the back end's optimisations take time and move no byte
     FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -36,6 +36,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx import config
+from longctx.evals import programs
 from longctx.layers import MIXERS, MLPS
 from longctx.parallel import mesh
 from longctx.typing import Segments
@@ -50,26 +51,12 @@ SCHEMES = {
     "handed_on": "pipeline",
     "last": "halo",
     "_in_turn": "in turn",
-    "_by_heads": "heads",
     "_by_residue": "residues",
     "_keys_seen": "gather",
     "_from_all_before": "gather",
 }
 FILES = {"ring.py": "ring", "cope.py": "ring", "lsh.py": "ring", "path.py": "ring", "chosen.py": "chosen blocks"}
-
-COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
-CALLED = re.compile(r"(?:calls|to_apply|body|(?:true|false)_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
-TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
-ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\]")
-# Bytes that a device sends for each byte of the result, on P devices.
-VOLUME = {
-    "collective-permute": lambda p: 1,
-    "all-gather": lambda p: (p - 1) / p,
-    "all-to-all": lambda p: (p - 1) / p,
-    "reduce-scatter": lambda p: p - 1,
-    "all-reduce": lambda p: 2 * (p - 1) / p,
-}
+FILES |= {"ulysses.py": "heads", "gather.py": "gather"}
 
 
 def compiled(name: str, length: int, devices: list[jax.Device]) -> str:
@@ -93,53 +80,33 @@ def compiled(name: str, length: int, devices: list[jax.Device]) -> str:
         return step.lower(described(nnx.as_pure(params), jax.P()), x, row).compile().as_text()
 
 
-class Message(collections.namedtuple("Message", "kind scheme way bytes senders")):
+class Message(NamedTuple):
     """A collective: its kind, for what and in which pass it is, and what each of its senders sends."""
+
+    kind: str
+    scheme: str
+    way: str
+    bytes: int
+    senders: Sequence[int]
 
 
 def messages(text: str, devices: int) -> list[Message]:
-    """Every message of a program, those in loops as often as they are sent; of branches all count.
+    """Every message of a program, those in loops as often as they are sent, of branches those that send most.
 
     Where how often a loop runs depends on the data, one round of it counts, and the schemes of its messages say so.
     """
-    computations, entry = {}, None
-    for line in text.splitlines():
-        if head := COMPUTATION.match(line):
-            lines = computations.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
-        elif found := INSTRUCTION.match(line):
-            lines.append(found.groups())
     functions = _functions(text)
 
-    def of(name: str) -> list[Message]:
-        found = []
-        for _, result, op, rest in computations[name]:
-            kind = op.removesuffix("-start")
-            if kind in VOLUME:
-                found.append(message(kind, result, op, rest))
-                continue
-            called = [n.strip(" %") for one, more in CALLED.findall(rest) for n in (one or more).split(",")]
-            inner = [sent for computation in called for sent in of(computation)]
-            if op == "while" and (trips := TRIPS.search(rest)):
-                inner *= int(trips[1])
-            elif op == "while":
-                inner = [sent._replace(scheme=f"{sent.scheme} (a round)") for sent in inner]
-            found += inner
-        return found
-
-    def message(kind, result, op, rest) -> Message:
-        arrays = ARRAY.findall(result)
-        # Of a message that is under way: what is sent, what is received, and signals.
-        arrays = arrays[1:2] if op == "collective-permute-start" else arrays
-        size = sum(int(bits or 8) * math.prod(int(n) for n in shape.split(",") if n) // 8 for _, bits, shape in arrays)
+    def message(run: programs.Run) -> Message:
+        kind, rest = run.instruction.op.removesuffix("-start"), run.instruction.rest
         pairs = re.search(r"source_target_pairs=\{(.*?\})\}", rest)
         senders = [int(n) for n in re.findall(r"\{(\d+),", pairs[1])] if pairs else range(devices)
         frame = re.search(r"stack_frame_id=(\d+)", rest)
         scheme = "sums" if kind in ("all-reduce", "reduce-scatter") else _scheme(functions(frame and int(frame[1])))
         way = "backward" if "transpose(" in rest else "forward"
-        return Message(kind, scheme, way, round(size * VOLUME[kind](devices)), tuple(senders))
+        return Message(kind, f"{scheme} (a round)" if run.open else scheme, way, round(run.amount), senders)
 
-    return of(entry)
+    return [message(run) for run in programs.messages(text, devices) for _ in range(run.times)]
 
 
 def _functions(text: str):
@@ -197,15 +164,15 @@ def under_way(name: str, topology: str) -> dict:
 
     devices = list(topologies.get_topology_desc(topology, platform="tpu").devices)
     text = compiled(name, SHARE * len(devices), devices)
-    body = text[text.index("\nENTRY ") :].splitlines()
-    lines = [found.groups() for found in map(INSTRUCTION.match, body) if found]
-    starts = {line[0]: at for at, line in enumerate(lines) if line[2] == "collective-permute-start"}
+    computations, entry = programs.parse(text)
+    lines = list(computations[entry].values())
+    starts = {line.name: at for at, line in enumerate(lines) if line.op == "collective-permute-start"}
     total = {f"{way} {what}": 0 for way in ("forward", "backward") for what in ("loop", "fusion", "nothing")}
-    for at, (_, _, op, rest) in enumerate(lines):
-        if op == "collective-permute-done":
-            start = starts[re.match(r"%?([\w.\-]+)", rest)[1]]
-            between = {line[2] for line in lines[start + 1 : at]}
-            way = "backward" if "transpose(" in lines[start][3] else "forward"
+    for at, line in enumerate(lines):
+        if line.op == "collective-permute-done":
+            start = starts[re.match(r"%?([\w.\-]+)", line.rest)[1]]
+            between = {line.op for line in lines[start + 1 : at]}
+            way = "backward" if "transpose(" in lines[start].rest else "forward"
             total[f"{way} {'loop' if 'while' in between else 'fusion' if 'fusion' in between else 'nothing'}"] += 1
     return total
 

@@ -6,6 +6,8 @@ program says where that was known while tracing. Programs compiled for a CPU and
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -22,16 +24,41 @@ _COLLECTIVE = re.compile(
 )
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
+    """A line of a compiled program.
+
+    Attributes:
+      name: of the result.
+      type: of the result.
+      op: such as "dot".
+      rest: operands and attributes.
+    """
+
     name: str
     type: str
     op: str
-    rest: str  # operands and attributes
+    rest: str
 
     @property
     def called(self) -> list[str]:
         """Computations that it runs; of a loop the body."""
         return [name.strip(" %") for one, more in _CALLED.findall(self.rest) for name in (one or more).split(",")]
+
+
+class Run(NamedTuple):
+    """An instruction that a program runs, and that amounts to something.
+
+    Attributes:
+      instruction: what runs.
+      amount: of one time.
+      times: it runs.
+      open: whether that is in a loop whose rounds are known at run time only; of these one counts.
+    """
+
+    instruction: Instruction
+    amount: float
+    times: int
+    open: bool
 
 
 def operations(text: str) -> int:
@@ -46,9 +73,8 @@ def operations(text: str) -> int:
     Raises:
       ValueError: a loop with a matrix product runs a number of times that is known at run time only.
     """
-    computations, entry = _parse(text)
 
-    def product(instruction: _Instruction, inside: Mapping[str, _Instruction]) -> int:
+    def product(instruction: Instruction, inside: Mapping[str, Instruction]) -> int:
         if instruction.op != "dot":
             return 0
         left = _sizes(inside[re.search(r"%([\w.\-]+)", instruction.rest)[1]].type)
@@ -56,11 +82,11 @@ def operations(text: str) -> int:
         summed = math.prod(left[int(axis)] for axis in axes.split(",") if axis)
         return 2 * math.prod(_sizes(instruction.type)) * summed
 
-    return _total(computations, entry, product, "matrix products")
+    return int(_total(_runs(text, product), "matrix products"))
 
 
-def collectives(text: str, devices: int) -> dict[str, int]:
-    """Bytes that a device sends in one run of a compiled program, by kind of collective.
+def messages(text: str, devices: int) -> list[Run]:
+    """The collectives of a compiled program, and the bytes that a device sends for each.
 
     Of n devices and an array of s bytes, the whole one where parts are gathered or scattered, a device sends
     s (n - 1) / n for an all-gather, a reduce-scatter or an all-to-all, twice that for an all-reduce, and all of its
@@ -69,28 +95,28 @@ def collectives(text: str, devices: int) -> dict[str, int]:
     Args:
       text: of the program, `compiled.as_text()`.
       devices: that it runs on.
+    """
+
+    def sent(instruction: Instruction, inside: Mapping[str, Instruction]) -> float:
+        found = _COLLECTIVE.fullmatch(instruction.op)
+        return _sent(found[1], bool(found[2]), instruction, _group(instruction.rest, devices)) if found else 0
+
+    return _runs(text, sent)
+
+
+def collectives(text: str, devices: int) -> dict[str, int]:
+    """Bytes that a device sends in one run of a compiled program, by kind of collective; arguments as of `messages`.
 
     Raises:
       ValueError: a loop with a collective runs a number of times that is known at run time only.
     """
-    computations, entry = _parse(text)
-    kinds = {
-        found[1] for body in computations.values() for x in body.values() if (found := _COLLECTIVE.fullmatch(x.op))
-    }
-
-    def of(kind: str) -> int:
-        def sent(instruction: _Instruction, inside: Mapping[str, _Instruction]) -> float:
-            found = _COLLECTIVE.fullmatch(instruction.op)
-            if found is None or found[1] != kind:
-                return 0
-            return _sent(kind, bool(found[2]), instruction, _group(instruction.rest, devices))
-
-        return int(_total(computations, entry, sent, "collectives"))
-
-    return {kind: of(kind) for kind in sorted(kinds)}
+    kinds: dict[str, list[Run]] = {}
+    for run in messages(text, devices):
+        kinds.setdefault(run.instruction.op.removesuffix("-start"), []).append(run)
+    return {kind: int(_total(kinds[kind], "collectives")) for kind in sorted(kinds)}
 
 
-def _sent(kind: str, start: bool, instruction: _Instruction, group: int) -> float:
+def _sent(kind: str, start: bool, instruction: Instruction, group: int) -> float:
     """Bytes that a device of `group` sends for one collective; `start`: its type has operands beside the results."""
     size = _bytes(instruction.type)
     if kind == "collective-permute":
@@ -134,39 +160,52 @@ def _width(name: str) -> int:
     return 1 if name == "pred" else max(1, int(re.search(r"\d+", name)[0]) // 8)
 
 
-def _total(computations, entry: str, own: Callable[[_Instruction, Mapping], float], what: str) -> float:
-    """The sum of `own` over all that `entry` runs: loops as often as they run, of branches the most."""
-    known: dict[str, float] = {}
+def _total(runs: list[Run], what: str) -> float:
+    if any(run.open for run in runs):
+        raise ValueError(f"a loop with {what} runs a number of times known at run time only.")
+    return sum(run.amount * run.times for run in runs)
 
-    def of(name: str) -> float:
-        if name not in known:
-            body = computations[name]
-            known[name] = sum(cost(instruction, body) for instruction in body.values())
-        return known[name]
 
-    def cost(instruction: _Instruction, inside) -> float:
-        found = own(instruction, inside)
+def _runs(text: str, amount: Callable[[Instruction, Mapping[str, Instruction]], float]) -> list[Run]:
+    """What a program runs that has an `amount`: in loops as often as they run, of branches those with the most."""
+    computations, entry = parse(text)
+
+    @functools.cache
+    def of(name: str) -> list[Run]:
+        inside = computations[name]
+        return [run for instruction in inside.values() for run in at(instruction, inside)]
+
+    def at(instruction: Instruction, inside: Mapping[str, Instruction]) -> list[Run]:
+        own = amount(instruction, inside)
+        found = [Run(instruction, own, 1, False)] if own else []
         if _under_way(instruction):
             return found
         inner = [of(name) for name in instruction.called]
         if instruction.op == "conditional":
-            return max(inner, default=0)
-        if instruction.op == "while" and any(inner):
-            return _trips(instruction, computations, what) * sum(inner)
-        return found + sum(inner)
+            return max(inner, key=lambda branch: sum(run.amount * run.times for run in branch), default=[])
+        found += itertools.chain(*inner)
+        if instruction.op == "while" and found:
+            trips = _trips(instruction, computations)
+            if trips is None:
+                return [run._replace(open=True) for run in found]
+            return [run._replace(times=run.times * trips) for run in found]
+        return found
 
     return of(entry)
 
 
-def _under_way(instruction: _Instruction) -> bool:
+def _under_way(instruction: Instruction) -> bool:
     """Whether what it calls repeats a collective that another instruction began: a TPU's work while that goes on."""
     return instruction.name.startswith("async-collective-done") or any(
         name.startswith("async_collective_fusion") for name in instruction.called
     )
 
 
-def _trips(loop: _Instruction, computations, what: str) -> int:
-    """How often a loop runs: what it says, or the constant below which its condition keeps a count from 0 by 1."""
+def _trips(loop: Instruction, computations) -> int | None:
+    """How often a loop runs: what it says, or the constant below which its condition keeps a count from 0 by 1.
+
+    None where that is known at run time only.
+    """
     if found := _TRIPS.search(loop.rest):
         return int(found[1])
     condition = computations[re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]]
@@ -177,19 +216,17 @@ def _trips(loop: _Instruction, computations, what: str) -> int:
         for name in re.findall(r"%([\w.\-]+)", x.rest.split(")")[0])
         if condition[name].op == "constant"
     ]
-    if len(bounds) != 1:
-        raise ValueError(f"a loop with {what} runs a number of times known at run time only.")
-    return int(bounds[0].rest.split(")")[0])
+    return int(bounds[0].rest.split(")")[0]) if len(bounds) == 1 else None
 
 
-def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     """Instructions by name, by computation, and the name of the computation that is the program."""
-    computations: dict[str, dict[str, _Instruction]] = {}
+    computations: dict[str, dict[str, Instruction]] = {}
     entry = ""
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
             current = computations.setdefault(head["name"], {})
             entry = head["name"] if line.startswith("ENTRY") else entry
         elif found := _INSTRUCTION.match(line):
-            current[found["name"]] = _Instruction(*found.groups())
+            current[found["name"]] = Instruction(*found.groups())
     return computations, entry

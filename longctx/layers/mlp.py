@@ -1,26 +1,20 @@
 """MLPs over the width. They take the mixers' signature, since some of them have a state.
 
 An MLP maps every token on its own, so that its hidden vectors, `[T, F]` and the largest arrays of a block, need not be
-held at once: with `chunk` tokens at a time there are `[chunk, F]` of them, recomputed in the backward pass (the
-feedforward of Liu and Abbeel, "Blockwise Parallel Transformer", arXiv:2305.19370). Where devices share the sequence,
-each cuts its own shard.
+held at once: with `chunk` tokens at a time there are `[chunk, F]` of them (`longctx/parallel/chunks.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear
-from longctx.parallel import rules
+from longctx.parallel.chunks import by_chunks
 from longctx.typing import Segments
 
 
@@ -81,37 +75,6 @@ class SquaredReLU(nnx.Module):
 
     def init_state(self, batch: int, capacity: int, dtype) -> None:
         """This MLP has no state."""
-
-
-def by_chunks(mlp: Callable, parameters: Any, x: Float[Array, "B T D"], chunk: int) -> Float[Array, "B T D"]:
-    """`mlp(parameters, x)`, of at most `chunk` tokens of a device's shard at a time.
-
-    Args:
-      mlp: maps each token on its own.
-      parameters: a pytree; float32, so that the sums of their gradients over devices are.
-      x: the span; where its chunks differ in length, zeros fill them up.
-      chunk: tokens; 0 for all at once.
-    """
-    if chunk == 0:
-        return mlp(parameters, x)
-
-    def shard(parameters, x):
-        batch, length, width = x.shape
-        count = -(-length // chunk)
-        size = -(-length // count)
-        x = jnp.pad(x, ((0, 0), (0, count * size - length), (0, 0)))
-        x = jnp.moveaxis(x.reshape(batch, count, size, width), 1, 0)
-        y = jax.lax.map(functools.partial(jax.checkpoint(mlp, prevent_cse=False), parameters), x)
-        return jnp.moveaxis(y, 0, 1).reshape(batch, count * size, width)[:, :length]
-
-    # An island over the tokens: parameters are gathered, and their gradients summed over devices, once and not once a
-    # chunk. Hidden widths stay with the compiler, which splits them over `model`.
-    split = rules.spec(("batch", "time", None), x.shape, jax.sharding.get_abstract_mesh().shape)
-    axes = {axis for axis in split if axis is not None}
-    if axes:
-        specs = {"in_specs": (PartitionSpec(), split), "out_specs": split}
-        shard = jax.jit(jax.shard_map(shard, **specs, axis_names=axes, check_vma=False), inline=True)
-    return shard(parameters, x)
 
 
 def _down(width: int, options: Hidden, rngs: nnx.Rngs) -> Linear:

@@ -36,6 +36,12 @@ class Transition(NamedTuple):
     matrix: Float[Array, "B H K K"]
     state: Float[Array, "B H K V"]
 
+    column_wise = True  # it treats all columns of a state alike
+
+    def transposed(self) -> Transition:
+        """With the transpose of its linear part."""
+        return self._replace(matrix=jnp.swapaxes(self.matrix, -1, -2))
+
 
 @checked
 def recurrent(

@@ -42,6 +42,12 @@ class Transition(NamedTuple):
     decay: Float[Array, "B H K"]
     state: Float[Array, "B H K V"]
 
+    column_wise = True  # it treats all columns of a state alike
+
+    def transposed(self) -> Transition:
+        """Its linear part is diagonal, and so its own transpose."""
+        return self
+
 
 @checked
 def recurrent(

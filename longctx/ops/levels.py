@@ -81,6 +81,10 @@ class Transition(NamedTuple):
     keep: Float[Array, "B L R"]
     state: Float[Array, "B L R G K+V+1"]
 
+    def transposed(self) -> Transition:
+        """Its linear part is diagonal, and so its own transpose."""
+        return self
+
 
 def compose(first: Transition, then: Transition) -> Transition:
     """`then` after `first`; associative. Zeros as `first` stand for the empty state."""

@@ -41,6 +41,10 @@ class Transition(NamedTuple):
     decay: Inexact[Array, "B N"]
     state: Inexact[Array, "B N"]
 
+    def transposed(self) -> Transition:
+        """Its linear part is diagonal, and so its own transpose."""
+        return self
+
 
 @checked
 def recurrent(

@@ -37,6 +37,10 @@ class Transition(NamedTuple):
     decay: Float[Array, "B D N"]
     state: Float[Array, "B D N"]
 
+    def transposed(self) -> Transition:
+        """Its linear part is diagonal, and so its own transpose."""
+        return self
+
 
 @checked
 def recurrent(

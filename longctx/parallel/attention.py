@@ -132,7 +132,7 @@ def _keys_near(k, v, decay, segments: Segments, pattern: Pattern, axis_name: str
         before = halo.last(own, reach, axis_name)
     parts = [before, own]
     if pattern.anchors:
-        # Those among the last tokens before the shard would count twice.
+        # Those among the last tokens before the shard would count twice, as in `Dilated(24, 3) | Sinks(3)`.
         twice = Keys(pattern.anchors).seen(before[3].positions)
         held = dataclasses.replace(before[3], ids=jnp.where(twice, 0, before[3].ids))
         anchors = halo.anchors(own, segments, pattern.anchors, axis_name)

@@ -27,7 +27,7 @@ def make(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax
       devices: the devices; all of them by default.
 
     Raises:
-      UsageError: the sizes do not fit the devices.
+      UsageError: the sizes do not fit the devices, or not the torus that their links make.
     """
     devices = jax.devices() if devices is None else list(devices)
     given = {name: getattr(sizes, name) for name in AXES}
@@ -47,7 +47,14 @@ def make(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax
             f"{what} uses {used} of {len(devices)} devices, and with several processes all must be used; "
             "make an axis larger, or -1."
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:used])
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:used])
+    except NotImplementedError as error:  # the torus has no such rings
+        coordinates = zip(*(device.coords for device in devices[:used]), strict=True)
+        sides = "x".join(str(len(set(along))) for along in coordinates)
+        raise UsageError(
+            f"{what} cannot be laid over a torus of {sides} chips; give axes whose sizes are products of its sides."
+        ) from error
 
 
 def size(axis: str) -> int:

@@ -8,8 +8,9 @@ By Hillis and Steele (1986): before hop d = 1, 2, 4, … device p holds the comp
 (p-d, p) without its own; it composes both with what device p-d holds. ⌈log₂ devices⌉ messages of one transition
 each, whatever the length of the spans.
 
-The state that enters device p + 1 is s_{p+1} = A_p s_p + b_p. Where A_p is diagonal or a matrix, its gradient is the
-same scan from the last device to the first: with c_p the cotangent that s_p has on its own device, the whole is
+The state that enters device p + 1 is s_{p+1} = A_p s_p + b_p. Where A_p is linear and a transition has its transpose,
+`transition.transposed()`, its gradient is the same scan from the last device to the first: with c_p the cotangent that
+s_p has on its own device, the whole is
 
     λ_p = A_pᵀ λ_{p+1} + c_p,
 
@@ -26,14 +27,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from longctx.ops import gated_delta, gated_linear, levels, linear_scan, selective_scan
 from longctx.parallel import pipeline
 
 Transition = TypeVar("Transition")
-
-# Those whose A is diagonal, and so its own transpose; those whose A treats all columns of a matrix state alike.
-DIAGONAL = (gated_linear.Transition, levels.Transition, linear_scan.Transition, selective_scan.Transition)
-COLUMNS = (gated_linear.Transition, gated_delta.Transition)
 
 
 def entering(op: types.ModuleType, transition: Any, state: Any, axis_name: str) -> Any:
@@ -41,15 +37,17 @@ def entering(op: types.ModuleType, transition: Any, state: Any, axis_name: str) 
 
     Args:
       op: the family's module, of which `compose` and `apply` are called.
-      transition: of this device's span.
+      transition: of this device's span. With a method `transposed` it is a named tuple whose field `state` is b, and
+        the method gives A transposed; if it is `column_wise`, too, A treats all columns of a state [B, H, K, V] alike.
       state: before the first device's span, the same on all devices.
       axis_name: the mesh axis.
     """
-    if not isinstance(transition, (gated_delta.Transition, *DIAGONAL)):
+    if not hasattr(transition, "transposed"):
         before = op.apply(exclusive(op.compose, transition, axis_name), state)
         return on_first(state, before, axis_name)
 
-    count = pipeline.blocks(transition, jax.lax.axis_size(axis_name)) if isinstance(transition, COLUMNS) else 0
+    column_wise = getattr(transition, "column_wise", False)
+    count = pipeline.blocks(transition, jax.lax.axis_size(axis_name)) if column_wise else 0
 
     def coming(transition, state, reverse=False):
         if count:
@@ -67,7 +65,7 @@ def entering(op: types.ModuleType, transition: Any, state: Any, axis_name: str) 
         return entered, (transition, entered)
 
     def backward(saved, cotangent):
-        mirrored = _transpose(saved[0])._replace(state=cotangent)
+        mirrored = saved[0].transposed()._replace(state=cotangent)
         after = coming(mirrored, jnp.zeros_like(cotangent), reverse=True)  # of the state after the span
         transition, before = jax.vjp(op.apply, *saved)[1](after)
         return transition, on_first(cotangent + before, jnp.zeros_like(cotangent), axis_name)
@@ -119,12 +117,6 @@ def shift(tree, hop: int, axis_name: str):
 def on_first(first, others, axis_name: str):
     """`first` on the first device along `axis_name`, `others` on the others."""
     return _where(jax.lax.axis_index(axis_name) == 0, first, others)
-
-
-def _transpose(transition):
-    if isinstance(transition, gated_delta.Transition):
-        return transition._replace(matrix=jnp.swapaxes(transition.matrix, -1, -2))
-    return transition
 
 
 def _where(condition, then, otherwise):

@@ -26,7 +26,7 @@ from longctx.ops import attention as ops
 from longctx.ops.biases import Bias
 from longctx.ops.partial import Partial
 from longctx.ops.patterns import Pattern
-from longctx.parallel import mesh, ring
+from longctx.parallel import exchange, mesh, ring
 from longctx.typing import Segments
 
 
@@ -74,11 +74,11 @@ def attention(
         return jnp.repeat(x, sharers, axis=0)
 
     def rows(x):  # [A, B, T, ...], for each device, becomes [B, A T, ...], from all
-        return jnp.moveaxis(_exchange(x, axis_name), 0, 1).reshape(batch, among * length, *x.shape[3:])
+        return jnp.moveaxis(exchange.all_to_all(x, axis_name), 0, 1).reshape(batch, among * length, *x.shape[3:])
 
     def home(x):
         x = jnp.moveaxis(x.reshape(batch, among, length, *x.shape[2:]), 1, 0)
-        x = _exchange(x, axis_name)
+        x = exchange.all_to_all(x, axis_name)
         x = x.reshape(sets, sharers, batch, length, groups // sets, -1, *x.shape[4:])
         x = jnp.moveaxis(x, (0, 1), (3, 4))
         return x.reshape(batch, length, -1, *x.shape[6:])
@@ -98,18 +98,3 @@ def attention(
     else:
         partial = ring.attention(q, k, v, pattern, whole, axis_name, step=among, balanced=balanced, **options)
     return jax.tree.map(home, partial)
-
-
-def _exchange(x, axis_name):
-    """Entry n of the result is what the n-th of this device's neighbours had as entry of this device.
-
-    As many neighbours as `x` has entries, by permutations as in `longctx.parallel.exchange`.
-    """
-    among = x.shape[0]
-    mine, places = jax.lax.axis_index(axis_name) % among, jnp.arange(among)
-    ahead = jnp.take(x, (mine + places) % among, axis=0)  # for the neighbour so many places on
-    received = [ahead[0]]
-    for hop in range(1, among):
-        pairs = [(i, i - i % among + (i + hop) % among) for i in range(jax.lax.axis_size(axis_name))]
-        received.append(jax.lax.ppermute(ahead[hop], axis_name, pairs))
-    return jnp.take(jnp.stack(received), (mine - places) % among, axis=0)

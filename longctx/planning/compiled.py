@@ -9,17 +9,16 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from longctx import config
 from longctx.data import Task, Tokenizer
-from longctx.errors import UsageError
 from longctx.evals import programs
 from longctx.parallel import mesh as meshes
 from longctx.planning import work
 from longctx.planning.report import Report
 from longctx.planning.topology import Topology
+from longctx.training import loop
 from longctx.training.step import Program
 
 _SIZE = r"([\d.]+)([BKMGT]?)"
@@ -51,10 +50,10 @@ def plan(experiment: config.Experiment, topology: Topology, name: str) -> Report
       name: of the experiment, for the report.
 
     Raises:
-      UsageError: the mesh does not fit the pod, or the stage does not fit the mesh.
+      UsageError: the mesh does not fit the pod, or a stage does not fit the mesh.
     """
     stage = max(experiment.training.stages, key=lambda stage: stage.length)
-    mesh = make_mesh(experiment, stage, topology)
+    mesh = loop.make_mesh(experiment, topology.devices)
     program = Program.make(experiment, vocabulary(experiment.data), mesh)
     begin = time.perf_counter()
     compiled = compile_step(program, stage)
@@ -78,29 +77,6 @@ def plan(experiment: config.Experiment, topology: Topology, name: str) -> Report
     )
 
 
-def make_mesh(experiment: config.Experiment, stage: config.Stage, topology: Topology) -> jax.sharding.Mesh:
-    """The experiment's mesh over the pod.
-
-    Raises:
-      UsageError: it does not fit the pod, or the stage does not fit it.
-    """
-    try:
-        mesh = meshes.make(experiment.mesh, topology.devices)
-    except NotImplementedError as error:  # the torus has no such rings
-        raise UsageError(
-            f"{experiment.mesh} cannot be laid over the torus of {topology.name}; give axes whose sizes are products "
-            "of its sides."
-        ) from error
-    rows = stage.batch // experiment.training.accumulate
-    if rows % mesh.shape["data"] or stage.length % mesh.shape["context"]:
-        raise UsageError(
-            f"micro-batches of {rows} rows of {stage.length} tokens cannot be shared equally over mesh.data="
-            f"{mesh.shape['data']} and mesh.context={mesh.shape['context']} devices of {topology.name}; change "
-            "training.stages, training.accumulate or mesh."
-        )
-    return mesh
-
-
 def vocabulary(data: config.Data | Task) -> int:
     """Entries of the vocabulary; of one that is yet to be learnt, as many as it may have."""
     if isinstance(data, Task) or data.tokenizer == "bpe":
@@ -113,7 +89,7 @@ def compile_step(program: Program, stage: config.Stage) -> Compiled:
     sizes = {
         "parameters": on_each_device(program.abstract.params),
         "optimizer": on_each_device(program.abstract.optimizer),
-        "batch": on_each_device(batch(program, stage)),
+        "batch": on_each_device(program.batch(stage)),
     }
     try:
         with jax.set_mesh(program.mesh):
@@ -143,15 +119,6 @@ def too_large(error: Exception, arguments: int) -> dict[str, int]:
     return {"temporaries": temporaries, "total": arguments + temporaries}
 
 
-def batch(program: Program, stage: config.Stage) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch, as `Program.compile` takes it."""
-    shape = (stage.batch, stage.length)
-    dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
-    dtypes |= {"answers": np.bool_, "segment_ids": np.int32, "positions": np.int32}
-    sharding = program.batch_sharding(shape)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
-
-
 def on_each_device(tree: Any) -> int:
     """Bytes that a device holds of arrays with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -177,7 +144,5 @@ def operations(program: Program, stage: config.Stage) -> tuple[work.Work, work.W
 
 def traced(program: Program, stage: config.Stage) -> tuple[work.Work, work.Work]:
     """What `work.count` finds in a step, under the ambient mesh."""
-    state, rows = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (program.abstract, batch(program, stage))
-    )
-    return work.count(jax.jit(program.step).trace(state, rows).jaxpr.jaxpr)
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (program.abstract, program.batch(stage)))
+    return work.count(jax.jit(program.step).trace(*given).jaxpr.jaxpr)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,13 +24,13 @@ from longctx.training.metrics import Metrics, Row, summarise
 from longctx.training.step import Program
 
 
-def make_mesh(experiment: config.Experiment) -> jax.sharding.Mesh:
-    """The experiment's mesh over all devices.
+def make_mesh(experiment: config.Experiment, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The experiment's mesh over `devices`, or over all that are here.
 
     Raises:
       UsageError: it does not fit the devices, or the batches or rows of a stage do not fit it.
     """
-    mesh = meshes.make(experiment.mesh)
+    mesh = meshes.make(experiment.mesh, devices)
     data_size, context_size = mesh.shape["data"], mesh.shape["context"]
     for index, stage in enumerate(experiment.training.stages):
         micro = stage.batch // experiment.training.accumulate

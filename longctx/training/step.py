@@ -152,6 +152,14 @@ class Program:
         """How a batch's arrays `[B, T]` are split."""
         return NamedSharding(self.mesh, rules.spec(("batch", "time"), shape, self.mesh.shape))
 
+    def batch(self, stage: config.Stage) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes, dtypes and shardings of a batch."""
+        shape = (stage.batch, stage.length)
+        sharding = self.batch_sharding(shape)
+        dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
+        dtypes |= {"answers": np.bool_, "segment_ids": np.int32, "positions": np.int32}
+        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+
     def compile(self, stage: config.Stage) -> jax.stages.Compiled:
         """The step at one size of batch: `(state, batch) -> (state, metrics)`.
 
@@ -159,13 +167,8 @@ class Program:
         the batch, smoothed if targets are; `gradient_norm`, before clipping; `learning_rate`; and `hits` of `answers`,
         counts.
         """
-        shape = (stage.batch, stage.length)
-        sharding = self.batch_sharding(shape)
-        dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
-        dtypes |= {"answers": np.bool_, "segment_ids": np.int32, "positions": np.int32}
-        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
         step = jax.jit(self.step, donate_argnums=0, out_shardings=(self._shardings, None))
-        return step.lower(self.abstract, batch).compile()
+        return step.lower(self.abstract, self.batch(stage)).compile()
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         """One step, to be traced; see `compile`."""

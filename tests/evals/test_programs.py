@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from longctx.evals.programs import collectives, operations
+from longctx.evals.programs import collectives, messages, operations
 
 X = jax.ShapeDtypeStruct((16, 32, 32), jnp.float32)
 
@@ -68,6 +68,31 @@ def test_collectives_by_hand():
         "all-to-all": 3 * size * 3 // 4,
         "collective-permute": 3 * size,
     }
+
+
+def test_messages_of_a_loop_that_the_data_end():
+    """One round counts and says so; a loop within has its rounds, and of branches the one that sends most."""
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    pairs = [(i, i + 1) for i in range(7)]
+
+    def shard(x):
+        def both(x):
+            return x + jax.lax.ppermute(x, "a", pairs) + jax.lax.ppermute(2 * x, "a", pairs[:3])
+
+        def step(_, x):
+            x = jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(jax.lax.ppermute(x, "a", pairs[:5])), x)
+            return jax.lax.cond(x.sum() > 0, both, lambda x: jax.lax.ppermute(x, "a", pairs[:2]), x)
+
+        return jax.lax.fori_loop(0, jax.lax.pmax(x[0].astype(int), "a"), step, x)
+
+    f = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=PartitionSpec("a"), out_specs=PartitionSpec("a")))
+    program = f.lower(jax.ShapeDtypeStruct((64,), jnp.float32)).compile().as_text()
+    found = [run for run in messages(program, 8) if run.instruction.op == "collective-permute"]
+    senders = sorted((run.instruction.rest.count("},{") + 1, run.amount, run.times, run.open) for run in found)
+    assert senders == [(3, 32, 1, True), (5, 32, 3, True), (7, 32, 1, True)]
+    assert [run.open for run in messages(program, 8) if run not in found] == [False]  # that of the largest
+    with pytest.raises(ValueError, match="collectives runs a number of times known at run time only"):
+        collectives(program, 8)
 
 
 TPU = """HloModule jit_step

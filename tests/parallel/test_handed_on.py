@@ -11,18 +11,24 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from longctx import config
-from longctx.ops import gated_delta, gated_linear, linear_scan
+from longctx.ops import gated_delta, gated_linear, levels, linear_scan, selective_scan
 from longctx.parallel import mesh, pipeline, prefix, sequence
 from longctx.typing import Segments
 
 HEADS, KEYS, VALUES = 2, 3, 4
+SHAPES = {  # of the linear part, and of the state
+    linear_scan: ((1, VALUES), (1, VALUES)),
+    selective_scan: ((1, KEYS, VALUES), (1, KEYS, VALUES)),
+    levels: ((1, HEADS, KEYS), (1, HEADS, KEYS, 1, VALUES)),
+    gated_linear: ((1, HEADS, KEYS), (1, HEADS, KEYS, VALUES)),
+    gated_delta: ((1, HEADS, KEYS, KEYS), (1, HEADS, KEYS, VALUES)),
+}
 
 
 def transitions(op, devices):
     """A transition for each device, and the state before the first; the third device forgets what came before it."""
     keys = jax.random.split(jax.random.key(devices), 3)
-    inner = {linear_scan: (1, VALUES), gated_linear: (1, HEADS, KEYS), gated_delta: (1, HEADS, KEYS, KEYS)}[op]
-    shape = (1, VALUES) if op is linear_scan else (1, HEADS, KEYS, VALUES)
+    inner, shape = SHAPES[op]
     linear = jax.random.normal(keys[0], (devices, *inner)) / math.sqrt(KEYS)
     linear = linear.at[2:3].set(0)
     return op.Transition(linear, jax.random.normal(keys[1], (devices, *shape))), jax.random.normal(keys[2], shape)
@@ -64,6 +70,8 @@ def ambient(devices):
     ("op", "blocks", "devices"),
     [
         (linear_scan, 0, 8),
+        (selective_scan, 0, 4),
+        (levels, 0, 4),
         (gated_linear, 0, 3),
         (gated_delta, 0, 1),
         (gated_delta, 0, 8),
@@ -112,33 +120,43 @@ def test_gradients_through_the_op(monkeypatch):
             np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("blocks", [0, 2])
-def test_what_is_saved_and_sent(blocks, monkeypatch):
-    """On 8 devices: for the gradient a transition and a state are saved. A scan sends three states each way, and two
-    matrices; the pipeline two blocks of one state, of which every device but the last sends each once.
+@pytest.mark.parametrize(("op", "blocks"), [*((op, 0) for op in SHAPES), (gated_delta, 2)])
+def test_what_is_saved(op, blocks, monkeypatch):
+    """On 8 devices, for the gradient: a transition and a state.
 
-    Seen to fail: the whole transition composed and then applied to the state; all devices sending at every step.
+    Seen to fail: the whole transition composed and then applied to the state; a transition without `transposed`.
     """
     monkeypatch.setattr(pipeline, "blocks", lambda transition, devices: blocks)
-    given, state = transitions(gated_delta, 8)
+    given, state = transitions(op, 8)
 
     def saved(given, state):
         transition = jax.tree.map(lambda x: x[0], given)
-        _, back = jax.vjp(lambda *a: prefix.entering(gated_delta, *a, "context"), transition, state)
+        _, back = jax.vjp(lambda *a: prefix.entering(op, *a, "context"), transition, state)
         return [x for x in jax.tree.leaves(back) if x.ndim]
-
-    def step(given, state):
-        return jax.grad(lambda *a: jnp.sum(jnp.sin(on_devices(gated_delta)(*a))), argnums=(0, 1))(given, state)
 
     with ambient(8):
         island = jax.shard_map(
             saved, in_specs=(P("context"), P()), out_specs=P("context"), axis_names={"context"}, check_vma=False
         )
         kept = jax.eval_shape(island, given, state)
-        text = jax.jit(step).lower(given, state).compile().as_text()
-    transition = given.matrix[0].size + given.state[0].size
-    assert sum(x.size for x in kept) == 8 * (transition + state.size)
+    assert sum(x.size for x in kept) == sum(x.size for x in given) + 8 * state.size
 
+
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_what_is_sent(blocks, monkeypatch):
+    """By 8 devices: a scan sends three states each way, and two matrices; the pipeline two blocks of one state, of
+    which every device but the last sends each once.
+
+    Seen to fail: the whole transition composed and then applied to the state; all devices sending at every step.
+    """
+    monkeypatch.setattr(pipeline, "blocks", lambda transition, devices: blocks)
+    given, state = transitions(gated_delta, 8)
+
+    def step(given, state):
+        return jax.grad(lambda *a: jnp.sum(jnp.sin(on_devices(gated_delta)(*a))), argnums=(0, 1))(given, state)
+
+    with ambient(8):
+        text = jax.jit(step).lower(given, state).compile().as_text()
     sent = re.findall(r"f32\[([\d,]+)\]\S* collective-permute\(.*source_target_pairs=\{(.*?\})\}", text)
     sent = collections.Counter((shape, pairs.count("{")) for shape, pairs in sent)
     if blocks:

@@ -1,5 +1,8 @@
 """The mesh: what fits the devices, and what is said of what does not."""
 
+import itertools
+from types import SimpleNamespace
+
 import jax
 import pytest
 from jax.sharding import AxisType
@@ -38,6 +41,14 @@ def test_misfit_names_sizes_and_devices(sizes, told):
     with pytest.raises(UsageError, match=told) as error:
         mesh.make(sizes)
     assert f"data={sizes.data}, context={sizes.context}, model={sizes.model}" in str(error.value)
+
+
+def test_a_torus_without_such_rings():
+    """Devices that are not here; 2 of a ring of 4 are no ring."""
+    chips = itertools.product(range(4), repeat=3)
+    devices = [SimpleNamespace(device_kind="TPU v4", platform="tpu", coords=c, core_on_chip=0) for c in chips]
+    with pytest.raises(UsageError, match="data=2, context=32, model=1 cannot be laid over a torus of 4x4x4 chips"):
+        mesh.make(config.Mesh(data=2, context=32), devices)
 
 
 def test_devices_given():

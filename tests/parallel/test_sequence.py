@@ -82,6 +82,7 @@ OPS = {
     "global": (attending(Causal() & (Window(11) | Sinks(3)), implementation="blockwise"), [("heads",)] + [HEAD] * 3),
     "dilated": (attending(Causal() & Dilated(24, 3, 1)), [("heads",)] + [HEAD] * 3),
     "dilated by 1": (attending(Causal() & Dilated(24, 1)), [("heads",)] + [HEAD] * 3),
+    "dilated, sinks": (attending(Causal() & (Dilated(24, 3, 1) | Sinks(3))), [("heads",)] + [HEAD] * 3),
     "chosen": (attending(Causal() & (Window(5) | Global((2, 9)))), [("heads",)] + [HEAD] * 3),
     "sum": (attending(Causal() & (Dilated(8, 1) + Dilated(24, 3, 1))), [("heads",)] + [HEAD] * 3),
     "heads": (attending(Heads((Causal() & Window(5), Causal() & Chunked(12)))), [("heads",)] + [HEAD] * 3),
