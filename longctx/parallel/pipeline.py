@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from longctx.parallel import mesh
 
@@ -48,6 +48,7 @@ def handed_on(
     transition: Any,
     state: Float[Array, "B H K V"],
     axis_name: str,
+    device: Int[Array, ""],
     blocks: int,
     reverse: bool = False,
 ) -> Float[Array, "B H K V"]:
@@ -58,11 +59,11 @@ def handed_on(
       transition: of this device's span; its `state` is an array of the shape of the state.
       state: what the first device has to begin with; not read on the others.
       axis_name: the mesh axis.
+      device: this one's number along the axis.
       blocks: N, which divides V.
       reverse: from the last device to the first.
     """
     devices = jax.lax.axis_size(axis_name)
-    device = jax.lax.axis_index(axis_name)
     place = devices - 1 - device if reverse else device
 
     def cut(x):

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from longctx.parallel import pipeline
 
@@ -49,35 +50,39 @@ def entering(op: types.ModuleType, transition: Any, state: Any, axis_name: str) 
     column_wise = getattr(transition, "column_wise", False)
     count = pipeline.blocks(transition, jax.lax.axis_size(axis_name)) if column_wise else 0
 
-    def coming(transition, state, reverse=False):
+    def coming(transition, state, device, reverse=False):
         if count:
-            return pipeline.handed_on(op.apply, transition, state, axis_name, count, reverse)
-        return exclusive(op.compose, transition, axis_name, reverse).state
+            return pipeline.handed_on(op.apply, transition, state, axis_name, device, count, reverse)
+        return exclusive(op.compose, transition, axis_name, device, reverse).state
 
+    # The device's number is an argument: asked for in a backward pass that is recomputed, it is something that the
+    # compiler for TPUs refuses ("PartitionId instruction is not supported", libtpu 0.0.42).
     @jax.custom_vjp
-    def run(transition, state):
+    def run(transition, state, device):
         # The scan has the state from the first device's transition, and so its last hop needs no A.
-        own = transition.state if count else on_first(op.apply(transition, state), transition.state, axis_name)
-        return on_first(state, coming(transition._replace(state=own), state), axis_name)
+        own = transition.state if count else _where(device == 0, op.apply(transition, state), transition.state)
+        return _where(device == 0, state, coming(transition._replace(state=own), state, device))
 
-    def forward(transition, state):
-        entered = run(transition, state)
-        return entered, (transition, entered)
+    def forward(transition, state, device):
+        entered = run(transition, state, device)
+        return entered, (transition, entered, device)
 
     def backward(saved, cotangent):
+        *saved, device = saved
         mirrored = saved[0].transposed()._replace(state=cotangent)
-        after = coming(mirrored, jnp.zeros_like(cotangent), reverse=True)  # of the state after the span
+        after = coming(mirrored, jnp.zeros_like(cotangent), device, reverse=True)  # of the state after the span
         transition, before = jax.vjp(op.apply, *saved)[1](after)
-        return transition, on_first(cotangent + before, jnp.zeros_like(cotangent), axis_name)
+        return transition, _where(device == 0, cotangent + before, jnp.zeros_like(cotangent)), None
 
     run.defvjp(forward, backward)
-    return run(transition, state)
+    return run(transition, state, jax.lax.axis_index(axis_name))
 
 
 def exclusive(
     compose: Callable[[Transition, Transition], Transition],
     transition: Transition,
     axis_name: str,
+    device: Int[Array, ""] | None = None,
     reverse: bool = False,
 ) -> Transition:
     """The composition of the transitions of all earlier devices along `axis_name`, inside a `jax.shard_map`.
@@ -87,6 +92,7 @@ def exclusive(
         device without sender receives and discards.
       transition: this device's, a pytree of arrays of equal shapes on all devices.
       axis_name: the mesh axis; any number of devices.
+      device: this one's number along the axis; asked for here by default.
       reverse: from the last device to the first: the composition of those of all later devices, the last one's first.
 
     Returns:
@@ -94,8 +100,8 @@ def exclusive(
       not apply.
     """
     devices = jax.lax.axis_size(axis_name)
-    index = jax.lax.axis_index(axis_name)
-    index = devices - 1 - index if reverse else index
+    device = jax.lax.axis_index(axis_name) if device is None else device
+    index = devices - 1 - device if reverse else device
     before, through = jax.tree.map(jnp.zeros_like, transition), transition
     hop = 1
     while hop < devices:
