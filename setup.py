@@ -25,6 +25,8 @@ setuptools.setup(
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "plan": ["jax[tpu]>=0.10.2,<0.13"],  # libtpu compiles for TPUs on a machine without one
+        # The same for GPUs, without CUDA: XLA is in jax-cuda13-pjrt, the kernels of JAX's own operations in the other.
+        "plan-gpu": ["jax-cuda13-plugin>=0.10.2,<0.13", "jax-cuda13-pjrt>=0.10.2,<0.13"],
         "test": [
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",

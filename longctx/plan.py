@@ -1,6 +1,6 @@
-"""Compiles the training step of an experiment for a TPU pod, on a machine without one, and says what it takes there.
+"""Compiles the training step of an experiment for TPUs or GPUs, on a machine without any, and says what it takes there.
 
-    pip install -e '.[plan]'
+    pip install -e '.[plan]'        # for TPUs; for GPUs '.[plan-gpu]'
     python -m longctx.plan --config=experiments/hybrid_1b_1m.py --topology=v5p:4x4x8
 
 The report is Markdown; `--json=FILE` writes its numbers to a file as well. A step that does not fit the devices'
@@ -19,14 +19,14 @@ from ml_collections import config_flags
 from longctx import commands, planning
 from longctx.errors import UsageError
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "The pod, such as v5p:4x4x8: a chip, and chips along each axis.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "v5p:4x4x8: a TPU, chips along axes; h100:4x8: a GPU, hosts x GPUs.")
 _JSON = flags.DEFINE_string("json", None, "A file to write the numbers to.")
 
 
 def main() -> None:
     experiment = commands.experiment()
     if not _TOPOLOGY.value:
-        raise UsageError("--topology is missing; give a pod, such as --topology=v5p:4x4x8.")
+        raise UsageError("--topology is missing; give for example --topology=v5p:4x4x8 or --topology=h100:4x8.")
     topology = planning.describe(_TOPOLOGY.value)
     report = planning.plan(experiment, topology, _name())
     if _JSON.value:

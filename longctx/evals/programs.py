@@ -1,7 +1,7 @@
 """What a program says of its own cost: operations of its matrix products, bytes of its collectives, loops included.
 
 XLA's own analysis counts the body of a loop once. Here a body counts as often as its loop runs, which a compiled
-program says where that was known while tracing. Programs compiled for a CPU and for a TPU are understood.
+program says where that was known while tracing. Programs compiled for a CPU, a GPU and a TPU are understood.
 """
 
 from __future__ import annotations
@@ -121,10 +121,10 @@ def _sent(kind: str, start: bool, instruction: Instruction, group: int) -> float
     size = _bytes(instruction.type)
     if kind == "collective-permute":
         return size / 2 if start else size
-    if start and kind == "all-gather":
-        size *= group / (group + 1)
     if kind == "reduce-scatter":
-        size *= group
+        size *= group / (group + 1) if start else group
+    elif start and kind != "all-reduce":
+        size *= group / (group + 1) if kind == "all-gather" else 1 / 2
     return (2 if kind == "all-reduce" else 1) * size * (group - 1) / group
 
 

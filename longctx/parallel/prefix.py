@@ -55,8 +55,8 @@ def entering(op: types.ModuleType, transition: Any, state: Any, axis_name: str) 
             return pipeline.handed_on(op.apply, transition, state, axis_name, device, count, reverse)
         return exclusive(op.compose, transition, axis_name, device, reverse).state
 
-    # The device's number is an argument: asked for in a backward pass that is recomputed, it is something that the
-    # compiler for TPUs refuses ("PartitionId instruction is not supported", libtpu 0.0.42).
+    # The device's number is an argument: asked for in here, the compiler of jax 0.10.2 refuses it where equal blocks
+    # are recomputed ("PartitionId instruction is not supported").
     @jax.custom_vjp
     def run(transition, state, device):
         # The scan has the state from the first device's transition, and so its last hop needs no A.

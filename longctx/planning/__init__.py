@@ -1,4 +1,4 @@
-"""What the training step of an experiment takes on a TPU pod, computed on a machine without one."""
+"""What the training step of an experiment takes on TPUs or GPUs, computed on a machine without one."""
 
 from longctx.planning.compiled import plan
 from longctx.planning.topology import describe

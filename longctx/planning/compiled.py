@@ -1,4 +1,4 @@
-"""The training step of an experiment, compiled for a pod that is not here, and what it takes there."""
+"""The training step of an experiment, compiled for devices that are not here, and what it takes there."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from longctx.data import Task, Tokenizer
 from longctx.evals import programs
 from longctx.parallel import mesh as meshes
 from longctx.planning import work
+from longctx.planning.chips import Passes
 from longctx.planning.report import Report
 from longctx.planning.topology import Topology
 from longctx.training import loop
@@ -42,15 +43,15 @@ class Compiled(NamedTuple):
 
 
 def plan(experiment: config.Experiment, topology: Topology, name: str) -> Report:
-    """Compiles the step of the experiment's longest rows for a pod.
+    """Compiles the step of the experiment's longest rows for a topology.
 
     Args:
-      experiment: what to train; its mesh is laid over the pod's devices.
+      experiment: what to train; its mesh is laid over the topology's devices.
       topology: from `describe`.
       name: of the experiment, for the report.
 
     Raises:
-      UsageError: the mesh does not fit the pod, or a stage does not fit the mesh.
+      UsageError: the mesh does not fit the topology, or a stage does not fit the mesh.
     """
     stage = max(experiment.training.stages, key=lambda stage: stage.length)
     mesh = loop.make_mesh(experiment, topology.devices)
@@ -58,12 +59,13 @@ def plan(experiment: config.Experiment, topology: Topology, name: str) -> Report
     begin = time.perf_counter()
     compiled = compile_step(program, stage)
     seconds = time.perf_counter() - begin
-    model, done = operations(program, stage)
+    model, done = operations(program, stage, topology.device.passes)
     return Report(
         config=name,
         topology=topology.name,
         devices=mesh.size,
         device=topology.device,
+        hosts=topology.hosts,
         mesh=dict(mesh.shape),
         experiment=experiment,
         stage=stage,
@@ -85,7 +87,7 @@ def vocabulary(data: config.Data | Task) -> int:
 
 
 def compile_step(program: Program, stage: config.Stage) -> Compiled:
-    """Compiles one step. A program that is too large for the device's memory is a result as well."""
+    """Compiles one step. Too large a program is a result as well: for TPUs none at all, for GPUs like any other."""
     sizes = {
         "parameters": on_each_device(program.abstract.params),
         "optimizer": on_each_device(program.abstract.optimizer),
@@ -124,7 +126,7 @@ def on_each_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def operations(program: Program, stage: config.Stage) -> tuple[work.Work, work.Work]:
+def operations(program: Program, stage: config.Stage, passes: Passes) -> tuple[work.Work, work.Work]:
     """Of the model, as it is defined, and of the program, with what it computes again and for other devices.
 
     Loops that end at run time are counted in the program for whole rows, which tells how many steps they take when
@@ -136,13 +138,13 @@ def operations(program: Program, stage: config.Stage) -> tuple[work.Work, work.W
     device = program.mesh.abstract_mesh.abstract_device
     whole = AbstractMesh((1, 1, 2), meshes.AXES, (AxisType.Auto,) * 3, abstract_device=device)
     with jax.sharding.use_abstract_mesh(whole):
-        (fixed, looped), (_, repeated) = (traced(each, stage) for each in (plain, program))
+        (fixed, looped), (_, repeated) = (traced(each, stage, passes) for each in (plain, program))
     with jax.set_mesh(program.mesh):
-        split, _ = traced(program, stage)
+        split, _ = traced(program, stage, passes)
     return fixed + looped, split + repeated
 
 
-def traced(program: Program, stage: config.Stage) -> tuple[work.Work, work.Work]:
+def traced(program: Program, stage: config.Stage, passes: Passes) -> tuple[work.Work, work.Work]:
     """What `work.count` finds in a step, under the ambient mesh."""
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (program.abstract, program.batch(stage)))
-    return work.count(jax.jit(program.step).trace(*given).jaxpr.jaxpr)
+    return work.count(jax.jit(program.step).trace(*given).jaxpr.jaxpr, passes)

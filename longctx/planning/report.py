@@ -1,9 +1,10 @@
-"""What a step takes on a pod, in numbers, in words, and what to change where it does not fit.
+"""What a step takes on devices that are not here, in numbers, in words, and what to change where it does not fit.
 
 The time is bounded from below by what a device must at least do, each at its published peak: its share of the matrix
 products, in bfloat16 passes; moving arguments and results of the step between HBM and chip once and temporaries twice;
 and sending what the collectives send. The operations of the model, those done again left out, over that time and the
-peak are the most that can be utilised. A measurement will be below.
+peak are the most that can be utilised. A measurement will be below. Of GPUs in several hosts all bytes are taken to
+cross the network, so that the time of the links is an estimate there, and no bound where a host keeps them.
 """
 
 from __future__ import annotations
@@ -12,9 +13,18 @@ import dataclasses
 from typing import Any
 
 from longctx import config
-from longctx.planning.topology import GIB, Chip
+from longctx.planning.chips import GIB, NETWORK, Chip
 
 _UNITS = {"GiB": GIB, "MiB": 2**20, "KiB": 2**10}
+_OF_GPUS = (
+    "Kernels of the GPU's libraries (cuDNN) are not in this plan, nor which of its own XLA finds to be fastest there. "
+    "Attention is blockwise, as in training: cuDNN's takes no packed rows. JAX uses three quarters of a GPU's memory, "
+    "unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."
+)
+_BETWEEN_HOSTS = (
+    f"The time of the links assumes a network of {8 * NETWORK / 1e9:.0f} Gb/s for each GPU and all bytes to cross it, "
+    "though NVLink carries what stays within a host."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +33,9 @@ class Report:
 
     Attributes:
       config: the experiment's name.
-      topology: the pod's name.
+      topology: its name.
       devices: that the mesh uses, each one `device`.
+      hosts: of GPUs; 0 of TPUs.
       mesh: devices along each axis.
       experiment, stage: what was compiled.
       parameters: of the model, numbers.
@@ -50,6 +61,7 @@ class Report:
     flops_done: float
     passes: float
     compile_seconds: float
+    hosts: int = 0
 
     @property
     def fits(self) -> bool:
@@ -148,6 +160,10 @@ class Report:
             f"again {self.flops_done:.3g}, which take a device's bfloat16 units as long as {self.passes:.3g}. "
             f"At most {self.utilisation:.0%} of the devices' peak can be utilised: a bound, not a measurement.",
         ]
+        if self.hosts:
+            lines += ["", _OF_GPUS]
+        if self.hosts > 1:
+            lines += ["", _BETWEEN_HOSTS]
         lines += ["", "To change, where it does not fit:", ""] * bool(self.changes())
         lines += [f"- {change}" for change in self.changes()]
         return "\n".join(lines) + "\n"

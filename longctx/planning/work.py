@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import jax
 
-_PASSES = {"HIGHEST": 6, "HIGH": 3}  # bfloat16 products that a TPU makes of one in float32; else 1
+from longctx.planning.chips import OF_TPU, Passes
+
 _STEPS = re.compile(r"at_most_(\d+)_steps")
 
 
@@ -22,7 +23,7 @@ class Work(NamedTuple):
 
     Attributes:
       operations: additions and multiplications.
-      passes: the same, of float32 as often as the hardware's bfloat16 products for it.
+      passes: the same, of float32 as often as the bfloat16 products that take as long.
     """
 
     operations: float = 0
@@ -36,8 +37,10 @@ class Work(NamedTuple):
         return Work(*(count * x for x in self))
 
 
-def count(jaxpr) -> tuple[Work, Work]:
+def count(jaxpr, passes: Passes = OF_TPU) -> tuple[Work, Work]:
     """Of a traced program, such as `jax.jit(f).trace(x).jaxpr`: the work outside of loops that end at run time, and in.
+
+    `passes` are those of the chip; by default of a TPU.
 
     The body of a `jax.shard_map` counts on every device along the axes that it splits. Of branches the most counts,
     and a loop that does not say how many steps it takes counts for nothing.
@@ -46,10 +49,10 @@ def count(jaxpr) -> tuple[Work, Work]:
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
         if name == "dot_general":
-            fixed += _product(equation)
+            fixed += _product(equation, passes)
             continue
         leaves = jax.tree.leaves(list(parameters.values()))
-        inner = [count(body) for leaf in leaves if hasattr(body := getattr(leaf, "jaxpr", leaf), "eqns")]
+        inner = [count(body, passes) for leaf in leaves if hasattr(body := getattr(leaf, "jaxpr", leaf), "eqns")]
         if name == "cond":
             inner = [max(inner, key=lambda both: sum(work.passes for work in both))]
         runs = parameters["length"] if name == "scan" else 1
@@ -64,7 +67,7 @@ def count(jaxpr) -> tuple[Work, Work]:
     return fixed, looped
 
 
-def _product(equation) -> Work:
+def _product(equation, passes: Passes) -> Work:
     """Of one `dot_general`."""
     (contracted, _), _ = equation.params["dimension_numbers"]
     left, right = (variable.aval for variable in equation.invars)
@@ -72,4 +75,5 @@ def _product(equation) -> Work:
     precision = equation.params["precision"]
     precision = precision[0] if isinstance(precision, tuple) else precision
     full = "float32" in (left.dtype.name, right.dtype.name)
-    return Work(operations, operations * (_PASSES.get(getattr(precision, "name", None), 1) if full else 1))
+    each = getattr(passes, getattr(precision, "name", "").lower(), passes.default) if full else 1
+    return Work(operations, operations * each)

@@ -1,5 +1,6 @@
 """The command: what cannot be planned is refused in a sentence, and a step compiled for a pod tells what it takes."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -7,12 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import longctx
 from longctx import config
 from longctx.errors import UsageError
-from longctx.planning import compiled, topology
+from longctx.evals.programs import collectives
+from longctx.planning import chips, compiled, topology
 from longctx.planning.report import Report
 
 ROOT = Path(longctx.__file__).parents[1]
@@ -29,6 +34,10 @@ def get_config():
         "mesh": {"context": 2},
     })
 """
+needs_gpu_wheels = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="jax-cuda13-plugin is not installed: pip install -e '.[plan-gpu]'",
+)
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[plan]'"
 )
@@ -69,10 +78,65 @@ def test_a_step_is_compiled_for_a_pod(tmp_path):
     assert 0 < found["utilisation_bound"] < 1
 
 
+@needs_gpu_wheels
+def test_a_step_is_compiled_for_gpus(tmp_path):
+    """Two hosts that are not here. Seen to fail: the attention of cuDNN, which cannot be compiled without a GPU."""
+    done = command(tmp_path, "--topology=h100:2x2", "--json=plan.json")
+    assert done.returncode == 0, done.stderr
+    assert "**It fits.**" in done.stdout
+    assert "400 Gb/s" in done.stdout
+    found = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert (found["mesh"], found["devices"]) == ({"data": 2, "context": 2, "model": 1}, 4)
+    held = found["bytes_per_device"]
+    assert held["optimizer"] == 2 * held["parameters"] + 8
+    assert held["total"] > held["parameters"] + held["optimizer"] + held["temporaries"] > 0
+    assert found["hbm_per_device"] == 80 * 10**9
+    sent = found["collectives"]
+    assert sent["collective-permute"] > 0
+    assert sent["all-gather"] > found["parameters"]  # in bfloat16, three quarters of it, forward and backward
+    assert found["roofline_seconds"]["links"] == sum(sent.values()) / 50e9
+
+
+@needs_gpu_wheels
+def test_collectives_of_gpus_by_hand():
+    """Compiled for 8 of them in groups of 4, within a loop of 3: all asynchronous, and each type has its operands.
+
+    Seen to fail: a reduce-scatter's or an all-to-all's operands counted with its results.
+    """
+    devices = topology.describe("h100:1x8").devices
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    size = 4 * 8 * 16  # bytes of a device's shard
+
+    def shard(x):
+        def step(x, _):
+            x = jax.lax.ppermute(x, "b", [(i, (i + 1) % 4) for i in range(4)])
+            whole = jax.lax.all_gather(x, "b", axis=0, tiled=True)
+            turned = jax.lax.all_to_all(x, "b", 0, 0, tiled=True)
+            part = jax.lax.psum_scatter(jnp.sin(x), "b", scatter_dimension=0, tiled=True)
+            return jnp.tanh(jax.lax.psum(jnp.cos(x), "b") + whole[:8] + turned + jnp.tile(part, (4, 1))), None
+
+        return jax.lax.scan(step, x, length=3)[0]
+
+    spec = PartitionSpec(("a", "b"))
+    f = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    x = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=NamedSharding(mesh, spec))
+    text = f.lower(x).compile().as_text()
+    assert "reduce-scatter-start" in text
+    assert collectives(text, 8) == {
+        "all-gather": 3 * 3 * size,
+        "all-reduce": 3 * 2 * size * 3 // 4,
+        "all-to-all": 3 * size * 3 // 4,
+        "collective-permute": 3 * size,
+        "reduce-scatter": 3 * size * 3 // 4,
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("h100:8", "names GPUs"),
+        ("h100:8", "hosts x GPUs in each, such as a100:2x8"),
+        ("h100:0x8", "hosts x GPUs in each"),
+        ("rtx4090:1x1", "or one of a100, h100, h200"),
         ("v5e", "give one of v4, v5e, v5p, v6e"),
         ("v9:2x2", "v5p:4x4x8"),
         pytest.param("v5e:3x3", "not divisible", marks=needs_libtpu),
@@ -83,10 +147,12 @@ def test_unknown_pods(name, said):
         topology.describe(name)
 
 
-def test_libtpu_missing(monkeypatch):
+def test_compilers_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install -e '\.\[plan\]'"):
         topology.describe("v5e:2x2")
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[plan-gpu\]'"):
+        topology.describe("h100:1x8")
 
 
 def experiment(**training):
@@ -99,7 +165,7 @@ def experiment(**training):
 
 def report(sizes, collectives=None, mesh=(2, 2, 1), **training):
     given = experiment(**training)
-    names = {"config": "x", "topology": "v5e:2x2", "devices": 4, "device": topology.CHIPS["v5e"]}
+    names = {"config": "x", "topology": "v5e:2x2", "devices": 4, "device": chips.TPUS["v5e"]}
     names |= {"mesh": dict(zip(("data", "context", "model"), mesh, strict=True)), "parameters": 10}
     counted = {"flops_per_step": 4e12, "flops_done": 5e12, "passes": 6e12, "compile_seconds": 1.0}
     return Report(
@@ -135,6 +201,19 @@ def test_the_roofline():
     assert found.seconds["compute"] == pytest.approx(6e12 / 4 / 197e12)
     assert found.seconds["links"] == pytest.approx(0.01)
     assert found.utilisation == pytest.approx(4e12 / 4 / 197e12 / 0.01)
+
+
+def test_what_is_said_of_gpus():
+    """A program that compiles and is too large does not fit; of one host nothing is assumed about a network."""
+    held = SIZES | {"total": 80 * 10**9 + 1}
+    found = report(held, {"all-gather": 2 * 10**9})
+    one = dataclasses.replace(found, device=chips.GPUS["h100"], hosts=1)
+    assert not one.fits
+    assert dataclasses.replace(one, bytes_per_device=held | {"total": 80 * 10**9}).fits
+    assert "cuDNN" in one.text()
+    assert "cuDNN" not in found.text()
+    assert "400 Gb/s" not in one.text()
+    assert "400 Gb/s" in dataclasses.replace(one, hosts=2).text()
 
 
 def test_too_large_is_a_result():

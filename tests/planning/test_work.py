@@ -6,6 +6,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from longctx.ops.attention import attention_partial
 from longctx.ops.patterns import Causal, Window
+from longctx.planning.chips import GPUS
 from longctx.planning.work import Work, count
 
 X = jax.ShapeDtypeStruct((32, 32), jnp.bfloat16)
@@ -43,6 +44,14 @@ def test_float32_takes_several_passes():
     full = jax.ShapeDtypeStruct(X.shape, jnp.float32)
     for array, precision, passes in ((full, "highest", 6), (full, "high", 3), (full, None, 1), (X, "highest", 1)):
         assert found(lambda x, p=precision: product(x, p), array)[0] == Work(ONE, passes * ONE), (array, precision)
+
+
+def test_a_gpu_takes_longer_in_float32():
+    """By its published rates: no bfloat16 units at the highest precision, half their rate else."""
+    full = jax.ShapeDtypeStruct(X.shape, jnp.float32)
+    for precision, passes in (("highest", 16), ("high", 2), (None, 2)):
+        traced = jax.jit(lambda x, p=precision: jnp.matmul(x, x, precision=p)).trace(full)
+        assert count(traced.jaxpr.jaxpr, GPUS["a100"].passes)[0] == Work(ONE, passes * ONE)
 
 
 def test_every_device_of_an_island_counts():

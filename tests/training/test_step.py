@@ -10,6 +10,7 @@ from flax import nnx
 
 from longctx import config
 from longctx.parallel import mesh as meshes
+from longctx.parallel import pipeline
 from longctx.training.step import Program, new_model
 from longctx.typing import Segments
 
@@ -116,3 +117,27 @@ def test_the_state_is_donated(cache, experiment, batch):
         state = program.init()
         program.compile(STAGE)(state, {name: jnp.asarray(x) for name, x in batch.items()})
     assert state.params["embedding"].is_deleted()
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        {"kind": "gated_delta", "heads": 2, "key_width": 8, "value_width": 8},
+        {"kind": "attention", "heads": 2, "kv_heads": 2, "head_width": 8, "context_parallel": "ring"},
+        {"kind": "mamba2", "heads": 2, "key_width": 8, "value_width": 8},
+    ],
+    ids=lambda mixer: mixer["kind"],
+)
+def test_equal_blocks_recomputed_over_a_mesh(parse, mixer, monkeypatch):
+    """Three blocks alike, recomputed, on rows and sequences split at once: the compiler shares what they have in common.
+
+    Seen to fail with jax 0.10.2 (PartitionId is not supported) when the scan asks for the device's number inside its
+    own derivative.
+    """
+    monkeypatch.setattr(pipeline, "blocks", lambda transition, devices: 0)  # the scan, also where it sends more
+    experiment = parse(mixer)
+    model = dataclasses.replace(experiment.model, pattern=("only",) * 3, remat="full")
+    experiment = dataclasses.replace(experiment, model=model, mesh=config.Mesh(2, 4, 1))
+    mesh = meshes.make(experiment.mesh)
+    with jax.set_mesh(mesh):
+        Program.make(experiment, 64, mesh).compile(config.Stage(1, 2, 64))
