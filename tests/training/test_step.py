@@ -129,7 +129,7 @@ def test_the_state_is_donated(cache, experiment, batch):
     ids=lambda mixer: mixer["kind"],
 )
 def test_equal_blocks_recomputed_over_a_mesh(parse, mixer, monkeypatch):
-    """Three blocks alike, recomputed, on rows and sequences split at once: the compiler shares what they have in common.
+    """Three blocks alike, recomputed, on rows and sequences split at once: the compiler shares what is equal in them.
 
     Seen to fail with jax 0.10.2 (PartitionId is not supported) when the scan asks for the device's number inside its
     own derivative.
