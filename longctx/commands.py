@@ -42,6 +42,31 @@ def define_workdir() -> None:
     flags.DEFINE_string("workdir", None, "The folder that a run writes and reads everything in.")
 
 
+def define_mesh(default: str) -> None:
+    """Defines `--mesh`; `default` says what it is without."""
+    flags.DEFINE_list("mesh", None, f"Devices as DATA,CONTEXT,MODEL; by default {default}.")
+
+
+def mesh() -> config.Mesh | None:
+    """What `--mesh` gives, or None.
+
+    Raises:
+      UsageError: it is no mesh.
+    """
+    given = flags.FLAGS.mesh
+    if given is None:
+        return None
+    try:
+        split_batch, split_sequence, split_heads = map(int, given)
+    except ValueError:
+        text = ",".join(given)
+        raise UsageError(f"--mesh={text} is not three whole numbers; give --mesh=DATA,CONTEXT,MODEL.") from None
+    sizes = config.Mesh(split_batch, split_sequence, split_heads)
+    if problems := list(sizes.problems()):
+        raise UsageError(f"--mesh: {'; '.join(problems)}")
+    return sizes
+
+
 def define_processes() -> None:
     """Defines `--coordinator`, `--num_processes` and `--process_id`."""
     flags.DEFINE_string(

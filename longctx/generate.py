@@ -2,18 +2,21 @@
 
     python -m longctx.generate --workdir=runs/quickstart --prompt="import os" --max_tokens=100
 
-The text goes to stdout as it is written, the speeds to stderr.
+The text goes to stdout as it is written, the speeds to stderr. With --mesh=1,8,1 eight devices share the caches of
+attention that sees all of the document.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 from absl import flags
 
-from longctx import commands
+from longctx import commands, config
 from longctx.errors import UsageError
 from longctx.inference import Request, Sampling, complete
+from longctx.parallel import mesh as meshes
 from longctx.training import workdir as workdirs
 
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to write on from.")
@@ -33,8 +36,10 @@ def main() -> None:
             f"--workdir={run.path} is of the synthetic task '{run.experiment.data.kind}', whose tokens are numbers and "
             "no text; give a run trained on a corpus."
         )
-    model, _ = workdirs.load_model(run)
-    complete(model, run.tokenizer, request)
+    mesh = meshes.make(commands.mesh() or config.Mesh(1, 1, 1))
+    model, _ = workdirs.load_model(run, mesh)
+    with jax.set_mesh(mesh):
+        complete(model, run.tokenizer, request)
 
 
 def _prompt() -> str:
@@ -59,4 +64,5 @@ def _prompt() -> str:
 
 if __name__ == "__main__":
     commands.define_workdir()
+    commands.define_mesh("one device")
     commands.run(main)

@@ -59,7 +59,8 @@ class Prefill:
 
     def __init__(self, model: nnx.Module):
         graphdef, params = nnx.split(model)
-        self._model, self._params = model, nnx.as_pure(params)
+        self._params = nnx.as_pure(params)
+        self._init = jax.jit(model.init_state, static_argnums=(0, 1))  # each device makes its own share
 
         @functools.partial(jax.jit, donate_argnums=4)
         def read(params, tokens, offset, count, state):
@@ -84,7 +85,7 @@ class Prefill:
         if not 1 <= length <= capacity:
             raise ValueError(f"The prompt has {length} tokens and the state room for {capacity}; give 1 to {capacity}.")
         span = span or span_for(length)
-        logits, state = None, self._model.init_state(batch, capacity)
+        logits, state = None, self._init(batch, capacity)
         with tqdm.tqdm(total=length, desc="reading", unit="token", leave=False, disable=None) as bar:
             for offset in range(0, length, span):
                 piece = np.asarray(tokens[:, offset : offset + span], np.int32)

@@ -18,7 +18,7 @@ from longctx.ops import attention as ops
 from longctx.ops import cope
 from longctx.ops.biases import Bias
 from longctx.ops.patterns import Causal, Heads, Pattern, causal, parse
-from longctx.parallel import choice, sequence
+from longctx.parallel import choice, sequence, tree
 from longctx.typing import Segments
 
 
@@ -101,7 +101,7 @@ class Attention(Projections):
         cache = self._empty(batch, length, x.dtype) if state is None else state.cache
         known = cache.positions.shape[1] - len(cache.anchors)
         k = options.positions.stored(k, segments.positions, known)
-        after = cache.append(k, v, segments)
+        after = self._placed(cache.append(k, v, segments))
         y = self._attend(q, k, v, segments, None if state is None else (cache, after), known, bias)
         return self.out(y.reshape(batch, length, -1)), AttentionState(after, tail)
 
@@ -125,14 +125,18 @@ class Attention(Projections):
             return sequence.attention_by_parts(parts, v, segments, **settings)
         k, v, _, span, held = _join(k, v, segments, *caches)
         parts = scheme.parts(q, k, self.pattern, span, held, known)
-        return ops.attention_by_parts(parts, v, span, held, **settings)
+        return tree.attention(parts, v, span, held, **settings)
 
     def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
         options, pattern = self.options, self.pattern.union
         anchors = () if pattern.reach is None else pattern.anchors
         capacity = capacity if pattern.reach is None else pattern.reach + 1
         width = options.head_width
-        return KVCache.empty(batch, capacity, options.kv_heads, width, width, dtype, anchors=anchors)
+        return self._placed(KVCache.empty(batch, capacity, options.kv_heads, width, width, dtype, anchors=anchors))
+
+    def _placed(self, cache: KVCache) -> KVCache:
+        """A cache that grows with the document is shared by the devices along `context`."""
+        return cache.shared() if self.pattern.union.reach is None else cache
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> AttentionState:
         """The state before any token, with room for `capacity` tokens (a bounded reach needs no more than itself)."""
@@ -163,7 +167,7 @@ def attend_with_cache(
     """
     keys, values, since, span, held = _join(k, v, segments, before, after, decay)
     options |= {"decay": decay, "kv_decay": since}
-    return ops.attention(q, keys, values, pattern, segment_ids=span, kv_segment_ids=held, **options)
+    return tree.attention([ops.Part(q, keys, pattern)], values, span, held, **options)
 
 
 def _join(k, v, segments: Segments, before: KVCache, after: KVCache, decay=None):

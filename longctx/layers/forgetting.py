@@ -85,10 +85,10 @@ class Forgetting(nnx.Module):
         )
         pattern = Causal() & Window(options.window) if options.window else Causal()
         if state is None:
-            cache = self._empty(batch, length, x.dtype).append(k, v, segments, decay)
+            cache = self._placed(self._empty(batch, length, x.dtype).append(k, v, segments, decay))
             y = sequence.attention(q, k, v, pattern, segments, decay=decay)
         else:
-            cache = state.cache.append(k, v, segments, decay)
+            cache = self._placed(state.cache.append(k, v, segments, decay))
             y = attend_with_cache(q, k, v, pattern, segments, state.cache, cache, decay)
         if options.output_gate:
             y = self.norm(y) * jax.nn.sigmoid(self.gate(x)).reshape(y.shape)
@@ -97,9 +97,12 @@ class Forgetting(nnx.Module):
     def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
         options = self.options
         width = options.head_width
-        return KVCache.empty(
-            batch, options.window or capacity, options.kv_heads, width, width, dtype, decays=options.heads
-        )
+        slots = options.window or capacity
+        return self._placed(KVCache.empty(batch, slots, options.kv_heads, width, width, dtype, decays=options.heads))
+
+    def _placed(self, cache: KVCache) -> KVCache:
+        """A cache that grows with the document is shared by the devices along `context`."""
+        return cache if self.options.window else cache.shared()
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> ForgettingState:
         """The state before any token, with room for `capacity` tokens (a window needs no more than itself)."""

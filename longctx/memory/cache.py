@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from longctx.ops.patterns import Keys
+from longctx.parallel import rules
 from longctx.typing import Segments
 
 
@@ -93,6 +94,20 @@ class KVCache:
             write(jnp.where(started > 0, -1, self.positions), segments.positions),
             None if decay is None else write(self.decay, decay),
             self.anchors,
+        )
+
+    def shared(self) -> KVCache:
+        """The same, its slots split over the devices along `context`, where there are such and they divide them."""
+
+        def split(x, *rest):
+            return None if x is None else rules.constrain(x, ("batch", "slots", *rest))
+
+        return dataclasses.replace(
+            self,
+            keys=split(self.keys, "heads", "head"),
+            values=split(self.values, "heads", "head"),
+            positions=split(self.positions),
+            decay=split(self.decay, "heads"),
         )
 
     @property

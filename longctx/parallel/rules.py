@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 RULES = {
     "batch": ("data",),  # B
     "time": ("context",),  # T
+    "slots": ("context",),  # N of a cache that devices share
     "embed": ("data", "context"),  # D of a parameter
     "width": (),  # D of an activation
     "heads": ("model",),  # H or G, and a projection's H * K

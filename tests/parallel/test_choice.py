@@ -12,6 +12,7 @@ from flax import nnx
 
 from longctx import config
 from longctx.layers.attention import Attention
+from longctx.ops.attention import Part
 from longctx.ops.patterns import Causal
 from longctx.parallel import attention as sharded
 from longctx.parallel import choice, mesh, tree
@@ -108,7 +109,7 @@ def test_bytes_of_the_tree():
 
     def sent(length):
         def run(q, k, v, query, held):
-            return tree.decode(q, k, v, Causal(), query, held, "context").output
+            return tree.decode([Part(q, k, Causal())], v, query, held, "context").output
 
         with jax.set_mesh(mesh.make(config.Mesh(1, DEVICES, 1))):
             shard, whole = jax.P(None, "context"), jax.P()
