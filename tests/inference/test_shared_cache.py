@@ -15,7 +15,7 @@ from longctx.models import LanguageModel
 from longctx.parallel import mesh as meshes
 
 TOKENS = np.random.default_rng(1).integers(4, 60, (2, 21)).astype(np.int32)
-CAPACITY, COUNT = 64, 8
+CAPACITY, COUNT = 2048, 8
 ATTENTION = {"kind": "attention", "heads": 2, "kv_heads": 1, "head_width": 8}
 MIXERS_THAT_SHARE = {
     "rope": ATTENTION,
@@ -55,8 +55,8 @@ def stepped(model):
 def test_decoding(mixer, sizes):
     """Logits as on one device (1e-5 of them, which are near 1); each device holds its share of the slots.
 
-    In the compiled step no message is as large as a device's share of the keys. Seen to fail: without the reductions
-    over the devices; with the plain op in place of the tree, which gathers the keys.
+    In the compiled step no message is as large as a device's share of the keys. Seen to fail without the reductions
+    over the devices, and for self_extend with the plain op in place of the tree: it gathers all keys.
     """
     model = model_of(MIXERS_THAT_SHARE[mixer])
     expected, _, _ = stepped(model)
