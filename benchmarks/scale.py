@@ -158,7 +158,7 @@ def plot(cells: dict, path: pathlib.Path) -> None:
         axes[row, 0].set_ylabel(label)
         for axis in axes[row]:
             axis.set_xscale("log", base=2)
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
     axes[0, 0].legend()
     figure.savefig(path, dpi=120)
 
