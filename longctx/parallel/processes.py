@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -113,13 +114,21 @@ def _initialize(coordinator: str, count: int | None, index: int | None) -> None:
             f"--coordinator={coordinator} --num_processes={count} --process_id={index} name no process; give "
             "--coordinator=HOST:PORT of process 0, N processes, and each its number from 0 to N - 1."
         )
+    if index == 0:
+        _listen(int(port))
+        # Told before they are waited for: when five minutes are over, jax aborts.
+        print(f"waiting for {count} processes at {coordinator} ...", file=sys.stderr, flush=True)
+    jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT)
+
+
+def _listen(port: int) -> None:
+    """Makes sure that the port can be had, for want of which jax crashes."""
+    both = socket.has_dualstack_ipv6()
     try:
-        jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT)
-    except RuntimeError as error:
-        raise UsageError(
-            f"process {index} of {count} did not find the others at {coordinator} ({str(error).splitlines()[0]}); "
-            "start all of them within five minutes, with the same address."
-        ) from error
+        family = socket.AF_INET6 if both else socket.AF_INET
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"process 0 cannot listen at port {port} ({error}); give --coordinator a free one.") from error
 
 
 def _words(error: BaseException) -> str:

@@ -2,10 +2,11 @@
 
 import re
 import signal
+import socket
 import time
 
 import pytest
-from two import losses
+from two import Processes, losses
 
 from longctx.training import metrics
 from longctx.training.checkpoints import SUMS
@@ -109,6 +110,17 @@ def test_the_disk_is_full(start, tmp_path, victim):
     assert "nothing is saved" in ends[victim][2]
     assert re.search(rf"error: process {victim} \(.*\) was lost: the checkpoint of step 3", ends[1 - victim][2])
     assert whole(workdir) == []
+
+
+def test_the_port_is_taken(tmp_path, folder, environment):
+    """jax alone crashes."""
+    with socket.create_server(("", 0)) as taken:
+        flags = [f"--coordinator=localhost:{taken.getsockname()[1]}", "--num_processes=2", "--process_id=0"]
+        command = [*TRAIN, "--config=small.py", f"--workdir={tmp_path / 'run'}", *flags]
+        (end,) = Processes(folder, environment, [command]).ended()
+    assert end[0] == 2, end
+    assert "error: process 0 cannot listen at port" in end[2]
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_folder_is_not_shared(start, tmp_path, folder):
