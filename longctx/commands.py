@@ -1,8 +1,9 @@
 """What every command shares: flags, quiet logs, and errors told in a sentence.
 
 A command ends with code 0, or 2 when what it was given cannot be used (nothing is written then), or 1 when training
-met a loss that is not finite, a full disk, or a process that was lost. `python -m longctx.<command> --help` lists its
-flags.
+met a loss that is not finite, a full disk, or a process that was lost (jax or its watchman may end it by a signal
+then). Of several processes, each has written its name in WORKDIR/processes before anything is refused.
+`python -m longctx.<command> --help` lists its flags.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from longctx.ops import attention as ops
 from longctx.ops.attention import Part
+from longctx.ops.biases import Bias
 from longctx.ops.partial import Partial, add_sinks, merge
 from longctx.ops.patterns import Heads
 from longctx.parallel import mesh
@@ -35,6 +36,8 @@ def attention(
     held: Segments,
     *,
     sinks: Float[Array, " H"] | None = None,
+    bias: Bias | None = None,
+    decay: Float[Array, "B T H"] | None = None,
     kv_decay: Float[Array, "B S H"] | None = None,
     **options,
 ) -> Float[Array, "B T H V"]:
@@ -45,30 +48,30 @@ def attention(
     is the plain op.
 
     Args:
-      parts, v, sinks, kv_decay, options: as there.
+      parts, v, sinks, bias, decay, kv_decay, options: as there.
       segments: of the queries.
       held: of the slots.
     """
     patterns = [part.pattern for part in parts]
     unbounded = not isinstance(patterns[0], Heads) and any(pattern.reach is None for pattern in patterns)
     if not unbounded or parts[0].q.shape[1] > 1 or mesh.context_size() == 1 or v.shape[1] % mesh.context_size():
-        return ops.attention_by_parts(parts, v, segments, held, sinks=sinks, kv_decay=kv_decay, **options)
-    fixed = {name: x for name, x in options.items() if not jax.tree.leaves(x) or isinstance(x, int | float)}
-    arrays = {name: x for name, x in options.items() if name not in fixed}
+        options |= {"sinks": sinks, "bias": bias, "decay": decay, "kv_decay": kv_decay}
+        return ops.attention_by_parts(parts, v, segments, held, **options)
 
-    def run(queries, keys, v, held, kv_decay, segments, arrays):
+    def run(queries, keys, v, held, kv_decay, segments, bias, decay):
         shard = [Part(*each) for each in zip(queries, keys, patterns, strict=True)]
-        return decode(shard, v, segments, held, "context", kv_decay=kv_decay, **fixed, **arrays)
+        added = {"bias": bias, "decay": decay, "kv_decay": kv_decay}
+        return decode(shard, v, segments, held, "context", **added, **options)
 
     island = jax.shard_map(
         run,
-        in_specs=(_WHOLE, _SHARD, _SHARD, _SHARD, _SHARD, _WHOLE, _WHOLE),
+        in_specs=(_WHOLE, _SHARD, _SHARD, _SHARD, _SHARD, _WHOLE, _WHOLE, _WHOLE),
         out_specs=_WHOLE,
         axis_names={"context"},
         check_vma=False,
     )
     queries, keys = [part.q for part in parts], [part.k for part in parts]
-    result = jax.jit(island, inline=True)(queries, keys, v, held, kv_decay, segments, arrays)
+    result = jax.jit(island, inline=True)(queries, keys, v, held, kv_decay, segments, bias, decay)
     result = result if sinks is None else add_sinks(result, sinks)
     return result.output.astype(v.dtype)
 

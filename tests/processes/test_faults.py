@@ -112,6 +112,19 @@ def test_the_disk_is_full(start, tmp_path, victim):
     assert whole(workdir) == []
 
 
+def test_another_run_is_in_the_folder(start, tmp_path):
+    """The second is refused, and the first goes on. Seen to fail without the lock."""
+    arguments = ["--config=small.py", f"--workdir={tmp_path / 'run'}"]
+    first = start(TRAIN, *arguments)
+    first.wait_for(1, tmp_path / "run")
+    for code, _, errors in start(TRAIN, *arguments).ended():
+        assert code == 2, errors
+        assert "is in use by another run: its pid" in errors
+    first.wait_for(len(losses(tmp_path / "run")) + 1, tmp_path / "run")
+    first.signal(signal.SIGTERM)
+    assert [code for code, _, _ in first.ended()] == [0, 0]
+
+
 def test_the_port_is_taken(tmp_path, folder, environment):
     """jax alone crashes."""
     with socket.create_server(("", 0)) as taken:
