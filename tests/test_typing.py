@@ -78,7 +78,7 @@ def test_every_family_is_checked():
     """Broken by taking one decorator away."""
     for info in pkgutil.iter_modules(longctx.ops.__path__, "longctx.ops."):
         module = importlib.import_module(info.name)
-        for name in ("recurrent", "chunked", "transition"):
+        for name in ("recurrent", "chunked", "transition", "deferred"):
             if (function := getattr(module, name, None)) and function.__module__ == info.name:
                 assert inspect.unwrap(function) is not function, f"{info.name}.{name}"
 

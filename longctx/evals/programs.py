@@ -180,7 +180,7 @@ def _runs(text: str, amount: Callable[[Instruction, Mapping[str, Instruction]], 
         found = [Run(instruction, own, 1, False)] if own else []
         if _under_way(instruction):
             return found
-        inner = [of(name) for name in instruction.called]
+        inner = [_scattered(name, of(name)) for name in instruction.called]
         if instruction.op == "conditional":
             return max(inner, key=lambda branch: sum(run.amount * run.times for run in branch), default=[])
         found += itertools.chain(*inner)
@@ -199,6 +199,18 @@ def _under_way(instruction: Instruction) -> bool:
     return instruction.name.startswith("async-collective-done") or any(
         name.startswith("async_collective_fusion") for name in instruction.called
     )
+
+
+def _scattered(name: str, runs: list[Run]) -> list[Run]:
+    """A TPU's scattered sums as what they are: to the eye sums over all, of which each device then takes a part."""
+    if not name.startswith("all-reduce-scatter"):
+        return runs
+    return [
+        run._replace(instruction=run.instruction._replace(op="reduce-scatter"), amount=run.amount / 2)
+        if run.instruction.op == "all-reduce"
+        else run
+        for run in runs
+    ]
 
 
 def _trips(loop: Instruction, computations) -> int | None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.parallel import mesh, sequence
+from longctx.parallel import mesh, rules, sequence
 from longctx.typing import Segments
 
 _INITIAL = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -52,7 +52,11 @@ class Linear(nnx.Module):
         self.bias = None if bias is None else nnx.Param(jnp.full(outputs, bias, jnp.float32), axes=axes[1:])
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        y = merged(x) @ self.weight[...].astype(x.dtype)
+        weight = self.weight[...].astype(x.dtype)
+        # Of few tokens, as in decoding, what the parts of W give is less to send than W: the compiler sums it.
+        if x.size // x.shape[-1] > weight.shape[0]:
+            weight = rules.gathered(weight, self.weight.axes)
+        y = merged(x) @ weight
         y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 

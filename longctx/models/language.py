@@ -15,7 +15,7 @@ from longctx import config
 from longctx.layers.basic import RMSNorm
 from longctx.models.block import Block
 from longctx.ops.backend import platform
-from longctx.parallel.rules import constrain
+from longctx.parallel.rules import constrain, gathered
 from longctx.typing import Segments
 
 _policies = jax.checkpoint_policies
@@ -79,7 +79,7 @@ class LanguageModel(nnx.Module):
         """
         # Scaled to unit variance, since the same matrix serves as the unembedding.
         # Rows gathered whole: a lookup in columns split over devices would make the compiler copy activations about.
-        table = constrain(self.embedding[...], ("vocab", None))
+        table = constrain(gathered(self.embedding[...], ("vocab", "embed")), ("vocab", None))
         x = table[tokens].astype(self.dtype) * math.sqrt(self.options.width)
         x = constrain(x, ("batch", "time", None))
 

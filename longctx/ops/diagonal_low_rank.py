@@ -25,15 +25,17 @@ Reference: Peng et al., "RWKV-7 'Goose' with Expressive Dynamic State Evolution"
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from longctx.ops.gated_delta import Transition, apply, compose, unit_inverse
+from longctx.ops.gated_delta import Transition, apply, compose, in_columns, unit_inverse
 from longctx.ops.gated_linear import BEFORE, Clock, by_spans, decay, einsum, join, scores, split, start_clock
 from longctx.typing import Segments, checked
 
-__all__ = ["Transition", "apply", "chunked", "compose", "recurrent", "transition"]
+__all__ = ["Transition", "apply", "chunked", "compose", "deferred", "recurrent", "transition"]
 
 
 @checked
@@ -108,15 +110,23 @@ def transition(
     segment_ids: Int[Array, "B T"] | Segments | None = None,
     chunk: int = 64,
 ) -> Transition:
-    """What the span does to any state. `q` is not read: it is there so that all functions take the same inputs.
+    """What the span does to any state. It does not depend on `q`, and what is computed of it is dropped under `jit`."""
+    return deferred(q, k, v, a, b, log_decay, segment_ids, chunk)[0]
 
-    M is carried as K more columns of the state, which start as the identity and are written with zeros.
-    """
-    width = k.shape[-1]
-    values = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (width, 0)))
-    columns = _zeros(k, values) + jnp.eye(width, values.shape[-1])
-    _, s = by_spans(_span, columns, (None, k, values, a, b, log_decay), segment_ids, chunk)
-    return Transition(s[..., :width], s[..., width:])
+
+@checked
+def deferred(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    log_decay: Float[Array, "B T H K"],
+    segment_ids: Int[Array, "B T"] | Segments | None = None,
+    chunk: int = 64,
+) -> tuple[Transition, Callable[[Float[Array, "B H K V"]], Float[Array, "B T H V"]]]:
+    """The span in one pass, before the state that enters it is known, as in `gated_delta`."""
+    return in_columns(_span, (q, k, v, a, b, log_decay), segment_ids, chunk)
 
 
 def _span(s, q, k, v, a, b, log_decay, segments, chunk):
@@ -128,10 +138,10 @@ def _span(s, q, k, v, a, b, log_decay, segments, chunk):
     reads, clock = split(a, chunk), start_clock(log_decay, segments, chunk)
     # a_i meets the state after token i-1: its row stands there, and is moved down when its products are taken.
     ahead = jnp.pad(reads[..., 1:, :], ((0, 0),) * 3 + ((0, 1), (0, 0)))
-    rows = [ahead, ahead] if q is None else [ahead, ahead, *[split(q, chunk)] * 2]
-    columns = [back, keys] * (len(rows) // 2)
-    times = Clock(*(jnp.concatenate([leaf] * len(rows)) for leaf in clock))
-    products = jnp.split(scores(jnp.concatenate(rows), jnp.concatenate(columns), times), len(rows))
+    queries = split(q, chunk)
+    rows, columns = jnp.concatenate([ahead, ahead, queries, queries]), jnp.concatenate([back, keys, back, keys])
+    times = Clock(*(jnp.concatenate([leaf] * 4) for leaf in clock))
+    products = jnp.split(scores(rows, columns, times), 4)
     inverse = unit_inverse(-_down(products[0]))
     from_start = decay(clock, BEFORE)
     fresh = einsum("nbhcd,nbhde,nbhev->nbhcv", inverse, _down(products[1]), values)
@@ -145,9 +155,7 @@ def _span(s, q, k, v, a, b, log_decay, segments, chunk):
         return total * s + einsum("bhck,bhcv->bhkv", out, read) + written, (s, read)
 
     s, (before, read) = jax.lax.scan(step, s, (fresh, held, back * left, written, total))
-    if q is None:
-        return s, None
-    y = einsum("nbhck,nbhkv->nbhcv", rows[2] * from_start, before)
+    y = einsum("nbhck,nbhkv->nbhcv", queries * from_start, before)
     y += einsum("nbhcd,nbhdv->nbhcv", products[2], read) + einsum("nbhcd,nbhdv->nbhcv", products[3], values)
     return s, join(y, v, segments)
 

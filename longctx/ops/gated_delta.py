@@ -15,11 +15,15 @@ the rows that the chunk really adds are U - W S, and
 
 Transition of a span: (M, B), S -> M S + B, with (M_2, B_2) after (M_1, B_1) being (M_2 M_1, M_2 B_1 + B_2).
 
+The span before S is known: from the state [I, 0], with values [0, v], it leaves [M, B] and puts out rows [r_t, y_t],
+and from S it puts out y_t + S^T r_t. So one pass over a device's tokens is enough, whatever comes from those before.
+
 Reference: Yang et al., "Gated Delta Networks", 2025, section 3.3; Kimi Team, "Kimi Linear", 2025, section 3.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -113,15 +117,46 @@ def transition(
     segment_ids: Int[Array, "B T"] | Segments | None = None,
     chunk: int = 64,
 ) -> Transition:
-    """What the span does to any state. `q` is not read: it is there so that all functions take the same inputs.
+    """What the span does to any state. It does not depend on `q`, and what is computed of it is dropped under `jit`."""
+    return deferred(q, k, v, beta, log_decay, segment_ids, chunk)[0]
 
-    M is carried as K more columns of the state, which start as the identity and are written with zeros.
+
+@checked
+def deferred(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    beta: Float[Array, "B T H"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"],
+    segment_ids: Int[Array, "B T"] | Segments | None = None,
+    chunk: int = 64,
+) -> tuple[Transition, Callable[[Float[Array, "B H K V"]], Float[Array, "B T H V"]]]:
+    """The span in one pass, before the state that enters it is known: what it does to any, and y as a function of it.
+
+    M is carried as K more columns of the state, which start as the identity and are written with zeros. What a token
+    reads of these columns it reads of the state that enters.
     """
+    return in_columns(_span, (q, k, v, beta, log_decay), segment_ids, chunk)
+
+
+def in_columns(span: Callable, inputs: tuple, segment_ids, chunk: int):
+    """`deferred` of a family whose `span`, as that of `by_spans`, treats all columns of states and values alike."""
+    _, k, v = inputs[:3]
     width = k.shape[-1]
-    values = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (width, 0)))
-    columns = _zeros(k, values) + jnp.eye(*_zeros(k, values).shape[-2:])
-    _, s = by_spans(_span, columns, (None, k, values, beta, log_decay), segment_ids, chunk)
-    return Transition(s[..., :width], s[..., width:])
+
+    def beside(s, q, k, v, *others):
+        v = jnp.pad(v.astype(jnp.float32), ((0, 0), (0, 0), (0, 0), (width, 0)))
+        return span(s, q, k, v, *others)
+
+    zeros = _zeros(k, v)
+    identity = jnp.broadcast_to(jnp.eye(width), (*zeros.shape[:2], width, width))
+    y, s = by_spans(beside, jnp.concatenate([identity, zeros], axis=-1), inputs, segment_ids, chunk)
+
+    def outputs(state):
+        reads, own = jnp.split(y, [width], axis=-1)
+        return (own + einsum("bthk,bhkv->bthv", reads, state)).astype(v.dtype)
+
+    return Transition(s[..., :width], s[..., width:]), outputs
 
 
 def compose(first: Transition, then: Transition) -> Transition:
@@ -150,8 +185,6 @@ def _span(s, q, k, v, beta, log_decay, segments, chunk):
         return total * s + einsum("bhck,bhcv->bhkv", out, rows), (s, rows)
 
     s, (before, rows) = jax.lax.scan(step, s, (fresh, erased, out, total))
-    if q is None:
-        return s, None
     queries = split(q, chunk)
     y = einsum("nbhck,nbhkv->nbhcv", queries * decay(clock, BEFORE), before)
     y += einsum("nbhcd,nbhdv->nbhcv", scores(queries, keys, clock), rows)

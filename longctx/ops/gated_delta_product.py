@@ -16,6 +16,8 @@ section 3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -24,7 +26,7 @@ from longctx.ops import gated_delta
 from longctx.ops.gated_delta import Transition, apply, compose
 from longctx.typing import Segments, checked
 
-__all__ = ["Transition", "apply", "chunked", "compose", "recurrent", "transition"]
+__all__ = ["Transition", "apply", "chunked", "compose", "deferred", "recurrent", "transition"]
 
 
 @checked
@@ -101,8 +103,23 @@ def transition(
     chunk: int = 64,
 ) -> Transition:
     """What the span does to any state, as in `gated_delta`."""
+    return deferred(q, k, v, beta, log_decay, segment_ids, chunk)[0]
+
+
+@checked
+def deferred(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T n H K"],
+    v: Float[Array, "B T n H V"],
+    beta: Float[Array, "B T n H"],
+    log_decay: Float[Array, "B T H"],
+    segment_ids: Int[Array, "B T"] | Segments | None = None,
+    chunk: int = 64,
+) -> tuple[Transition, Callable[[Float[Array, "B H K V"]], Float[Array, "B T H V"]]]:
+    """The span in one pass, before the state that enters it is known, as in `gated_delta`."""
     *inputs, segments = _steps(q, k, v, beta, log_decay, segment_ids)
-    return gated_delta.transition(*inputs, segments, chunk)
+    after, outputs = gated_delta.deferred(*inputs, segments, chunk)
+    return after, lambda state: outputs(state)[:, k.shape[2] - 1 :: k.shape[2]]
 
 
 def _steps(q, k, v, beta, log_decay, segment_ids):

@@ -1,8 +1,8 @@
 """Which mesh axis splits which dimension: one table, read for parameters and for activations.
 
-Parameters are split over `data` and `context` together (fully sharded data parallelism: each device keeps a part and
-gathers the rest for the layer that needs it) and over `model` (tensor parallelism). Activations are split by batch,
-time and heads; their width is whole on every device.
+Parameters are split over `data` and `context` together (fully sharded data parallelism: each device keeps a part, and
+`gathered` brings the rest together for the layer that needs it) and over `model` (tensor parallelism). Activations are
+split by batch, time and heads; their width is whole on every device.
 
 A layer names its parameters' dimensions, `nnx.Param(value, axes=("embed", "mlp"))`, and may name those of an
 activation, `constrain(x, ("batch", "time", "width"))`; neither names a mesh axis.
@@ -21,7 +21,7 @@ RULES = {
     "batch": ("data",),  # B
     "time": ("context",),  # T
     "slots": ("context",),  # N of a cache that devices share
-    "embed": ("data", "context"),  # D of a parameter
+    "embed": ("context", "data"),  # D of a parameter; in this order it is gathered backwards
     "width": (),  # D of an activation
     "heads": ("model",),  # H or G, and a projection's H * K
     "mlp": ("model",),  # F
@@ -105,14 +105,46 @@ def constrain(x: jax.Array, axes) -> jax.Array:
 
     Inside a `jax.shard_map` the axes already split by hand are left out.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    sizes = {axis: size for axis, size in mesh.shape.items() if kinds[axis] == AxisType.Auto and size > 1}
+    sizes = _left_to_the_compiler()
     if not sizes:
         return x
     if len(axes) != x.ndim:
         raise ValueError(f"an activation of shape {x.shape} has the axes {tuple(axes)}; name each dimension once.")
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, sizes))
+
+
+def gathered(x: jax.Array, axes) -> jax.Array:
+    """A parameter of those `axes`, whole along `data` and `context`; `x` itself without an ambient mesh.
+
+    The parts come together over one mesh axis after the other, and the sum of the gradient is scattered over one of
+    them before it is taken over the other: s numbers are sent each way. Left to itself the compiler may take either in
+    one sum over all devices, of 2 s: XLA:TPU does wherever they fill three axes of a torus.
+    """
+    sizes = _left_to_the_compiler()
+    specs = [spec(axes, x.shape, sizes)]
+    for axis in reversed(RULES["embed"]):
+        smaller = spec(axes, x.shape, sizes := sizes | {axis: 1})
+        specs += [smaller] if smaller != specs[-1] else []
+    return _in_turn(x, tuple(specs)) if len(specs) > 1 else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _in_turn(x, specs):
+    """`x`, split as the first of `specs` says, and then as each of the others."""
+    for each in specs[1:]:
+        x = jax.lax.with_sharding_constraint(x, each)
+    return x
+
+
+# The transpose of the last step would ask for the gradient's sum on every device first; it begins with the one before.
+_in_turn.defvjp(lambda x, specs: (_in_turn(x, specs), None), lambda specs, _, g: (_in_turn(g, (None, *specs[-2::-1])),))
+
+
+def _left_to_the_compiler() -> dict[str, int]:
+    """Devices along the ambient mesh's axes, of those that have several and that no `jax.shard_map` splits by hand."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return {axis: size for axis, size in mesh.shape.items() if kinds[axis] == AxisType.Auto and size > 1}
 
 
 @functools.cache

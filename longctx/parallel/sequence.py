@@ -58,7 +58,8 @@ def recurrence(op: types.ModuleType, *inputs, parameters: tuple = (), state=None
 
     Where the family has no `transition`, its states do not compose, and the devices take turns: each waits for the
     state that the one before it leaves, so that the span takes as long as on one device. Where its `gathers` says that
-    a shard's tokens are less to send than a transition, every device gathers them and runs those before its own.
+    a shard's tokens are less to send than a transition, every device gathers them and runs those before its own. Where
+    it has `deferred`, the tokens are gone through once, before the state is there, and not for the transition first.
 
     Args:
       op: the family's module, such as `longctx.ops.gated_delta`.
@@ -368,13 +369,16 @@ def _scan(op, inputs, parameters, state, segments: Segments | None, static):
 
         device, last = jax.lax.axis_index("context"), jax.lax.axis_size("context") - 1
         if hasattr(op, "gathers") and op.gathers(*inputs, *parameters):
-            entering = _from_all_before(op, inputs, parameters, state, segments, static)
+            y, after = run(_from_all_before(op, inputs, parameters, state, segments, static))
+        elif hasattr(op, "deferred"):
+            transition, outputs = op.deferred(*inputs, *parameters, segment_ids=segments, **static)
+            entering = prefix.entering(op, transition, state, "context")
+            y, after = outputs(entering), op.apply(transition, entering)
         elif hasattr(op, "transition"):
             transition = op.transition(*inputs, *parameters, segment_ids=segments, **static)
-            entering = prefix.entering(op, transition, state, "context")
+            y, after = run(prefix.entering(op, transition, state, "context"))
         else:
-            entering = _in_turn(lambda state: run(state)[1], state, "context")
-        y, after = run(entering)
+            y, after = run(_in_turn(lambda state: run(state)[1], state, "context"))
         return y, jax.lax.psum(jax.tree.map(lambda x: jnp.where(device == last, x, 0), after), "context")
 
     island = _island(shard, (_SHARD, _WHOLE, _WHOLE, _SHARD), (_SHARD, _WHOLE))

@@ -72,7 +72,8 @@ def loss_sums(model: LanguageModel, batch: Batch, answer_weight: float, label_sm
             axis_names={"data", "context"},
             check_vma=False,
         )
-    totals, correct = own_tokens(hidden, model.unembedding, batch["targets"], weights)
+    unembedding = rules.gathered(model.unembedding, ("vocab", "embed"))
+    totals, correct = own_tokens(hidden, unembedding, batch["targets"], weights)
     answers = batch["answers"]
     return Sums(totals.sum(), weights.sum(), jnp.sum(correct & answers), jnp.sum(answers))
 

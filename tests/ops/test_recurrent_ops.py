@@ -182,6 +182,22 @@ def test_transition_of_packed_rows(family):
     np.testing.assert_array_equal(op.apply(padding, state), state)
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.startswith("gated_delta")])
+def test_deferred(family):
+    """One pass from no state, and then what the state adds, equals the definition, gradients included.
+
+    Fails when the columns that tell what tokens read of the state start with something else than the identity.
+    """
+    op, inputs, state = example(family, 200)
+    options = {"segment_ids": jnp.concatenate([packed(130), jnp.full((B, 70), 9)], axis=1)}
+
+    def deferred(*inputs, state, segment_ids):
+        transition, outputs = op.deferred(*inputs, segment_ids=segment_ids)
+        return outputs(state), op.apply(transition, state)
+
+    close(with_gradients(deferred, inputs, state, **options), with_gradients(op.recurrent, inputs, state, **options))
+
+
 @every_family
 def test_nothing_leaks(family):
     """No gradient flows back from the past, or across a document start: exactly zero, decays and state included."""

@@ -2,6 +2,7 @@
 
 import logging
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,6 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from longctx import config
+from longctx.evals import programs
 from longctx.parallel import mesh, rules
 
 SIZES = {"data": 2, "context": 2, "model": 2}
@@ -17,11 +19,11 @@ SIZES = {"data": 2, "context": 2, "model": 2}
 @pytest.mark.parametrize(
     ("axes", "shape", "expected"),
     [
-        (("embed", "mlp"), (8, 6), P(("data", "context"), "model")),
-        (("vocab", "embed"), (6, 8), P("model", ("data", "context"))),
-        (("embed", "mlp"), (3, 8, 6), P(None, ("data", "context"), "model")),  # a stack of three layers
-        (("embed", "heads"), (6, 3), P("data", None)),  # what does not divide is left out
-        (("embed", "embed"), (8, 8), P(("data", "context"), None)),  # each mesh axis once
+        (("embed", "mlp"), (8, 6), P(("context", "data"), "model")),
+        (("vocab", "embed"), (6, 8), P("model", ("context", "data"))),
+        (("embed", "mlp"), (3, 8, 6), P(None, ("context", "data"), "model")),  # a stack of three layers
+        (("embed", "heads"), (6, 3), P("context", None)),  # what does not divide is left out
+        (("embed", "embed"), (8, 8), P(("context", "data"), None)),  # each mesh axis once
         (("batch", "time", "width"), (4, 8, 16), P("data", "context", None)),
         (("batch", "time", "heads", "head"), (4, 1, 2, 16), P("data", None, "model", None)),
         ((None, "mlp"), (5, 4), P(None, "model")),
@@ -60,7 +62,7 @@ def test_shardings_of_parameters(caplog):
     assert "mlp=7 is not a multiple of the 2 devices along 'model'" in told[0]
     specs = {name: leaf.get_value().spec for name, leaf in shardings.items()}
     assert specs == {
-        "weight": P(None, ("data", "context"), "model"),
+        "weight": P(None, ("context", "data"), "model"),
         "odd": P(None, None),
         "plain": P(None, None, None),
     }
@@ -82,3 +84,27 @@ def test_constrain():
         assert jax.jit(island)(x).sharding.spec == P("data", "context", "model")
         with pytest.raises(ValueError, match="name each dimension once"):
             rules.constrain(x, ("batch", "time"))
+
+
+def test_a_parameter_is_gathered_over_one_axis_after_the_other():
+    """A product's weight, in its two gathers, and its gradient as without a mesh.
+
+    Seen to fail: the gathers in one (one all-gather, of all devices); the gradient multiplied by a factor.
+    """
+    x, w = jax.random.normal(jax.random.key(0), (4, 16, 8)), jax.random.normal(jax.random.key(1), (8, 6))
+
+    def loss(w, x):
+        return jnp.sum(jnp.sin(x @ rules.gathered(w, ("embed", "mlp"))))
+
+    assert rules.gathered(w, ("embed", "mlp")) is w
+    expected = jax.value_and_grad(loss)(w, x)
+    with jax.set_mesh(made := mesh.make(config.Mesh(data=2, context=4))):
+        split = rules.spec(("embed", "mlp"), w.shape, made.shape)
+        assert split == P(("context", "data"), None)
+        places = [jax.sharding.NamedSharding(made, spec) for spec in (split, P("data", "context"))]
+        step = jax.jit(jax.value_and_grad(loss), in_shardings=places, out_shardings=(None, places[0]))
+        found = step(w, x)
+        program = step.lower(w, x).compile().as_text()
+    chex.assert_trees_all_close(found, expected, rtol=1e-5)
+    gathers = [run.instruction for run in programs.messages(program, 8) if run.instruction.op == "all-gather"]
+    assert [gather.type.split("{")[0] for gather in gathers] == ["f32[2,6]", "f32[8,6]"]
