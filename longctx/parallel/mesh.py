@@ -6,16 +6,20 @@ axes are of type Auto. Code that needs the mesh reads the ambient one, which `ja
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 
 from longctx import config
 from longctx.errors import UsageError
 
 AXES = ("data", "context", "model")
+
+_log = logging.getLogger(__name__)
 
 
 def make(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -28,6 +32,9 @@ def make(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax
 
     Raises:
       UsageError: the sizes do not fit the devices, or not the torus that their links make.
+
+    On a torus an axis takes whole sides where it can, which are rings. Where no sides have its size it takes parts of
+    them, which are lines: what goes around goes back over the same links.
     """
     devices = jax.devices() if devices is None else list(devices)
     given = {name: getattr(sizes, name) for name in AXES}
@@ -47,14 +54,20 @@ def make(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax
             f"{what} uses {used} of {len(devices)} devices, and with several processes all must be used; "
             "make an axis larger, or -1."
         )
+    kinds = (AxisType.Auto,) * len(AXES)
     try:
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:used])
-    except NotImplementedError as error:  # the torus has no such rings
+        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices[:used])
+    except (NotImplementedError, AssertionError):  # the torus has no such rings, or these devices are no torus
         coordinates = zip(*(device.coords for device in devices[:used]), strict=True)
-        sides = "x".join(str(len(set(along))) for along in coordinates)
+        torus = f"a torus of {'x'.join(str(len(set(along))) for along in coordinates)} chips"
+    try:
+        grid = mesh_utils.create_device_mesh(shape, devices[:used], allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError, AssertionError) as error:
         raise UsageError(
-            f"{what} cannot be laid over a torus of {sides} chips; give axes whose sizes are products of its sides."
+            f"{what} cannot be laid over {torus}; give axes whose sizes divide products of its sides."
         ) from error
+    _log.warning("%s takes parts of the sides of %s: some of its axes are lines, not rings.", what, torus)
+    return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
 
 
 def size(axis: str) -> int:

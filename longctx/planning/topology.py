@@ -19,6 +19,7 @@ _ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any: with these two libtpu does not warn that it finds none
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
+_CONFIGURATION = {"v4": {"chip_config_name": "megacore"}}  # a chip's two cores are one device, as jax has them there
 _EXAMPLES = "v4:2x2x2, v5e:2x4, v5e:16x16, v5p:4x4x8, v5p:8x8x8, v6e:4x4, v6e:16x16"
 _GPU_EXAMPLES = "a100:2x8, h100:1x8, h200:4x8"
 
@@ -30,8 +31,7 @@ class Topology:
     Attributes:
       name: such as "v5p:4x4x8" or "h100:4x8".
       devices: all of them.
-      device: what one of them has; of a v4 chip there are two, each with half. Of GPUs in several hosts, `links` are
-        those between hosts.
+      device: what one of them has. Of GPUs in several hosts, `links` are those between hosts.
       hosts: of GPUs; 0 for a TPU pod.
     """
 
@@ -52,7 +52,7 @@ def describe(name: str) -> Topology:
     kind, _, shape = name.partition(":")
     kind = kind.lower()
     if kind in TPUS and re.fullmatch(r"\d+x\d+(x\d+)?", shape):
-        return _pod(name, TPUS[kind])
+        return _pod(name, kind)
     if kind in GPUS and re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
         return _gpus(name, kind, *map(int, shape.split("x")))
     raise UsageError(
@@ -61,7 +61,7 @@ def describe(name: str) -> Topology:
     )
 
 
-def _pod(name: str, chip: Chip) -> Topology:
+def _pod(name: str, kind: str) -> Topology:
     """That of TPUs."""
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError("libtpu, which compiles for TPUs, is not installed; run pip install -e '.[plan]' first.")
@@ -69,13 +69,11 @@ def _pod(name: str, chip: Chip) -> Topology:
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
-        devices = tuple(topologies.get_topology_desc(name, platform="tpu").devices)
+        devices = tuple(topologies.get_topology_desc(name, platform="tpu", **_CONFIGURATION.get(kind, {})).devices)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
         raise UsageError(f"--topology={name} is no pod ({reason}); there are for example {_EXAMPLES}.") from error
-    cores = 1 + max(device.core_on_chip for device in devices)
-    shares = {field: getattr(chip, field) / cores for field in ("flops", "bandwidth", "links")}
-    return Topology(name, devices, dataclasses.replace(chip, memory=chip.memory // cores, **shares))
+    return Topology(name, devices, TPUS[kind])
 
 
 def _gpus(name: str, kind: str, hosts: int, gpus: int) -> Topology:

@@ -1,7 +1,7 @@
 """The mesh: what fits the devices, and what is said of what does not."""
 
+import dataclasses
 import itertools
-from types import SimpleNamespace
 
 import jax
 import pytest
@@ -43,12 +43,28 @@ def test_misfit_names_sizes_and_devices(sizes, told):
     assert f"data={sizes.data}, context={sizes.context}, model={sizes.model}" in str(error.value)
 
 
-def test_a_torus_without_such_rings():
-    """Devices that are not here; 2 of a ring of 4 are no ring."""
-    chips = itertools.product(range(4), repeat=3)
-    devices = [SimpleNamespace(device_kind="TPU v4", platform="tpu", coords=c, core_on_chip=0) for c in chips]
-    with pytest.raises(UsageError, match="data=2, context=32, model=1 cannot be laid over a torus of 4x4x4 chips"):
-        mesh.make(config.Mesh(data=2, context=32), devices)
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One that is not here."""
+
+    id: int
+    coords: tuple[int, int, int]
+    device_kind: str = "TPU v4"
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def test_a_torus_without_such_rings(caplog):
+    """2 of a ring of 4 are no ring: they are taken all the same, and that is told. 3 are no part of it."""
+    chips = [Chip(i, coords) for i, coords in enumerate(itertools.product(range(4), repeat=3))]
+    assert mesh.make(config.Mesh(data=4, context=16), chips).devices.shape == (4, 16, 1)
+    assert not caplog.records
+    made = mesh.make(config.Mesh(data=2, context=32), chips)
+    assert set(made.devices.flat) == set(chips)
+    assert "data=2, context=32, model=1 takes parts of the sides of a torus of 4x4x4 chips" in caplog.text
+    with pytest.raises(UsageError, match="data=2, context=3, model=1 cannot be laid over a torus of 1x2x4 chips"):
+        mesh.make(config.Mesh(data=2, context=3), chips)
 
 
 def test_devices_given():
