@@ -43,7 +43,14 @@ from longctx.typing import Segments
 
 WIDTH, SHARE = 64, 256  # tokens of the shorter rows on each device
 NAMES = [*MIXERS, "inplace_ttt"]
-OVERLAPPED = ("gated_delta", "mamba2", "attention")
+# Layers whose schedules are shown, in the sizes of experiments/hybrid_1b_1m.py, and the tokens on each device.
+OVERLAPPED = {
+    "gated_delta": {"heads": 16, "key_width": 64, "value_width": 128},
+    "mamba2": {"heads": 32, "key_width": 128, "value_width": 128},
+    "attention": {"heads": 16, "kv_heads": 8, "head_width": 128},
+}
+OVERLAPPED_WIDTH, OVERLAPPED_SHARE = 2048, 8192
+SMALL = 1024  # bytes; what is less, such as the ids of an edge, has nothing to hide
 # By the function in whose course a message is sent: the innermost that is here counts.
 SCHEMES = {
     "exclusive": "scan",
@@ -59,10 +66,10 @@ FILES = {"ring.py": "ring", "cope.py": "ring", "lsh.py": "ring", "path.py": "rin
 FILES |= {"ulysses.py": "heads", "gather.py": "gather"}
 
 
-def compiled(name: str, length: int, devices: list[jax.Device]) -> str:
+def compiled(name: str, length: int, devices: list[jax.Device], width: int = WIDTH, **options) -> str:
     """The program of loss and gradients of a layer on one row over the devices, as text."""
     cls = MIXERS.get(name) or MLPS[name]
-    graph, params = nnx.split(nnx.eval_shape(lambda: cls(WIDTH, cls.Config(), nnx.Rngs(params=0))))
+    graph, params = nnx.split(nnx.eval_shape(lambda: cls(width, cls.Config(**options), nnx.Rngs(params=0))))
 
     def loss(params, x, segments):
         return jnp.sum(jnp.square(nnx.merge(graph, params)(x, segments)[0]))
@@ -75,7 +82,7 @@ def compiled(name: str, length: int, devices: list[jax.Device]) -> str:
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
         row = described(jax.eval_shape(lambda: Segments.single(1, length)), jax.P(None, "context"))
-        x = described(jax.ShapeDtypeStruct((1, length, WIDTH), jnp.float32), jax.P(None, "context"))
+        x = described(jax.ShapeDtypeStruct((1, length, width), jnp.float32), jax.P(None, "context"))
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
         return step.lower(described(nnx.as_pure(params), jax.P()), x, row).compile().as_text()
 
@@ -163,7 +170,8 @@ def under_way(name: str, topology: str) -> dict:
     from jax.experimental import topologies
 
     devices = list(topologies.get_topology_desc(topology, platform="tpu").devices)
-    text = compiled(name, SHARE * len(devices), devices)
+    text = compiled(name, OVERLAPPED_SHARE * len(devices), devices, OVERLAPPED_WIDTH, **OVERLAPPED[name])
+    large = {run.instruction.name for run in programs.messages(text, len(devices)) if run.amount >= SMALL}
     computations, entry = programs.parse(text)
     lines = list(computations[entry].values())
     starts = {line.name: at for at, line in enumerate(lines) if line.op == "collective-permute-start"}
@@ -171,6 +179,8 @@ def under_way(name: str, topology: str) -> dict:
     for at, line in enumerate(lines):
         if line.op == "collective-permute-done":
             start = starts[re.match(r"%?([\w.\-]+)", line.rest)[1]]
+            if lines[start].name not in large:
+                continue
             between = {line.op for line in lines[start + 1 : at]}
             way = "backward" if "transpose(" in lines[start].rest else "forward"
             total[f"{way} {'loop' if 'while' in between else 'fusion' if 'fusion' in between else 'nothing'}"] += 1
@@ -218,9 +228,9 @@ def report(names: list[str], topology: str | None, cells: dict) -> str:
     text += f"\n{len(bounded)} of {len(names)} layers send the same bytes whatever the length of the row, and none of "
     text += "them gathers an array as long as the sequence.\n"
     if topology:
-        rows = [[name, *(str(n) for n in cells[f"{name} {topology}"].values())] for name in OVERLAPPED]
-        columns = ["layer", *cells[f"{OVERLAPPED[0]} {topology}"]]
-        text += OVERLAP.format(topology=topology, share=SHARE) + table(columns, rows)
+        rows = [[name, *(str(n) for n in cells[f"{name} {topology}"].values())] for name in OVERLAPPED if name in names]
+        columns = ["layer", *cells[f"{name} {topology}"]]
+        text += OVERLAP.format(topology=topology) + table(columns, rows)
     return text
 
 
@@ -236,11 +246,13 @@ and of the loss, are in the last column and in no other.
 
 """
 
-OVERLAP = """
+OVERLAP = f"""
 ## On the way
 
-Messages in the schedule of the same step compiled for {topology}, {share} tokens a device, by what the device does
-between a message's start and its end: a loop over tokens, else a fused operation, or nothing.
+Messages in the schedule of the same step compiled for {{topology}}, by what the device does between a message's start
+and its end: a loop over tokens, else a fused operation, or nothing. The layers have the sizes that they have in
+experiments/hybrid_1b_1m.py, width {OVERLAPPED_WIDTH:,}, and {OVERLAPPED_SHARE:,} tokens on each device; messages of
+less than {SMALL:,} bytes are not counted.
 
 """
 
