@@ -15,6 +15,7 @@ import argparse
 import json
 import pathlib
 import runpy
+import subprocess
 
 from matplotlib.figure import Figure
 
@@ -78,7 +79,7 @@ class Cells:
     def find(self, key: str, function, *arguments) -> dict:
         """The cell, compiled now if it is not in the file."""
         if key not in self.known:
-            self.known[key] = function(*arguments)
+            self.known[key] = function(*arguments) | {"commit": _commit()}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.write(json.dumps([key, self.known[key]]) + "\n")
@@ -97,20 +98,29 @@ class Cells:
             pass
 
 
+def _commit() -> str:
+    """The one that is checked out, short."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, cwd=EXPERIMENT.parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
 def report(cells: dict) -> str:
     """The tables, of what is known, in Markdown."""
     lines = [
         "# Long rows on a pod",
         "",
-        "`python benchmarks/scale.py --write`: compiled on a machine without a TPU; nothing is measured.",
+        "`python benchmarks/scale.py --write`: compiled on a machine without a TPU; nothing is measured. A cell takes "
+        "minutes, and they were not all compiled at once: each names the commit whose program it is of.",
         "",
     ]
     on_pods = {key: cell for key, cell in cells.items() if " 2**" not in key}
     lines += bool(on_pods) * [
         f"## experiments/hybrid_1b_1m.py and full attention, {2**23:,} tokens a step",
         "",
-        "| pod | kind | tokens a row | context | temporaries, GiB | all, GiB | fits | sent, GiB | utilised, at most |",
-        "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
+        "| pod | kind | tokens a row | context | temporaries, GiB | all, GiB | fits | sent, GiB | utilised, at most "
+        "| commit |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | --- |",
     ]
     for key, cell in on_pods.items():
         held, sent = cell["bytes_per_device"], cell["collectives"]
@@ -118,7 +128,7 @@ def report(cells: dict) -> str:
         lines.append(
             f"| {cell['topology']} | {key.split(' on ')[0]} | {cell['length']:,} | {cell['mesh']['context']} | "
             f"{held['temporaries'] / 2**30:.1f} | {held['total'] / 2**30:.1f} | {'yes' if cell['fits'] else 'no'} | "
-            f"{sent} | {cell['utilisation_bound']:.0%} |"
+            f"{sent} | {cell['utilisation_bound']:.0%} | {cell['commit']} |"
         )
     lines += [
         "",
@@ -126,16 +136,17 @@ def report(cells: dict) -> str:
         "",
         f"{LAYERS} layers of width {WIDTH}, everything recomputed, one row over eight chips; powers of two.",
         "",
-        "| layer | longest that fits | its temporaries, GiB | shortest that does not |",
-        "| --- | ---: | ---: | ---: |",
+        "| layer | longest that fits | its temporaries, GiB | shortest that does not | commit |",
+        "| --- | ---: | ---: | ---: | --- |",
     ]
     for family in FAMILIES:
         tried = {cell["length"]: cell for key, cell in cells.items() if key.startswith(f"{family} 2**")}
         fit = max((length for length, cell in tried.items() if cell["fits"]), default=None)
         over = min((length for length, cell in tried.items() if not cell["fits"]), default=None)
+        commits = ", ".join(sorted({cell["commit"] for cell in tried.values()}))
         if tried:
             size = "—" if fit is None else f"{tried[fit]['bytes_per_device']['temporaries'] / 2**30:.1f}"
-            lines.append(f"| {family} | {fit or 0:,} | {size} | {f'{over:,}' if over else '—'} |")
+            lines.append(f"| {family} | {fit or 0:,} | {size} | {f'{over:,}' if over else '—'} | {commits} |")
     return "\n".join(lines) + "\n"
 
 
