@@ -43,7 +43,7 @@ from longctx.typing import Segments
 
 WIDTH, SHARE = 64, 256  # tokens of the shorter rows on each device
 NAMES = [*MIXERS, "inplace_ttt"]
-# Layers whose schedules are shown, in the sizes of experiments/hybrid_1b_1m.py, and the tokens on each device.
+# Layers whose schedules are shown, about as large as those of experiments/hybrid_1b_1m.py, and tokens on each device.
 OVERLAPPED = {
     "gated_delta": {"heads": 16, "key_width": 64, "value_width": 128},
     "mamba2": {"heads": 32, "key_width": 128, "value_width": 128},
@@ -228,8 +228,9 @@ def report(names: list[str], topology: str | None, cells: dict) -> str:
     text += f"\n{len(bounded)} of {len(names)} layers send the same bytes whatever the length of the row, and none of "
     text += "them gathers an array as long as the sequence.\n"
     if topology:
-        rows = [[name, *(str(n) for n in cells[f"{name} {topology}"].values())] for name in OVERLAPPED if name in names]
-        columns = ["layer", *cells[f"{name} {topology}"]]
+        shown = {name: cells[f"{name} {topology}"] for name in OVERLAPPED if name in names}
+        rows = [[name, *map(str, cell.values())] for name, cell in shown.items()]
+        columns = ["layer", *next(iter(shown.values()), {})]
         text += OVERLAP.format(topology=topology) + table(columns, rows)
     return text
 
@@ -250,9 +251,9 @@ OVERLAP = f"""
 ## On the way
 
 Messages in the schedule of the same step compiled for {{topology}}, by what the device does between a message's start
-and its end: a loop over tokens, else a fused operation, or nothing. The layers have the sizes that they have in
-experiments/hybrid_1b_1m.py, width {OVERLAPPED_WIDTH:,}, and {OVERLAPPED_SHARE:,} tokens on each device; messages of
-less than {SMALL:,} bytes are not counted.
+and its end: a loop over tokens, else a fused operation, or nothing. The layers have width {OVERLAPPED_WIDTH:,} and 16 or
+32 heads (`OVERLAPPED` in the script), and devices {OVERLAPPED_SHARE:,} tokens each; messages of less than {SMALL:,} bytes
+are not counted.
 
 """
 
