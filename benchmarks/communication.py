@@ -251,9 +251,9 @@ OVERLAP = f"""
 ## On the way
 
 Messages in the schedule of the same step compiled for {{topology}}, by what the device does between a message's start
-and its end: a loop over tokens, else a fused operation, or nothing. The layers have width {OVERLAPPED_WIDTH:,} and 16 or
-32 heads (`OVERLAPPED` in the script), and devices {OVERLAPPED_SHARE:,} tokens each; messages of less than {SMALL:,} bytes
-are not counted.
+and its end: a loop over tokens, else a fused operation, or nothing. The layers have width {OVERLAPPED_WIDTH:,} and
+16 or 32 heads (`OVERLAPPED` in the script), and devices {OVERLAPPED_SHARE:,} tokens each; messages of less than
+{SMALL:,} bytes are not counted.
 
 """
 
