@@ -1,6 +1,7 @@
 """The table of sharding rules, for parameters and for activations."""
 
 import logging
+import re
 
 import chex
 import jax
@@ -87,9 +88,10 @@ def test_constrain():
 
 
 def test_a_parameter_is_gathered_over_one_axis_after_the_other():
-    """A product's weight, in its two gathers, and its gradient as without a mesh.
+    """A product's weight, in its two gathers, and its gradient as without a mesh, scattered over `context` first.
 
-    Seen to fail: the gathers in one (one all-gather, of all devices); the gradient multiplied by a factor.
+    Seen to fail: the gathers in one (one all-gather, of all devices); the plain transpose of the two steps, which asks
+    for the whole sum first; the gradient doubled.
     """
     x, w = jax.random.normal(jax.random.key(0), (4, 16, 8)), jax.random.normal(jax.random.key(1), (8, 6))
 
@@ -105,6 +107,8 @@ def test_a_parameter_is_gathered_over_one_axis_after_the_other():
         step = jax.jit(jax.value_and_grad(loss), in_shardings=places, out_shardings=(None, places[0]))
         found = step(w, x)
         program = step.lower(w, x).compile().as_text()
+        steps = re.findall(r"spec=P\((.*)\)\)\n", str(jax.make_jaxpr(jax.grad(loss))(w, x)))
+    assert steps == ["'context', None", "None, None", "'context', None", "('context', 'data'), None"]
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
     gathers = [run.instruction for run in programs.messages(program, 8) if run.instruction.op == "all-gather"]
     assert [gather.type.split("{")[0] for gather in gathers] == ["f32[2,6]", "f32[8,6]"]

@@ -10,7 +10,7 @@ import pytest
 
 from longctx.training import metrics
 
-LIMIT = 240  # seconds that the processes of one run have to end by themselves: alone on two cores they take up to 60
+LIMIT = 120  # seconds that the processes of one run have to end by themselves
 
 
 class Processes:
