@@ -17,7 +17,7 @@ that of the floating-point operations of the slowest device, forward and 5/2 of 
 nothing is computed: a ring sends keys while others are worked on, and waits for what that leaves over; all else waits.
 On a torus, what goes further than to a neighbour takes the links between: A / 4 of them on average, half each way, in
 an exchange among A devices, and as many as (P + 1) / 3 in gathering. Documents are taken to fill their rows. `auto` is
-what is quickest of what fits.
+what is quickest of what holds no more keys than a ring, or than a hundredth of the memory.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ PLATFORMS = {
     "gpu": Platform(bandwidth=450e9, latency=10e-6, flops=495e12, memory=80e9, torus=False),
     "cpu": Platform(bandwidth=10e9, latency=0.0, flops=10e9, memory=2e9, torus=False),
 }
-_SHARE = 0.01  # of a device's memory for a layer's keys from other devices: what else a step holds needs the rest
+_SHARE = 0.01  # of a device's memory, for a layer's keys from other devices: what else a step holds needs the rest
 
 
 class Scheme(NamedTuple):
@@ -220,8 +220,9 @@ def choose(case: Case, named: str) -> Scheme:
             + (" in groups of fewer devices" if named == "both" else "")
             + "; give a number of heads that they divide, or choose 'ring', 'gather' or 'auto'."
         )
-    allowed = constants.memory * _SHARE if named == "auto" else math.inf
-    fitting = [scheme for scheme in costs if scheme.name == "ring" or costs[scheme].memory <= allowed]
+    ring = cost(case, Scheme("ring", 1, False), constants)
+    allowed = max(constants.memory * _SHARE, ring.memory) if named == "auto" else math.inf
+    fitting = [scheme for scheme in costs if costs[scheme].memory <= allowed]
     chosen = min(fitting, key=lambda scheme: costs[scheme].seconds)
     logging.info(
         "attention over %d devices of %d tokens: %s (%s)",

@@ -133,7 +133,8 @@ def case(length, devices=8, heads=32, groups=8, platform="tpu"):
 def test_choices(caplog):
     """What the model says of a few cases, and that `auto` takes the quickest of what fits, and says so once.
 
-    Seen to fail: the slowest device's work taken for the mean; gathered keys of any size allowed.
+    Seen to fail: the slowest device's work taken for the mean; gathered keys of any size allowed; of what holds more
+    than its share of the memory, nothing but the ring.
     """
     constants = choice.PLATFORMS["tpu"]
     balanced, plain = (choice.cost(case(16384), Scheme("ring", 1, which), constants) for which in (True, False))
@@ -154,6 +155,8 @@ def test_choices(caplog):
     assert gathered.seconds < ring.seconds
     assert choice.choose(long, "auto").name == "ring"  # all keys would not fit
     assert choice.choose(long, "gather").name == "gather"
+    large = case(1 << 18, groups=4)  # every way holds more than a layer's share
+    assert choice.choose(large, "auto").name == "heads"  # as much as a ring, and sends less
 
 
 @pytest.mark.parametrize("named", ["ring", "gather"])
