@@ -42,11 +42,13 @@ FAMILIES = {
 FIRST = 19  # the power of two tried first
 
 
-def on_pod(row: str, kind: str, pod: str) -> dict:
-    """The numbers of the experiment's plan."""
-    name = row + KINDS[kind]
-    experiment = config.parse(runpy.run_path(str(EXPERIMENT))["get_config"](name), MIXERS, MLPS, TASKS)
-    return planning.plan(experiment, planning.describe(pod), name).json()
+def on_pod(row: str, kind: str, pod: str, one_by_one: bool = False) -> dict:
+    """The numbers of the experiment's plan; `one_by_one`: with as many micro-batches as each device has rows."""
+    name, topology = row + KINDS[kind], planning.describe(pod)
+    tree = runpy.run_path(str(EXPERIMENT))["get_config"](name)
+    if one_by_one:
+        tree.training.accumulate = tree.training.stages[0][1] * tree.mesh.context // len(topology.devices)
+    return planning.plan(config.parse(tree, MIXERS, MLPS, TASKS), topology, name).json()
 
 
 def of_family(family: str, length: int) -> dict:
@@ -186,8 +188,9 @@ if __name__ == "__main__":
     jobs = [(row, kind, POD) for row in LENGTHS for kind in KINDS]
     jobs += [("1m", kind, pod) for pod in PODS if pod != POD for kind in KINDS]
     for row, kind, pod in jobs:
-        if options.only in (key := f"{kind} {row} on {pod}"):
-            found.find(key, on_pod, row, kind, pod)
+        key = f"{kind} {row} on {pod}"
+        if options.only in key and not found.find(key, on_pod, row, kind, pod)["fits"]:
+            found.find(f"{kind} {row}, one row at a time on {pod}", on_pod, row, kind, pod, True)
     for family in FAMILIES:
         if options.only in family:
             found.longest(family)
