@@ -120,9 +120,9 @@ def report(cells: dict) -> str:
     lines += bool(on_pods) * [
         f"## experiments/hybrid_1b_1m.py and full attention, {2**23:,} tokens a step",
         "",
-        "| pod | kind | tokens a row | context | temporaries, GiB | all, GiB | fits | sent, GiB | utilised, at most "
-        "| commit |",
-        "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | --- |",
+        "| pod | kind | tokens a row | context | temporaries, GiB | all, GiB | fits | sent, GiB | computing at peak, s "
+        "| utilised, at most | commit |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | --- |",
     ]
     for key, cell in on_pods.items():
         held, sent = cell["bytes_per_device"], cell["collectives"]
@@ -130,7 +130,7 @@ def report(cells: dict) -> str:
         lines.append(
             f"| {cell['topology']} | {key.split(' on ')[0]} | {cell['length']:,} | {cell['mesh']['context']} | "
             f"{held['temporaries'] / 2**30:.1f} | {held['total'] / 2**30:.1f} | {'yes' if cell['fits'] else 'no'} | "
-            f"{sent} | {cell['utilisation_bound']:.0%} | {cell['commit']} |"
+            f"{sent} | {cell['roofline_seconds']['compute']:.2f} | {cell['utilisation_bound']:.0%} | {cell['commit']} |"
         )
     lines += [
         "",
