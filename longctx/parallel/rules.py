@@ -118,14 +118,19 @@ def gathered(x: jax.Array, axes) -> jax.Array:
 
     The parts come together over one mesh axis after the other, and the sum of the gradient is scattered over one of
     them before it is taken over the other: s numbers are sent each way. Left to itself the compiler may take either in
-    one sum over all devices, of 2 s: XLA:TPU does wherever they fill three axes of a torus.
+    one sum over all devices, of 2 s: XLA:TPU does wherever they fill three axes of a torus, and wherever what is to be
+    scattered is not the first dimension.
     """
+    turned = axes[-1] == "embed" != axes[0]
+    axes, shape = (axes[::-1], x.shape[::-1]) if turned else (axes, x.shape)
     sizes = _left_to_the_compiler()
-    specs = [spec(axes, x.shape, sizes)]
+    specs = [spec(axes, shape, sizes)]
     for axis in reversed(RULES["embed"]):
-        smaller = spec(axes, x.shape, sizes := sizes | {axis: 1})
+        smaller = spec(axes, shape, sizes := sizes | {axis: 1})
         specs += [smaller] if smaller != specs[-1] else []
-    return _in_turn(x, tuple(specs)) if len(specs) > 1 else x
+    if len(specs) == 1:
+        return x
+    return _in_turn(x.T, tuple(specs)).T if turned else _in_turn(x, tuple(specs))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -87,22 +87,26 @@ def test_constrain():
             rules.constrain(x, ("batch", "time"))
 
 
-def test_a_parameter_is_gathered_over_one_axis_after_the_other():
+@pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed")])
+def test_a_parameter_is_gathered_over_one_axis_after_the_other(axes):
     """A product's weight, in its two gathers, and its gradient as without a mesh, scattered over `context` first.
 
+    Both along the first dimension, whichever of the weight's that is.
     Seen to fail: the gathers in one (one all-gather, of all devices); the plain transpose of the two steps, which asks
-    for the whole sum first; the gradient doubled.
+    for the whole sum first; the gradient doubled; a weight whose outputs are split gathered as it is.
     """
     x, w = jax.random.normal(jax.random.key(0), (4, 16, 8)), jax.random.normal(jax.random.key(1), (8, 6))
+    turned = axes[0] != "embed"
+    x, w = (x[..., :6], w.T) if turned else (x, w)
 
     def loss(w, x):
-        return jnp.sum(jnp.sin(x @ rules.gathered(w, ("embed", "mlp"))))
+        return jnp.sum(jnp.sin(x @ rules.gathered(w, axes)))
 
-    assert rules.gathered(w, ("embed", "mlp")) is w
+    assert rules.gathered(w, axes) is w
     expected = jax.value_and_grad(loss)(w, x)
     with jax.set_mesh(made := mesh.make(config.Mesh(data=2, context=4))):
-        split = rules.spec(("embed", "mlp"), w.shape, made.shape)
-        assert split == P(("context", "data"), None)
+        split = rules.spec(axes, w.shape, made.shape)
+        assert split == (P(None, ("context", "data")) if turned else P(("context", "data"), None))
         places = [jax.sharding.NamedSharding(made, spec) for spec in (split, P("data", "context"))]
         step = jax.jit(jax.value_and_grad(loss), in_shardings=places, out_shardings=(None, places[0]))
         found = step(w, x)
@@ -111,4 +115,4 @@ def test_a_parameter_is_gathered_over_one_axis_after_the_other():
     assert steps == ["'context', None", "None, None", "'context', None", "('context', 'data'), None"]
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
     gathers = [run.instruction for run in programs.messages(program, 8) if run.instruction.op == "all-gather"]
-    assert [gather.type.split("{")[0] for gather in gathers] == ["f32[2,6]", "f32[8,6]"]
+    assert [gather.type.split("{")[0] for gather in gathers] == ["f32[6,2]" if turned else "f32[2,6]", "f32[8,6]"]
