@@ -121,11 +121,9 @@ def _sent(kind: str, start: bool, instruction: Instruction, group: int) -> float
     size = _bytes(instruction.type)
     if kind == "collective-permute":
         return size / 2 if start else size
-    if kind == "all-reduce" and start and instruction.type.startswith("(("):  # of older XLA only the results
-        size /= 2
     if kind == "reduce-scatter":
         size *= group / (group + 1) if start else group
-    elif start and kind != "all-reduce":
+    elif start and (kind != "all-reduce" or instruction.type.startswith("((")):  # a sum of older XLA: the results alone
         size *= group / (group + 1) if kind == "all-gather" else 1 / 2
     return (2 if kind == "all-reduce" else 1) * size * (group - 1) / group
 

@@ -118,8 +118,8 @@ def gathered(x: jax.Array, axes) -> jax.Array:
 
     The parts come together over one mesh axis after the other, and the sum of the gradient is scattered over one of
     them before it is taken over the other: s numbers are sent each way. Left to itself the compiler may take either in
-    one sum over all devices, of 2 s: XLA:TPU does wherever they fill three axes of a torus. Nor does it scatter a sum
-    into parts of fewer than 256 columns, so that a weight whose columns are split is turned meanwhile.
+    one sum over all devices, of 2 s: XLA:TPU does wherever they fill three axes of a torus. Compiled for a v5p it
+    also left sums whole whose parts would have fewer than 256 columns: a weight whose columns are split is turned.
     """
     turned = axes[-1] == "embed" != axes[0]
     axes, shape = (axes[::-1], x.shape[::-1]) if turned else (axes, x.shape)
