@@ -61,6 +61,20 @@ class Segments:
         """Documents begun so far in the span: 0 while it continues the state's document, then 1, 2, ..."""
         return jnp.cumsum(self.starts, axis=1, dtype=jnp.int32)
 
+    @property
+    def lengths(self) -> Int[Array, "B T"]:
+        """Tokens of each token's document up to the end of the span, those before the span counted; 0 for padding.
+
+        Documents of a row stand one after another, with padding before, between or after them.
+        """
+        size = self.ids.shape[1]
+        index = jnp.arange(size, dtype=jnp.int32)
+        last = jax.lax.cummax(jnp.where(self.valid, index, 0), axis=1)  # the last token at or before each place
+        begins = jnp.where(self.starts, index, size)  # where the next document begins, after each token
+        following = jax.lax.cummin(jnp.pad(begins[:, 1:], ((0, 0), (0, 1)), constant_values=size), axis=1, reverse=True)
+        ends = jnp.take_along_axis(last, following - 1, axis=1)
+        return jnp.where(self.valid, jnp.take_along_axis(self.positions, ends, axis=1) + 1, 0)
+
     @classmethod
     def single(cls, batch: int, length: int, offset: int | Int[Array, ""] = 0) -> Segments:
         """One document per row, of which the span is tokens `offset` to `offset + length`.

@@ -99,14 +99,13 @@ class Attention(Projections):
             tokens = segments.positions.astype(jnp.float32)[..., None, None] + 1
             q = (q * jnp.log(tokens + 1) / math.log(options.length_base)).astype(q.dtype)
         cache = self._empty(batch, length, x.dtype) if state is None else state.cache
-        known = cache.positions.shape[1] - len(cache.anchors)
-        k = options.positions.stored(k, segments.positions, known)
+        k = options.positions.stored(k, segments.positions)
         after = self._placed(cache.append(k, v, segments))
-        y = self._attend(q, k, v, segments, None if state is None else (cache, after), known, bias)
+        y = self._attend(q, k, v, segments, None if state is None else (cache, after), bias)
         return self.out(y.reshape(batch, length, -1)), AttentionState(after, tail)
 
-    def _attend(self, q, k, v, segments: Segments, caches: tuple[KVCache, KVCache] | None, known: int, bias):
-        """Attention to the span, and to what the cache before it holds; `known`: the length that is known."""
+    def _attend(self, q, k, v, segments: Segments, caches: tuple[KVCache, KVCache] | None, bias):
+        """Attention to the span, and to what the cache before it holds."""
         options, scheme = self.options, self.options.positions
         learned = None if self.positions is None else self.positions[...]
         if isinstance(scheme, CoPE):
@@ -120,11 +119,11 @@ class Attention(Projections):
             "bias": scheme.bias(learned, options.heads) if bias is None else bias,
         }
         if caches is None:
-            parts = scheme.parts(q, k, self.pattern, segments, segments, known)
+            parts = scheme.parts(q, k, self.pattern, segments, segments)
             settings["context_parallel"] = options.context_parallel
             return sequence.attention_by_parts(parts, v, segments, **settings)
         k, v, _, span, held = _join(k, v, segments, *caches)
-        parts = scheme.parts(q, k, self.pattern, span, held, known)
+        parts = scheme.parts(q, k, self.pattern, span, held)
         return tree.attention(parts, v, span, held, **settings)
 
     def _empty(self, batch: int, capacity: int, dtype) -> KVCache:

@@ -3,9 +3,12 @@
 A scheme says what keys are stored as, how queries and keys are turned for the keys that a query sees, and what is added
 to logits. The formulas are in `ops/positions.py`, `ops/biases.py` and `ops/cope.py`.
 
-Some depend on the length, as the scale of `dynamic_ntk` does: that of the row, of the cache that a state has room for,
-or of what a bounded pattern reaches, whichever is known; it is a constant of the traced program. Up to the trained
-length they do not depend on it.
+Three depend on the length: `dynamic_ntk`, `longrope` and `random`. What counts is the length of the token's document up
+to the end of the span (at most what a bounded pattern reaches), as the published codes have it for a row of one
+document: not the length of the row, its padding, or the room of a cache. Up to the trained length they do not depend on
+it. Beyond it the rotation of all keys of a document changes as the document grows. So these schemes cache keys that are
+not rotated, and a document read in several spans is not what it is in one: each span sees the length so far. What its
+last span gives is the same.
 """
 
 from __future__ import annotations
@@ -49,12 +52,12 @@ class Positions:
     def refusals(self, width: int) -> Iterator[str]:
         """What hinders it for heads of `width` channels."""
         try:
-            self.rotation(width, 1)
+            self.rotation(width)
         except ValueError as error:
             yield str(error)
 
-    def rotation(self, width: int, length: int) -> Rotation:
-        """How channels turn, at a length."""
+    def rotation(self, width: int) -> Rotation:
+        """How channels rotate."""
         return positions.rope(0, 10_000.0)
 
     def initial(self, heads: int, width: int) -> Float[Array, "H ..."] | None:
@@ -65,7 +68,7 @@ class Positions:
         """What is added to logits."""
         return None
 
-    def stored(self, k: Float[Array, "B T G K"], places: Int[Array, "B T"], length: int) -> Float[Array, "B T G K"]:
+    def stored(self, k: Float[Array, "B T G K"], places: Int[Array, "B T"]) -> Float[Array, "B T G K"]:
         """The keys as a cache holds them; `places` are their positions within their documents."""
         return k
 
@@ -76,7 +79,6 @@ class Positions:
         pattern: Pattern | Heads,
         queries: Segments,
         keys: Segments,
-        length: int,
     ) -> list[Part]:
         """What queries see, given keys as they are stored."""
         return [Part(q, k, pattern)]
@@ -104,14 +106,14 @@ class Rope(Positions, kind="rope"):
         """R, the channels that turn."""
         return round(self.share * width)
 
-    def rotation(self, width: int, length: int) -> Rotation:
+    def rotation(self, width: int) -> Rotation:
         return positions.rope(self.turning(width), self.base)
 
-    def stored(self, k, places, length):
-        return rotate(k, places, self.rotation(k.shape[-1], length))
+    def stored(self, k, places):
+        return rotate(k, places, self.rotation(k.shape[-1]))
 
-    def parts(self, q, k, pattern, queries, keys, length):
-        return [Part(rotate(q, queries.positions, self.rotation(q.shape[-1], length)), k, pattern)]
+    def parts(self, q, k, pattern, queries, keys):
+        return [Part(rotate(q, queries.positions, self.rotation(q.shape[-1])), k, pattern)]
 
 
 ROPE = Rope()  # the default
@@ -123,7 +125,7 @@ class Linear(Rope, kind="linear"):
 
     factor: float = 1.0  # s, the length to reach over the trained length
 
-    def rotation(self, width, length):
+    def rotation(self, width):
         return positions.linear(self.turning(width), self.base, self.factor)
 
 
@@ -133,19 +135,48 @@ class NTK(Rope, kind="ntk"):
 
     factor: float = 1.0  # s
 
-    def rotation(self, width, length):
+    def rotation(self, width):
         return positions.ntk(self.turning(width), self.base, self.factor)
 
 
 @dataclasses.dataclass(frozen=True)
-class DynamicNTK(Rope, kind="dynamic_ntk"):
+class ByLength(Rope):
+    """Rotary positions that depend on the length of the document."""
+
+    def rotated(
+        self, x: Float[Array, "B T H K"], places: Int[Array, "B T"], lengths: Int[Array, "B T"]
+    ) -> Float[Array, "B T H K"]:
+        """`x` rotated by its positions, given for each token the length of its document."""
+        raise NotImplementedError
+
+    def stored(self, k, places):
+        return k
+
+    def parts(self, q, k, pattern, queries, keys):
+        own, held = queries.lengths, keys.ids.shape[1] - queries.ids.shape[1]
+        known = own
+        if held or own.shape[1] == 1:  # the keys begin with a cache's, all of the document in progress, which has id 1
+            current = jnp.max(jnp.where(queries.ids == 1, own, 0), axis=1, keepdims=True)
+            known = jnp.where(keys.ids == 1, current, jnp.pad(own, ((0, 0), (held, 0))))
+        if (reach := pattern.union.reach) is not None:
+            own, known = jnp.minimum(own, reach + 1), jnp.minimum(known, reach + 1)
+        return [Part(self.rotated(q, queries.positions, own), self.rotated(k, keys.positions, known), pattern)]
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicNTK(ByLength, kind="dynamic_ntk"):
     """`longctx.ops.positions.dynamic_ntk`: a base that grows with the length."""
 
     trained: int = 2048  # L, tokens of the trained length
     factor: float = 1.0  # s, beside the length over the trained length
 
-    def rotation(self, width, length):
-        return positions.dynamic_ntk(self.turning(width), self.base, self.factor, self.trained, length)
+    def rotation(self, width):
+        return positions.dynamic_ntk(self.turning(width), self.base, self.factor, self.trained, self.trained)
+
+    def rotated(self, x, places, lengths):
+        return positions.rotate_dynamic_ntk(
+            x, places, lengths, self.turning(x.shape[-1]), self.base, self.factor, self.trained
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +188,7 @@ class NTKByParts(Rope, kind="ntk_by_parts"):
     beta_fast: float = 32.0  # turns in the trained length from which a pair stays
     beta_slow: float = 1.0  # and up to which it is interpolated
 
-    def rotation(self, width, length):
+    def rotation(self, width):
         return positions.ntk_by_parts(
             self.turning(width), self.base, self.factor, self.trained, self.beta_fast, self.beta_slow
         )
@@ -170,7 +201,7 @@ class YaRN(NTKByParts, kind="yarn"):
     truncate: bool = True  # the bounds are rounded to whole pairs
     magnitude: float = 0.0  # of queries and keys; 0: 0.1 ln s + 1
 
-    def rotation(self, width, length):
+    def rotation(self, width):
         return positions.yarn(
             self.turning(width), self.base, self.factor, self.trained, self.beta_fast, self.beta_slow,
             self.truncate, self.magnitude or None,
@@ -186,7 +217,7 @@ class Llama3(Rope, kind="llama3"):
     low_frequency_factor: float = 1.0  # turns in the trained length up to which a pair is interpolated
     high_frequency_factor: float = 4.0  # and from which it stays
 
-    def rotation(self, width, length):
+    def rotation(self, width):
         return positions.llama3(
             self.turning(width), self.base, self.factor, self.trained, self.low_frequency_factor,
             self.high_frequency_factor,
@@ -194,7 +225,7 @@ class Llama3(Rope, kind="llama3"):
 
 
 @dataclasses.dataclass(frozen=True)
-class LongRoPE(Rope, kind="longrope"):
+class LongRoPE(ByLength, kind="longrope"):
     """`longctx.ops.positions.longrope`: a factor for every pair; `longctx.evals.longrope` searches for them."""
 
     trained: int = 2048  # L
@@ -203,12 +234,17 @@ class LongRoPE(Rope, kind="longrope"):
     long: tuple[float, ...] = ()  # λ beyond it; empty: all s
     magnitude: float = 0.0  # of queries and keys; 0: √(1 + ln s / ln L)
 
-    def rotation(self, width, length):
+    def rotation(self, width, length: int = 1):
+        """How channels rotate in a document of `length` tokens."""
         width = self.turning(width)
         short, long = self.short or (1.0,) * (width // 2), self.long or (self.factor,) * (width // 2)
         return positions.longrope(
             width, self.base, self.factor, self.trained, length, short, long, self.magnitude or None
         )
+
+    def rotated(self, x, places, lengths):
+        short, long = (rotate(x, places, self.rotation(x.shape[-1], n)) for n in (self.trained, self.trained + 1))
+        return jnp.where((lengths > self.trained)[..., None, None], long, short)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +253,7 @@ class GiraffePower(Rope, kind="giraffe_power"):
 
     power: float = 0.1  # k
 
-    def rotation(self, width, length):
+    def rotation(self, width):
         return positions.giraffe_power(self.turning(width), self.base, self.power)
 
 
@@ -229,7 +265,7 @@ class GiraffeTruncated(Rope, kind="giraffe_truncated"):
     high: float = 2 * math.pi / 512  # at least so fast stay,
     rho: float = 2 * math.pi / 1024  # and those between turn so fast
 
-    def rotation(self, width, length):
+    def rotation(self, width):
         return positions.giraffe_truncated(self.turning(width), self.base, self.low, self.high, self.rho)
 
 
@@ -247,8 +283,8 @@ class XPos(Rope, kind="xpos"):
             yield f"scale_base is {self.scale_base}; give a number of tokens above 0"
         yield from super().refusals(width)
 
-    def parts(self, q, k, pattern, queries, keys, length):
-        (part,) = super().parts(q, k, pattern, queries, keys, length)
+    def parts(self, q, k, pattern, queries, keys):
+        (part,) = super().parts(q, k, pattern, queries, keys)
         span, held = queries.ids.shape[1], keys.ids.shape[1]
         scales = positions.xpos_scales(self.turning(q.shape[-1]))
         if -math.log(scales[0]) * span / self.scale_base > 160:
@@ -276,7 +312,7 @@ class XPos(Rope, kind="xpos"):
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomPositions(Rope, kind="random"):
+class RandomPositions(ByLength, kind="random"):
     """Positions drawn from a longer range, in order: Ruoss et al., arXiv:2305.16843.
 
     The range is cut into as many equal parts as the trained length has tokens, or the length if it is longer, and token
@@ -293,16 +329,13 @@ class RandomPositions(Rope, kind="random"):
             yield f"span is {self.span} and trained is {self.trained}; both must be at least 1"
         yield from super().refusals(width)
 
-    def drawn(self, places: Int[Array, "B T"], length: int) -> Int[Array, "B T"]:
+    def drawn(self, places: Int[Array, "B T"], lengths: Int[Array, "B T"]) -> Int[Array, "B T"]:
         """The positions in the range."""
-        return positions.stratified(places, max(1, self.span // max(self.trained, length)), self.seed)
+        stride = jnp.maximum(1, self.span // jnp.maximum(self.trained, lengths))
+        return positions.stratified(places, stride, self.seed)
 
-    def stored(self, k, places, length):
-        return super().stored(k, self.drawn(places, length), length)
-
-    def parts(self, q, k, pattern, queries, keys, length):
-        drawn = dataclasses.replace(queries, positions=self.drawn(queries.positions, length))
-        return super().parts(q, k, pattern, drawn, keys, length)
+    def rotated(self, x, places, lengths):
+        return rotate(x, self.drawn(places, lengths), self.rotation(x.shape[-1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,11 +354,11 @@ class SelfExtend(Rope, kind="self_extend"):
             yield f"group is {self.group} and window is {self.window}; both must be at least 1"
         yield from super().refusals(width)
 
-    def stored(self, k, places, length):
+    def stored(self, k, places):
         return k
 
-    def parts(self, q, k, pattern, queries, keys, length):
-        turn = functools.partial(rotate, rotation=self.rotation(q.shape[-1], length))
+    def parts(self, q, k, pattern, queries, keys):
+        turn = functools.partial(rotate, rotation=self.rotation(q.shape[-1]))
         near, far = Window(self.window), self.window - self.window // self.group
         return [
             Part(turn(q, queries.positions), turn(k, keys.positions), pattern & near),
@@ -352,13 +385,13 @@ class DualChunk(Rope, kind="dual_chunk"):
             yield f"local is {self.local} and trained is {self.trained}; local must be less, and at least 0"
         yield from super().refusals(width)
 
-    def stored(self, k, places, length):
-        return super().stored(k, places % (self.trained - self.local), length)
+    def stored(self, k, places):
+        return super().stored(k, places % (self.trained - self.local))
 
-    def parts(self, q, k, pattern, queries, keys, length):
+    def parts(self, q, k, pattern, queries, keys):
         chunk = self.trained - self.local
         within, before = queries.positions % chunk, Chunked(chunk, back=1)
-        turn = functools.partial(rotate, q, rotation=self.rotation(q.shape[-1], length))
+        turn = functools.partial(rotate, q, rotation=self.rotation(q.shape[-1]))
         return [
             Part(turn(within), k, pattern & Chunked(chunk)),
             Part(turn(jnp.minimum(within + chunk, self.trained)), k, pattern & before & ~Chunked(chunk)),

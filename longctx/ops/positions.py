@@ -29,7 +29,7 @@ The schemes share these arguments, and raise a ValueError that names the one tha
     base     b, above 1
     factor   s, the length to reach over the trained length; at least 1
     trained  L, at least 2
-    length   T, of the row, or of the cache that it will fill, since cached keys stay as they were turned
+    length   T, of the document
 """
 
 from __future__ import annotations
@@ -84,25 +84,66 @@ def rotate(x: Float[Array, "B T H K"], positions: Int[Array, "B T"], rotation: R
     Raises:
       ValueError: heads narrower than the rotation.
     """
-    half = rotation.width // 2
     if rotation.width > x.shape[-1]:
         raise ValueError(f"x has {x.shape[-1]} channels a head, the rotation turns {rotation.width}; give it fewer.")
-    angle = _angles(positions, rotation.frequencies)
+    return _rotated(x, _angles(positions, *_turns(rotation.frequencies)), rotation.magnitude)
+
+
+@checked
+def rotate_dynamic_ntk(
+    x: Float[Array, "B T H K"],
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, "B T"],
+    width: int,
+    base: float,
+    factor: float,
+    trained: int,
+) -> Float[Array, "B T H K"]:
+    """`x` rotated as `dynamic_ntk` says, where the length T is an array.
+
+    Up to the trained length this is `rotate` by RoPE. Beyond, frequencies are within 1e-6 of their value, all of a
+    document alike: the angle between two of its tokens depends on their distance alone, at every position.
+
+    Args:
+      x, positions: as of `rotate`.
+      lengths: T for each token, that of its document.
+      width, base, factor, trained: as of `dynamic_ntk`.
+    """
+    theta = dynamic_ntk(width, base, factor, trained, trained).frequencies
+    growth = 1 + factor * jnp.maximum(lengths - trained, 0).astype(jnp.float32) / trained
+    power = np.asarray(np.arange(width // 2) / max(width // 2 - 1, 1), np.float32)
+    turn = np.float32(1 / (2 * math.pi)) * theta.astype(np.float32) * jnp.exp(-power * jnp.log(growth)[..., None])
+    upper = jnp.floor(turn * 2.0**32)  # turns in units of 2^-64, as two words; scaling by powers of 2 is exact
+    words = upper, (turn * 2.0**32 - upper) * 2.0**32
+    longer = (lengths > trained)[..., None]
+    turns = (
+        jnp.where(longer, word.astype(jnp.uint32), known) for word, known in zip(words, _turns(theta), strict=True)
+    )
+    return _rotated(x, _angles(positions, *turns), 1.0)
+
+
+def _rotated(x: Float[Array, "B T H K"], angle: Float[Array, "B T R/2"], magnitude: float) -> Float[Array, "B T H K"]:
+    """The first R channels of `x` rotated by angles, and multiplied by a magnitude."""
+    half = angle.shape[-1]
     # Products with the identity, which XLA:CPU does not fuse: else every head takes the cosines of its own, in most of
     # the time of the whole rotation.
     cos, sin = (
-        rotation.magnitude * jnp.matmul(part, jnp.eye(half, dtype=jnp.float32), precision="highest")[:, :, None]
+        magnitude * jnp.matmul(part, jnp.eye(half, dtype=jnp.float32), precision="highest")[:, :, None]
         for part in (jnp.cos(angle), jnp.sin(angle))
     )
-    turned, passed = jnp.split(x, [rotation.width], axis=-1)
+    turned, passed = jnp.split(x, [2 * half], axis=-1)
     first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([turned.astype(x.dtype), passed], axis=-1)
 
 
-def _angles(positions: Int[Array, "B T"], frequencies: Float[np.ndarray, " R/2"]) -> Float[Array, "B T R/2"]:
-    """p θ less its whole turns, in [-π, π]: the upper half of the product of two 64-bit integers, modulo 2^64."""
-    high, low = _turns(frequencies)
+def _angles(
+    positions: Int[Array, "B T"], high: UInt[Array, "... R/2"], low: UInt[Array, "... R/2"]
+) -> Float[Array, "B T R/2"]:
+    """p θ less its whole turns, in [-π, π]: the upper half of the product of two 64-bit integers, modulo 2^64.
+
+    `high` and `low` are θ / 2π as `_turns` gives it.
+    """
     signed = positions.astype(jnp.int32)[..., None]
     position = jax.lax.bitcast_convert_type(signed, jnp.uint32)
     sign = jax.lax.bitcast_convert_type(signed >> 31, jnp.uint32)  # the position's upper 32 bits: all 0, or all 1
@@ -118,7 +159,7 @@ def _turns(frequencies: Float[np.ndarray, " R/2"]) -> tuple[UInt[np.ndarray, " R
     return (turns >> 32).astype(np.uint32), turns.astype(np.uint32)
 
 
-def _upper_product(a: UInt[Array, "..."], b: UInt[np.ndarray, "..."]) -> UInt[Array, "..."]:
+def _upper_product(a: UInt[Array, "..."], b: UInt[Array, "..."]) -> UInt[Array, "..."]:
     """The upper 32 bits of the 64-bit product of 32-bit integers, by halves of 16 bits. No sum of it overflows."""
     a_upper, a_lower = a >> 16, a & 0xFFFF
     b_upper, b_lower = b >> 16, b & 0xFFFF
@@ -339,7 +380,7 @@ def xpos_scales(width: int) -> Float[np.ndarray, " R/2"]:
     return (np.arange(0, width, 2) / width + 0.4) / 1.4
 
 
-def stratified(positions: Int[Array, "..."], stride: int, seed: int = 0) -> Int[Array, "..."]:
+def stratified(positions: Int[Array, "..."], stride: int | Int[Array, "..."], seed: int = 0) -> Int[Array, "..."]:
     """Positions p in order with gaps drawn at random: p `stride` + a hash of p and `seed`, from 0 to `stride` - 1."""
     return positions * stride + hashed(positions, seed) % stride
 

@@ -11,7 +11,6 @@ from longctx.layers import MIXERS, MLPS
 from longctx.layers.attention import Attention
 from longctx.layers.positions import (
     DualChunk,
-    DynamicNTK,
     NoPositions,
     Positions,
     RandomPositions,
@@ -32,10 +31,10 @@ def logits(scheme, offset=0):
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.standard_normal((1, LENGTH, 1, WIDTH)), jnp.float32) for _ in range(2))
     segments = Segments.single(1, LENGTH, offset)
-    stored = scheme.stored(k, segments.positions, LENGTH)
+    stored = scheme.stored(k, segments.positions)
     found = np.full((LENGTH, LENGTH), np.nan)
     places = np.asarray(segments.positions[0])
-    for part in scheme.parts(q, stored, Causal(), segments, segments, LENGTH):
+    for part in scheme.parts(q, stored, Causal(), segments, segments):
         seen = np.asarray(part.pattern.mask(places[:, None], places[None, :]))
         assert np.isnan(found[seen]).all(), "two parts show the same pair"
         found[seen] = np.einsum("tk,sk->ts", part.q[0, :, 0], part.k[0, :, 0])[seen]
@@ -98,18 +97,12 @@ def test_share_leaves_the_other_channels():
 
 def test_random_positions_cover_the_range_in_order():
     scheme = RandomPositions(span=4096, trained=64)
-    drawn = np.asarray(scheme.drawn(jnp.arange(64)[None], 64))[0]
+    drawn = np.asarray(scheme.drawn(jnp.arange(64)[None], jnp.full((1, 64), 64)))[0]
     assert (drawn // 64 == np.arange(64)).all()
     assert len(set(np.diff(drawn).tolist())) > 20
-    longer = np.asarray(scheme.drawn(jnp.arange(256)[None], 256))[0]
+    longer = np.asarray(scheme.drawn(jnp.arange(256)[None], jnp.full((1, 256), 256)))[0]
     assert (np.diff(longer) > 0).all()
     assert longer.max() < 4096
-
-
-def test_dynamic_schemes_follow_the_length():
-    scheme = DynamicNTK(trained=32)
-    assert scheme.rotation(8, 32).frequencies[-1] == Rope().rotation(8, 32).frequencies[-1]
-    assert scheme.rotation(8, 128).frequencies[-1] < scheme.rotation(8, 64).frequencies[-1]
 
 
 def test_far_parts_are_merged():
@@ -117,7 +110,7 @@ def test_far_parts_are_merged():
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.standard_normal((1, LENGTH, 2, WIDTH)), jnp.float32) for _ in range(3))
     segments = Segments.single(1, LENGTH)
-    parts = DualChunk(trained=12, local=4).parts(q, k, Causal(), segments, segments, LENGTH)
+    parts = DualChunk(trained=12, local=4).parts(q, k, Causal(), segments, segments)
     found = attention_by_parts([part._replace(q=q) for part in parts], v, segments)
     expected = attention_by_parts([parts[0]._replace(q=q, pattern=Causal())], v, segments)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
