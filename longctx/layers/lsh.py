@@ -32,10 +32,16 @@ class LSHState:
 class LSH(nnx.Module):
     """Causal softmax attention of each token to those that fell into its bucket, summed over rounds of hashing.
 
-    Queries are x W; a key is its token's query, of norm 1, so that the logit is the query's norm times the cosine.
-    The bucket is the nearest of N directions by that cosine, before rotary positions: of random ones and their
-    opposites, or of centroids that begin there and are drawn to their members. State: `capacity` keys and values,
-    [B, S, H, K] each, and R numbers of buckets per head.
+    Queries are x W; a key is its token's query, of norm 1, and the logit is q · k / √K, the query's norm times the cosine
+    over √K (Reformer's section 2, which leaves 1/√K out of its second equation only). The authors' code (trax, and
+    transformers after it) divides keys of norm √K by √K, which is `scale=1`.
+    The bucket is the nearest of N directions by that cosine: of random ones and their opposites, or of centroids that
+    begin there and are drawn to their members.
+
+    What differs from Reformer: a query sees all of its bucket, not two chunks of the sorted row; a key that shares R
+    buckets counts R times (`ops/lsh.py`); the random directions have norm 1 and are the same at every step; positions
+    are rotary, turned after the bucket is chosen.
+    State: `capacity` keys and values, [B, S, H, K] each, and R numbers of buckets per head.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -46,6 +52,7 @@ class LSH(nnx.Module):
         rounds: int = 2  # R, of hashing
         buckets: int = 8  # N, a round; work is about T² / N
         seed: int = 0  # of the random directions
+        scale: float = 0.0  # of the logits; 0: 1 / √K
         centroid_weight: float = 0.0  # of Σ (1 - cosine) to the nearest centroid in the training loss; 0: no centroids
 
         def problems(self):
@@ -55,8 +62,8 @@ class LSH(nnx.Module):
                 yield f"buckets is {self.buckets}; give an even number, as directions come with their opposites"
             if self.rope_base and self.head_width % 2:
                 yield f"head_width is {self.head_width}; rotary positions need an even one"
-            if min(self.rope_base, self.centroid_weight) < 0:
-                yield "rope_base and centroid_weight must not be negative"
+            if min(self.rope_base, self.centroid_weight, self.scale) < 0:
+                yield "rope_base, centroid_weight and scale must not be negative"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options
@@ -90,7 +97,7 @@ class LSH(nnx.Module):
         q, k = q.astype(x.dtype), k.astype(x.dtype)
         if options.rope_base:
             q, k = (rotate(each, segments.positions, options.rope_base) for each in (q, k))
-        settings = {"buckets": options.buckets, "scale": 1.0}
+        settings = {"buckets": options.buckets, "scale": options.scale or None}
         before = self.init_state(batch, length, x.dtype) if state is None else state
         after = LSHState(before.cache.append(k, v, segments), before.hashes.append(hashes, hashes[..., :0], segments))
         if state is None:

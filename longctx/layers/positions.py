@@ -373,7 +373,8 @@ class DualChunk(Rope, kind="dual_chunk"):
     """Dual chunk attention: An et al., arXiv:2402.17463. Needs no training.
 
     Keys stand at s mod c, c = trained - local. For a query at p, they are exact in its own chunk of c tokens, where it
-    stands at p mod c; in the chunk before it stands at min(p mod c + c, trained), and beyond at `trained`.
+    stands at p mod c; in the chunk before it stands at min(p mod c + c, trained - 1), and beyond at trained - 1, so that
+    no distance is one that training has not shown. The authors' code stops one token later, at `trained`.
     """
 
     several = True
@@ -394,8 +395,8 @@ class DualChunk(Rope, kind="dual_chunk"):
         turn = functools.partial(rotate, q, rotation=self.rotation(q.shape[-1]))
         return [
             Part(turn(within), k, pattern & Chunked(chunk)),
-            Part(turn(jnp.minimum(within + chunk, self.trained)), k, pattern & before & ~Chunked(chunk)),
-            Part(turn(jnp.full_like(within, self.trained)), k, pattern & ~before),
+            Part(turn(jnp.minimum(within + chunk, self.trained - 1)), k, pattern & before & ~Chunked(chunk)),
+            Part(turn(jnp.full_like(within, self.trained - 1)), k, pattern & ~before),
         ]
 
 

@@ -6,12 +6,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, RMSNorm, like_queries, undo_values
-from longctx.layers.rotary import rotate
 from longctx.ops import gated_linear as ops
+from longctx.ops.positions import Rotation, rotate
 from longctx.parallel import sequence
 from longctx.typing import Segments
 
@@ -21,7 +22,12 @@ class RetNet(nnx.Module):
 
     S_t = γ_h S_{t-1} + k_t v_tᵀ;  y_t = S_tᵀ q_t, with q and k turned by their positions (the rotation of xPos, whose
     growth and decay are those of γ) and q scaled by 1/√K; the output is normalised per head and gated by silu(x W_g).
-    γ_h = 1 - 2^-e, e spread evenly from 5 to 12 over the heads: for eight heads the paper's 5, 6, …, 12.
+    γ_h = 1 - 2^(-5-h) for h = 0, 1, …, H - 1 (equation 8). As in the authors' code (torchscale), pair j of the K/2 pairs
+    of channels turns by base^(-j / (K/2 - 1)) a token, from 1 to 1 / base, and the norm is an RMS norm.
+
+    What differs: the norm has a scale [V] that the heads share, which theirs has not (W can absorb it); their parallel
+    form divides decays and logits by sums first, which the norm takes out again but for its ε; a pair is the channels j
+    and j + K/2, theirs 2j and 2j + 1, which is another order of the columns of W_q and W_k.
     State: `[B, H, K, V]` float32.
     """
 
@@ -30,7 +36,7 @@ class RetNet(nnx.Module):
         heads: int = 4  # H
         key_width: int = 32  # K, even
         value_width: int = 64  # V; the paper takes 2 K
-        rope_base: float = 10_000.0  # of the rotary frequencies
+        rope_base: float = 10_000.0  # of the rotary frequencies, which go from 1 to 1 / base
 
         def problems(self):
             if min(self.heads, self.key_width, self.value_width) < 1 or self.key_width % 2:
@@ -58,8 +64,9 @@ class RetNet(nnx.Module):
         def heads(y):
             return y.reshape(batch, length, options.heads, -1)
 
-        q, k = (rotate(heads(part(x)), segments.positions, options.rope_base) for part in (self.query, self.key))
-        log_decay = jnp.log1p(-(2.0 ** -jnp.linspace(5, 12, options.heads)))
+        turn = Rotation(options.rope_base ** -np.linspace(0, 1, options.key_width // 2))
+        q, k = (rotate(heads(part(x)), segments.positions, turn) for part in (self.query, self.key))
+        log_decay = jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(options.heads))))
         log_decay = jnp.broadcast_to(log_decay, (batch, length, options.heads))
         y, state = sequence.recurrence(
             ops, q * options.key_width**-0.5, k, heads(self.value(x)), log_decay, state=state, segments=segments

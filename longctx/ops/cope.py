@@ -3,13 +3,15 @@ r"""CoPE, contextual position encoding: softmax attention whose positions count 
 For query t and the keys s <= t of its document, per head, with gates g_ts = sigmoid(scale q_t . k_s),
 
     p_ts = min(sum_{s <= u <= t} g_tu, N - 1)
-    logit_ts = scale (q_t . k_s + q_t . e(p_ts)),    out_t = sum_s softmax_s(logit_ts) v_s
+    logit_ts = scale q_t . k_s + q_t . e(p_ts),    out_t = sum_s softmax_s(logit_ts) v_s
 
 with N learned embeddings e_0 ... e_{N-1}, which heads share, and between two of them
 
     e(p) = (p - n) e_{ceil p} + (1 - p + n) e_n,    n = floor p.
 
-The paper's formula has gates of q_t . k_s itself; as in its released code they are those of the scaled products.
+The paper's formulas leave the scale out; this is the code in its appendix, where gates are of the scaled products and
+the term of positions has no scale. The released code scales that term too unless told not to (`--cope-nodiv`): its
+embeddings are then those here over the scale.
 
 Block form. q_t . e(p) lies between two of the N products q_t . e_n, which are made once for each query. Blocks of keys
 are visited from the last to the first. For each query go along the sum G_t of the gates of the keys visited so far and
@@ -63,18 +65,18 @@ def recurrent(
       embeddings: of the positions 0 to N - 1.
       segments: of the queries.
       held: of the keys; the same document has the same id in both.
-      scale: of the logits; None for 1 / sqrt(K).
+      scale: of the products of queries and keys; None for 1 / sqrt(K).
 
     Returns:
       `[B, T, H, V]` in v's dtype; 0 for padding.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q = scale * q.astype(jnp.float32)
+    q = q.astype(jnp.float32)
     k, v32 = (x.astype(jnp.float32).repeat(q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     seen = (segments.ids[:, :, None] == held.ids[:, None, :]) & segments.valid[:, :, None]
     seen &= held.positions[:, None, :] <= segments.positions[:, :, None]
     seen = seen[:, None]
-    logits = jnp.einsum("bthk,bshk->bhts", q, k, precision="highest")
+    logits = scale * jnp.einsum("bthk,bshk->bhts", q, k, precision="highest")
     gates = jnp.where(seen, jax.nn.sigmoid(logits), 0.0)
     positions = jnp.minimum(jnp.flip(jnp.cumsum(jnp.flip(gates, -1), -1), -1), len(embeddings) - 1)
     products = jnp.einsum("bthk,nk->bhtn", q, embeddings.astype(jnp.float32), precision="highest")
@@ -131,7 +133,7 @@ def attend(
 
     if after is None:
         after = nothing(q, v)
-    rows = of_queries(scale * q), jax.tree.map(of_queries, after), _places(segments, chunk)
+    rows = of_queries(q), jax.tree.map(of_queries, after), _places(segments, chunk)
     keys = *(_blocks(x.astype(jnp.float32), chunk) for x in (k, v)), _places(held, chunk)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -146,7 +148,7 @@ def attend(
             seen &= k_places[:, None, :] <= places[:, :, None]
 
             def meet(visited):
-                logits = einsum("bgrik,bjgk->bgrij", q, k)
+                logits = scale * einsum("bgrik,bjgk->bgrij", q, k)
                 gates = jnp.where(seen[:, None, None], jax.nn.sigmoid(logits), 0.0)
                 counted = visited.gates[..., None] + jax.lax.cumsum(gates, axis=gates.ndim - 1, reverse=True)
                 logits += _between(products, jnp.minimum(counted, last))

@@ -4,7 +4,7 @@ elu        φ(x) = elu(x) + 1                                       Katharopoulo
 relu2      φ(x) = relu(x)²                                         the activation of So et al., "Primer", 2021
 taylor     φ(q)·φ(k) = 1 + s + s²/2,  s = q·k/√K                   Arora et al., "Based", 2024
 performer  φ_i(x) = exp(w_i·x' - |x'|²/2) / √F,  x' = x / K^¼      Choromanski et al., 2021, lemma 1
-hedgehog   φ(x) = softmax([W x, -W x]), W learned                  Zhang et al., "The Hedgehog", 2024
+hedgehog   φ(x) = [softmax(W x), softmax(-W x)], W learned         Zhang et al., "The Hedgehog", 2024
 
 All take `[B, T, H, K]` in any dtype and give `[B, T, H, F]` in float32, no entry of which is negative but for taylor's;
 taylor's kernel is at least 1/2.
@@ -77,6 +77,9 @@ def orthogonal(features: int, width: int, seed: int) -> Float[np.ndarray, "F K"]
 
 @checked
 def hedgehog(x: Float[Array, "B T H K"], weight: Float[Array, "H K K"]) -> Float[Array, "B T H F"]:
-    """Softmax over the channels of W x and their negatives; F = 2 K."""
+    """Softmax over the channels of W x, and another over their negatives; F = 2 K.
+
+    The paper's formula has exponentials, and a bias of W x; this is the authors' stable form, as in their code.
+    """
     x = jnp.einsum("bthi,hij->bthj", x.astype(jnp.float32), weight)
-    return jax.nn.softmax(jnp.concatenate([x, -x], axis=-1), axis=-1)
+    return jnp.concatenate([jax.nn.softmax(x, axis=-1), jax.nn.softmax(-x, axis=-1)], axis=-1)

@@ -1,6 +1,6 @@
 r"""Native sparse attention: a coarse view of the document, the blocks that it singles out, and the last tokens.
 
-Yuan et al., arXiv:2502.11089, equations 5 to 12. Three attentions, each with keys and values of its own, are mixed by
+Yuan et al., arXiv:2502.11089, section 3. Three attentions, each with keys and values of its own, are mixed by
 gates; a query that sees nothing in one of them gets 0 from it:
 
     out_t = Σ_c g_tc softmax(scale q_t . K^c) V^c        c: compressed, selected, window
@@ -15,7 +15,9 @@ probabilities of the compressed attention, block j matters by
 
     Σ_{heads of the group} Σ_i p_ti |{di, ..., di + l - 1} ∩ {mj, ..., mj + m - 1}| / d
 
-which is equation 9 (for d that divides l and m) summed over the heads as in equation 10. The choice has no gradient.
+where a compressed block counts by the strides of d tokens that it shares with block j; d divides l and m. The paper's
+equations 9 and 10 say this if both kinds of blocks are numbered from 1. Numbered from 0, as here, the indices that
+equation 9 prints would be those of blocks that end before block j does. The choice has no gradient.
 
 Window: the last w tokens. The paper has l = 32, d = 16, m = 64, n = 16 and w = 512.
 

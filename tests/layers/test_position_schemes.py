@@ -57,7 +57,7 @@ def self_extend(q, k, t, s):
 
 def dual_chunk(q, k, t, s):
     """arXiv:2402.17463, equations 2 to 8, with chunks of 8 and 4 local tokens in a trained length of 12."""
-    at = {0: t % 8, 1: min(t % 8 + 8, 12)}.get(t // 8 - s // 8, 12)
+    at = {0: t % 8, 1: min(t % 8 + 8, 11)}.get(t // 8 - s // 8, 11)
     return turned(q, at) @ turned(k, s % 8)
 
 

@@ -22,7 +22,8 @@ def inputs(length, keys=None, embeddings=N):
     rng = np.random.default_rng(0)
     keys = keys or length
     shapes = (B, length, H, K), (B, keys, G, K), (B, keys, G, V), (embeddings, K), (B, length, H, V)
-    return [jnp.asarray(2 * rng.standard_normal(shape), jnp.float32) for shape in shapes]
+    q, k, v, embeddings, cotangent = (jnp.asarray(2 * rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    return [q, k, v, embeddings / np.sqrt(K), cotangent]
 
 
 def packed(length):
@@ -44,7 +45,7 @@ def formula(q, k, v, embeddings):
             position = min(position + 1 / (1 + np.exp(-logits[s])), last)
             n = int(position)
             embedding = (1 - position + n) * embeddings[n] + (position - n) * embeddings[min(n + 1, last)]
-            logits[s] += q[b, t, h] @ embedding / np.sqrt(K)
+            logits[s] += q[b, t, h] @ embedding
         weights = np.exp(logits - logits.max())
         y[b, t, h] = weights @ v[b, : t + 1, h // 2] / weights.sum()
     return y

@@ -49,7 +49,7 @@ def softmax(x):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_definition_is_the_formula(options):
-    """Query by query, with equation 9 as the paper writes it.
+    """Query by query, with equation 9 as the paper writes it, blocks numbered from 1.
 
     Seen to fail: the largest of the heads' scores for their sum; the block before the own left to its score; compressed
     blocks that end one token later.
