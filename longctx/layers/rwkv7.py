@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, l2_normalise, like_queries, undo_values
+from longctx.layers.basic import Linear, like_queries, undo_values
 from longctx.ops import diagonal_low_rank as ops
 from longctx.parallel import sequence
 from longctx.typing import Segments
@@ -33,8 +33,12 @@ class RWKV7(nnx.Module):
 
         S_t = Diag(w) S_{t-1} - (a γ) (γᵀ S_{t-1}) + k̃ vᵀ,    y = g (norm(S_tᵀ r) + (r · ρ k̃) v) W
 
-    with log w = -e^-½ σ(tanh(x W₁) W₂ + b), a = σ(x A₁ A₂ + b), g = σ(x G₁) G₂, and norm a layer norm per head. The
-    paper's mixture of each layer's values with those of the first layer is left out: a mixer sees its own input alone.
+    with log w = -e^-½ σ(tanh(x W₁) W₂ + b), a = σ(x A₁ A₂ + b), g = σ(x G₁) G₂, and norm a layer norm per head, whose
+    scale and shift are per channel and ε is 1e-5 V (6.4e-4 at the paper's V of 64). The removal key's norm counts as at
+    least 1e-12, as in the authors' code.
+
+    What differs: the paper's mixture of each layer's values with those of the first layer is left out, as a mixer sees
+    its own input alone; and initial values, which here make keys those of the token before.
     State: `[B, H, K, V]` and the last input, float32.
     """
 
@@ -91,7 +95,7 @@ class RWKV7(nnx.Module):
         decay = self.decay_out(jnp.tanh(self.decay_in(x_w))).astype(jnp.float32) + self.decay_bias[...]
         log_decay = heads(-math.exp(-0.5) * jax.nn.sigmoid(decay))
         rate = heads(jax.nn.sigmoid(self.rate_out(self.rate_in(x_a)).astype(jnp.float32)))
-        removal = l2_normalise(k * self.removal[...])
+        removal = _unit(k * self.removal[...])
         k *= 1 + (rate - 1) * self.replacement[...]
         y, matrix = sequence.recurrence(
             ops, r, k, v, -removal, rate * removal, log_decay,
@@ -102,7 +106,7 @@ class RWKV7(nnx.Module):
         return self.out(y * self.gate_out(jax.nn.sigmoid(self.gate_in(x_g)))), RWKV7State(matrix, last)
 
     def _norm(self, y: Float[Array, "B T H V"]) -> Float[Array, "B T H V"]:
-        """Layer norm per head, in float32, with the paper's ε of 1e-5 V."""
+        """Layer norm per head, in float32."""
         centred = y.astype(jnp.float32) - jnp.mean(y.astype(jnp.float32), axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         scaled = centred * jax.lax.rsqrt(variance + 1e-5 * self.options.value_width)
@@ -113,3 +117,10 @@ class RWKV7(nnx.Module):
         options = self.options
         matrix = jnp.zeros((batch, options.heads, options.key_width, options.value_width), jnp.float32)
         return RWKV7State(matrix, jnp.zeros((batch, 1, self.mix.shape[1]), jnp.float32))
+
+
+def _unit(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
+    """`x / |x|`, and 0 with no gradient where the norm is below 1e-12: float32, whatever the size of x."""
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    something = square > 1e-24
+    return jnp.where(something, x * jax.lax.rsqrt(jnp.where(something, square, 1.0)), 0.0)
