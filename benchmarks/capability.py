@@ -43,7 +43,6 @@ from longctx.data import TASKS
 from longctx.evals import answers
 from longctx.layers import MIXERS, MLPS
 from longctx.parallel import mesh as meshes
-from longctx.training import workdir as workdirs
 from longctx.training.step import Program
 
 HERE = pathlib.Path(__file__).parent
@@ -66,7 +65,7 @@ def experiment_of(task: str, mixer: str, size: str, rate: float, seed: int) -> c
 def digest(task: str, mixer: str, size: str, rate: float, seed: int) -> str:
     """Of everything that the result depends on, the code apart."""
     experiment = experiment_of(task, mixer, size, rate, seed)
-    return hashlib.sha256(json.dumps(workdirs.to_dict(experiment), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(config.to_dict(experiment), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Runner:
@@ -221,7 +220,7 @@ def report(cells: dict[str, Cell], arguments) -> str:
         lengths = sorted({int(n) for found in rows.values() for n in found[0]["accuracy"]})
         trained = example.training.stages[-1].length
         stages = ", then ".join(f"{s.steps} steps of {s.batch} rows of {s.length}" for s in example.training.stages)
-        options = {key: value for key, value in workdirs.to_dict(example)["data"].items() if key != "kind"}
+        options = {key: value for key, value in config.to_dict(example)["data"].items() if key != "kind"}
         lines += [
             "",
             f"## {task}",

@@ -108,7 +108,7 @@ def tuned(runs: pathlib.Path, size: str, name: str, positions: dict) -> dict:
     if not (folder / "config.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(runs / "rope", folder, ignore=shutil.ignore_patterns("report", "logs", "config.json"))
-        (folder / "config.json").write_text(json.dumps(workdirs.to_dict(longer)), encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(config.to_dict(longer)), encoding="utf-8")
     train(longer, folder)
     return measured(of, folder, folder)
 

@@ -25,7 +25,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from longctx import config
+from longctx import config, schema
 from longctx.data import TASKS
 from longctx.errors import RunError, UsageError
 from longctx.layers import MIXERS, MLPS
@@ -62,10 +62,10 @@ def mesh() -> config.Mesh | None:
     except ValueError:
         text = ",".join(given)
         raise UsageError(f"--mesh={text} is not three whole numbers; give --mesh=DATA,CONTEXT,MODEL.") from None
-    sizes = config.Mesh(split_batch, split_sequence, split_heads)
-    if problems := list(sizes.problems()):
-        raise UsageError(f"--mesh: {'; '.join(problems)}")
-    return sizes
+    try:
+        return config.Mesh(split_batch, split_sequence, split_heads)
+    except schema.Refused as error:
+        raise UsageError(f"--mesh: {'; '.join(error.problems)}") from None
 
 
 def define_processes() -> None:

@@ -8,17 +8,30 @@ is reported in one `UsageError`: unknown fields, wrong types, values that cannot
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
-import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from longctx.errors import UsageError
+from longctx import schema
+from longctx.schema import Chosen, Options, Seed, Tokens
+
+
+class Mixer(Chosen):
+    """Options of a mixer: those of one of `longctx.layers.MIXERS`."""
+
+
+class MLP(Chosen):
+    """Options of an MLP: those of one of `longctx.layers.MLPS`."""
+
+
+class Source(Chosen):
+    """Where rows come from: `Data`, or one of `longctx.data.TASKS`."""
+
+    kind_by_default = "corpus"
 
 
 @dataclasses.dataclass(frozen=True)
-class Mesh:
+class Mesh(Options):
     """Devices along each axis of the mesh; -1, for at most one axis, takes what the others leave."""
 
     data: int = -1  # splits the batch, and the parameters
@@ -35,7 +48,7 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
-class Needles:
+class Needles(Options):
     """The retrieval task planted in real text: facts (key, value) stated once and asked for later."""
 
     rows: float = 0.5  # fraction of the training rows that carry facts
@@ -49,7 +62,7 @@ class Needles:
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class Data(Options):
     """Where text comes from and how it becomes rows: the options of `data.kind = "corpus"`."""
 
     kind: ClassVar[str] = "corpus"
@@ -68,17 +81,15 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
-    """One kind of block: a mixer over the sequence and an MLP over the width, each with its options."""
+class Block(Options):
+    """One kind of block: a mixer over the sequence and an MLP over the width."""
 
-    mixer: str
-    mixer_options: Any  # the mixer's own `Config`
-    mlp: str
-    mlp_options: Any  # the MLP's own `Config`
+    mixer: Mixer  # its kind and options, such as {"kind": "attention", "heads": 8}
+    mlp: MLP  # likewise
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class Model(Options):
     """A language model: a pattern of blocks, repeated.
 
     What the backward pass finds of a block, and recomputes the rest from, is what `remat` says:
@@ -113,12 +124,12 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class Stage(Options):
     """A part of training at one length of rows."""
 
-    steps: int
+    steps: Tokens
     batch: int  # rows a step, over all devices
-    length: int  # tokens a row
+    length: Tokens  # tokens a row
 
     def problems(self):
         for name, value in dataclasses.asdict(self).items():
@@ -127,13 +138,13 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class Training(Options):
     """The optimisation: AdamW, linear warm-up, cosine decay, clipping by global norm."""
 
     stages: tuple[Stage, ...]  # short rows first; the last stage's length is the trained length
     learning_rate: float = 3e-3  # at its peak
     final_learning_rate: float = 0.1  # at the end, as a fraction of the peak
-    warmup_steps: int = 100
+    warmup_steps: Tokens = 100
     weight_decay: float = 0.1  # on matrices only
     beta1: float = 0.9
     beta2: float = 0.95
@@ -141,7 +152,7 @@ class Training:
     accumulate: int = 1  # micro-batches a step
     answer_weight: float = 1.0  # weight of a retrieval answer in the loss; any other token weighs 1
     label_smoothing: float = 0.0  # part of a target that is shared by the whole vocabulary
-    log_every: int = 20  # steps between scalars
+    log_every: Tokens = 20  # steps between scalars
 
     def problems(self):
         if not self.stages:
@@ -174,10 +185,10 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoints:
+class Checkpoints(Options):
     """When the training state is saved, under WORKDIR/checkpoints/<step>."""
 
-    every: int = 500  # steps
+    every: Tokens = 500  # steps
     keep: int = 2  # newest ones kept
 
     def problems(self):
@@ -186,13 +197,13 @@ class Checkpoints:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Options):
     """What the report measures: on held-out documents, or in new rows of a synthetic task."""
 
     factors: tuple[int, ...] = (1, 2, 4, 8)  # lengths tested, in multiples of the trained length
     depths: int = 5  # depths of the needle, from the start of the context to its end
     samples: int = 16  # needles per depth and length; of a synthetic task, rows per length
-    tokens: int = 2**22  # of a synthetic task's rows of one length, at most: of long rows there are fewer, at least 4
+    tokens: Tokens = 2**22  # of a synthetic task's rows of one length, at most: of long rows there are fewer, but 4
     final_block: int = 128  # tokens of the fixed final block whose perplexity is measured
     documents: int = 32  # held-out documents for perplexity and loss by position
 
@@ -205,24 +216,22 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class Experiment(Options):
     """Everything that a run is made from."""
 
     model: Model
     training: Training
-    data: Any = Data()  # or the options of a synthetic task, whose `kind` says which
+    data: Source = Data()  # or the options of a synthetic task, whose `kind` says which
     mesh: Mesh = Mesh()
     checkpoints: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
-    seed: int = 0
+    seed: Seed = 0  # of the parameters, the order of the rows and what is planted in them
 
     def problems(self):
-        if self.seed < 0:
-            yield f"seed is {self.seed}; give a number from 0 up"
         context = self.mesh.context
         if isinstance(self.data, Data):
             yield from self._crowded()
-        elif self.data is not None:  # a synthetic task
+        else:  # a synthetic task
             for stage in self.training.stages:
                 if stage.length < self.data.shortest():
                     yield (
@@ -254,7 +263,7 @@ def parse(
     """The experiment that a ConfigDict (or nested dict) describes.
 
     Args:
-      config: what an experiment file's `get_config` returned, overrides applied.
+      config: what an experiment file's `get_config` returned, overrides applied; or what `to_dict` gives.
       mixers: name to mixer; each has a frozen dataclass `Config` of its options.
       mlps: name to MLP, likewise.
       tasks: name to synthetic task, each a frozen dataclass of its options.
@@ -262,18 +271,12 @@ def parse(
     Raises:
       UsageError: with everything that is wrong, one line each.
     """
-    problems: list[str] = []
-    tree = _plain(config)
-    model = tree.get("model")
-    if isinstance(model, dict) and isinstance(model.get("blocks"), dict):
-        for name, block in model["blocks"].items():
-            model["blocks"][name] = _block(block, f"model.blocks.{name}", mixers, mlps, problems)
-    if "data" in tree:
-        tree["data"] = _data(tree["data"], {Data.kind: Data, **tasks}, problems)
-    experiment = _build(Experiment, tree, "", problems)
-    if problems:
-        raise UsageError("\n".join(problems))
-    return experiment
+    return schema.build(Experiment, _resolved(config), {Mixer: mixers, MLP: mlps, Source: {Data.kind: Data, **tasks}})
+
+
+def to_dict(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as nested dicts, lists and scalars: JSON, and what `parse` reads as the same experiment."""
+    return schema.plain(experiment)
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]):
@@ -281,113 +284,10 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]):
         yield f"{name} is '{value}'; choose one of {', '.join(choices)}"
 
 
-def _plain(config) -> Any:
+def _resolved(config) -> Any:
     """ConfigDicts as dicts, references resolved."""
     if hasattr(config, "to_dict"):
         config = config.to_dict()
     if isinstance(config, Mapping):
-        return {key: _plain(value) for key, value in config.items()}
+        return {key: _resolved(value) for key, value in config.items()}
     return config
-
-
-def _block(tree, path: str, mixers, mlps, problems: list[str]) -> Block | None:
-    """`{"mixer": {"kind": "attention", ...}, "mlp": {"kind": "swiglu", ...}}` as a Block."""
-    found = {}
-    if not isinstance(tree, dict) or set(tree) != {"mixer", "mlp"}:
-        given = sorted(tree) if isinstance(tree, dict) else tree
-        problems.append(f"{path} is {given}; give it a 'mixer' and an 'mlp', each with its kind and options")
-        return None
-    for part, registry in (("mixer", mixers), ("mlp", mlps)):
-        options = dict(tree[part]) if isinstance(tree[part], dict) else {}
-        kind = options.pop("kind", None)
-        if kind not in registry:
-            problems.append(f"{path}.{part}.kind is '{kind}'; choose one of {', '.join(sorted(registry))}")
-            continue
-        found[part] = (kind, _build(registry[kind].Config, options, f"{path}.{part}", problems))
-    return Block(*found["mixer"], *found["mlp"]) if len(found) == 2 else None
-
-
-def _data(tree, kinds: Mapping[str, type], problems: list[str]) -> Any:
-    """`{"kind": "induction_heads", ...}` as the options of that kind; without one, as `Data`."""
-    if not isinstance(tree, dict):
-        return _build(Data, tree, "data", problems)
-    options = dict(tree)
-    kind = options.pop("kind", Data.kind)
-    if kind not in kinds:
-        problems.append(f"data.kind is '{kind}'; choose one of {', '.join(sorted(kinds))}")
-        return None
-    return _build(kinds[kind], options, "data", problems)
-
-
-def _build(cls: type, tree: Any, path: str, problems: list[str]) -> Any:
-    """An instance of the dataclass `cls`, or None with what hinders it appended to `problems`."""
-    if isinstance(tree, cls):
-        return tree
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    if isinstance(tree, tuple | list) and len(tree) == len(fields):  # a Stage as (steps, batch, length)
-        tree = dict(zip(fields, tree, strict=True))
-    if not isinstance(tree, dict):
-        problems.append(f"{path} is {tree!r}; expected {', '.join(fields)}")
-        return None
-    hints = typing.get_type_hints(cls)
-    before = len(problems)
-    values = {}
-    for name, value in tree.items():
-        where = f"{path}.{name}" if path else name
-        if name in fields:
-            values[name] = _value(hints[name], value, where, problems)
-        else:
-            close = difflib.get_close_matches(name, fields, n=1)
-            advice = f"did you mean '{close[0]}'?" if close else f"known fields are {', '.join(fields)}"
-            problems.append(f"{where} is not a field; {advice}")
-    for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if name not in tree and required:
-            problems.append(f"{path + '.' if path else ''}{name} is missing; the experiment file must set it")
-    if len(problems) > before:
-        return None
-    instance = cls(**values)
-    if hasattr(instance, "problems"):
-        problems.extend(f"{path}.{problem}" if path else problem for problem in instance.problems())
-    return instance
-
-
-def _kind(base: type, tree: Any, path: str, problems: list[str]) -> Any:
-    """`{"kind": "yarn", ...}` as the options of that kind, one of `base.kinds`."""
-    if isinstance(tree, base):
-        return tree
-    if not isinstance(tree, dict):
-        problems.append(f"{path} is {tree!r}; give a dictionary of its kind and options")
-        return None
-    options = dict(tree)
-    kind = options.pop("kind", None)
-    if kind not in base.kinds:
-        problems.append(f"{path}.kind is '{kind}'; choose one of {', '.join(sorted(base.kinds))}")
-        return None
-    return _build(base.kinds[kind], options, path, problems)
-
-
-def _value(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
-    """`value` as the type `hint` asks for it."""
-    origin = typing.get_origin(hint)
-    if hasattr(hint, "kinds"):
-        return _kind(hint, value, path, problems)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, path, problems)
-    if origin is tuple:
-        if not isinstance(value, tuple | list):
-            problems.append(f"{path} is {value!r}; expected a tuple")
-            return None
-        inner = typing.get_args(hint)[0]
-        return tuple(_value(inner, item, f"{path}[{i}]", problems) for i, item in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, dict):
-            problems.append(f"{path} is {value!r}; expected a dictionary")
-            return None
-        return types.MappingProxyType(dict(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is not Any and (not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)):
-        problems.append(f"{path} is {value!r}, of type {type(value).__name__}; expected {hint.__name__}")
-        return None
-    return value

@@ -9,6 +9,7 @@
 and so is an MLP: most have no state, and return None for it.
 """
 
+from longctx.config import MLP, Mixer
 from longctx.layers.adaptive_span import AdaptiveSpan
 from longctx.layers.attention import Attention
 from longctx.layers.block_recurrent import BlockRecurrent
@@ -34,7 +35,7 @@ from longctx.layers.mamba2 import Mamba2
 from longctx.layers.mlp import SquaredReLU, SwiGLU
 from longctx.layers.mlstm import MLSTM
 from longctx.layers.moba import MoBA
-from longctx.layers.multi_resolution import Inner, MultiResolution
+from longctx.layers.multi_resolution import MultiResolution
 from longctx.layers.nsa import NSA
 from longctx.layers.path import Path
 from longctx.layers.pyramid import Pyramid
@@ -46,50 +47,54 @@ from longctx.layers.slstm import SLSTM
 from longctx.layers.titans import Titans
 from longctx.layers.titans_context import TitansContext
 from longctx.layers.ttt_linear import TTTLinear
+from longctx.schema import Kinds
 
-MIXERS: dict[str, type] = {
-    "adaptive_span": AdaptiveSpan,
-    "attention": Attention,
-    "block_recurrent": BlockRecurrent,
-    "delta_net": DeltaNet,
-    "forgetting": Forgetting,
-    "gated_delta": GatedDelta,
-    "gated_delta_product": GatedDeltaProduct,
-    "gla": GLA,
-    "h_transformer": HTransformer,
-    "hgrn2": HGRN2,
-    "indexer_topk": IndexerTopK,
-    "infini": Infini,
-    "kda": KDA,
-    "lact": LaCT,
-    "linear_attention": LinearAttention,
-    "log_linear_gated_delta": LogLinearGatedDelta,
-    "log_linear_mamba2": LogLinearMamba2,
-    "lru": LRU,
-    "lsh": LSH,
-    "mamba": Mamba,
-    "mamba2": Mamba2,
-    "mlstm": MLSTM,
-    "moba": MoBA,
-    "multi_resolution": MultiResolution,
-    "nsa": NSA,
-    "path": Path,
-    "pyramid": Pyramid,
-    "retnet": RetNet,
-    "rglru": RGLRU,
-    "rwkv7": RWKV7,
-    "s5": S5,
-    "slstm": SLSTM,
-    "titans": Titans,
-    "titans_context": TitansContext,
-    "ttt_linear": TTTLinear,
-}
+MIXERS = Kinds(
+    {
+        "adaptive_span": AdaptiveSpan,
+        "attention": Attention,
+        "block_recurrent": BlockRecurrent,
+        "delta_net": DeltaNet,
+        "forgetting": Forgetting,
+        "gated_delta": GatedDelta,
+        "gated_delta_product": GatedDeltaProduct,
+        "gla": GLA,
+        "h_transformer": HTransformer,
+        "hgrn2": HGRN2,
+        "indexer_topk": IndexerTopK,
+        "infini": Infini,
+        "kda": KDA,
+        "lact": LaCT,
+        "linear_attention": LinearAttention,
+        "log_linear_gated_delta": LogLinearGatedDelta,
+        "log_linear_mamba2": LogLinearMamba2,
+        "lru": LRU,
+        "lsh": LSH,
+        "mamba": Mamba,
+        "mamba2": Mamba2,
+        "mlstm": MLSTM,
+        "moba": MoBA,
+        "multi_resolution": MultiResolution,
+        "nsa": NSA,
+        "path": Path,
+        "pyramid": Pyramid,
+        "retnet": RetNet,
+        "rglru": RGLRU,
+        "rwkv7": RWKV7,
+        "s5": S5,
+        "slstm": SLSTM,
+        "titans": Titans,
+        "titans_context": TitansContext,
+        "ttt_linear": TTTLinear,
+    }
+)
 
-MLPS: dict[str, type] = {
-    "inplace_ttt": InPlaceTTT,
-    "relu2": SquaredReLU,
-    "swiglu": SwiGLU,
-}
+MLPS = Kinds(
+    {
+        "inplace_ttt": InPlaceTTT,
+        "relu2": SquaredReLU,
+        "swiglu": SwiGLU,
+    }
+)
 
-Inner.kinds.update({name: cls.Config for name, cls in MIXERS.items()})
-Inner.mixers.update({cls.Config: cls for cls in MIXERS.values()})
+Mixer.kinds, MLP.kinds = MIXERS, MLPS

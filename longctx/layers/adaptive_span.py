@@ -12,6 +12,7 @@ from longctx.layers.attention import Attention, AttentionState
 from longctx.layers.positions import ROPE, Positions
 from longctx.ops.attach import attach
 from longctx.ops.biases import AdaptiveSpan as Span
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -23,7 +24,7 @@ class AdaptiveSpan(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         kv_heads: int = 4  # G, divides H
         head_width: int = 32  # K

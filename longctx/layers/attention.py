@@ -19,6 +19,7 @@ from longctx.ops import cope
 from longctx.ops.biases import Bias
 from longctx.ops.patterns import Causal, Heads, Pattern, causal, parse
 from longctx.parallel import choice, sequence, tree
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -39,7 +40,7 @@ class Attention(Projections):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         kv_heads: int = 4  # G, divides H
         head_width: int = 32  # K

@@ -16,6 +16,7 @@ from longctx.memory.cache import KVCache
 from longctx.ops import block_recurrent as ops
 from longctx.ops.patterns import Causal, Window
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -37,7 +38,7 @@ class BlockRecurrent(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         head_width: int = 32  # K
         block: int = 16  # W, tokens between two updates of the state vectors, and of the window

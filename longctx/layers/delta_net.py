@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from longctx.layers.basic import Linear, RMSNorm, ShortConv, delta_inputs, like_queries, undo_values
 from longctx.ops import gated_delta as ops
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu}
@@ -36,7 +37,7 @@ class DeltaNet(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         key_width: int = 32  # K
         value_width: int = 32  # V

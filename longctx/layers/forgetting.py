@@ -15,6 +15,7 @@ from longctx.memory.cache import KVCache
 from longctx.ops import linear_scan
 from longctx.ops.patterns import Causal, Window
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -36,7 +37,7 @@ class Forgetting(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         kv_heads: int = 4  # G, divides H
         head_width: int = 32  # K

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from longctx.layers.basic import Projections
 from longctx.ops import h_transformer as ops
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -34,7 +35,7 @@ class HTransformer(Projections):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         kv_heads: int = 4  # G, divides H
         head_width: int = 32  # K and V

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from longctx.layers.basic import Linear, RMSNorm, like_queries, undo_values
 from longctx.ops import gated_linear as ops
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -26,7 +27,7 @@ class HGRN2(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         key_width: int = 32  # K, the expansion of the state
         value_width: int = 32  # V

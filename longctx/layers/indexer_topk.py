@@ -16,6 +16,7 @@ from longctx.memory.cache import KVCache
 from longctx.ops import indexer_topk
 from longctx.ops.attach import attach
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -31,7 +32,7 @@ class IndexerTopK(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         kv_heads: int = 4  # G, divides H
         head_width: int = 32  # K

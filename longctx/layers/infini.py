@@ -17,6 +17,7 @@ from longctx.ops import infini as ops
 from longctx.ops import infini_delta
 from longctx.ops.patterns import Causal, Chunked
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -39,7 +40,7 @@ class Infini(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         head_width: int = 32  # K and V
         segment: int = 64  # tokens a segment

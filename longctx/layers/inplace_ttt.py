@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from longctx.layers.mlp import SwiGLU
 from longctx.ops import inplace_ttt as ops
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -25,7 +26,7 @@ class InPlaceTTT(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         hidden: int = 128  # F
         minibatch: int = 16  # C, tokens per update; the paper finds 512 to 1,024 best for models of billions
         conv_width: int = 5  # taps of the targets' convolution, centred: odd

@@ -13,6 +13,7 @@ from longctx.layers.attention import Attention, AttentionState
 from longctx.layers.basic import Linear, RMSNorm, l2_normalise, like_queries, undo_values
 from longctx.ops import lact as ops
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -36,7 +37,7 @@ class LaCT(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         head_width: int = 16  # K, of keys and values
         hidden: int = 16  # M, of each head's MLP

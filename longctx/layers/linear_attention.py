@@ -13,6 +13,7 @@ from longctx.layers.basic import Linear, RMSNorm, ShortConv, like_queries, undo_
 from longctx.ops import feature_maps
 from longctx.ops import gated_linear as ops
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 _MAPS = ("elu", "hedgehog", "performer", "relu2", "taylor")
@@ -37,7 +38,7 @@ class LinearAttention(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         key_width: int = 16  # K, of queries and keys before the feature map
         value_width: int = 32  # V

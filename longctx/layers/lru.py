@@ -13,6 +13,7 @@ from jaxtyping import Array, Complex, Float
 from longctx.layers.basic import Linear
 from longctx.ops import linear_scan as ops
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -24,7 +25,7 @@ class LRU(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         hidden: int = 64  # N, complex numbers
         r_min: float = 0.9  # eigenvalues begin uniform on the ring between two radii,
         r_max: float = 0.999

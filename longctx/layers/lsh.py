@@ -17,6 +17,7 @@ from longctx.memory.cache import KVCache
 from longctx.ops import lsh
 from longctx.ops.attach import attach
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -45,7 +46,7 @@ class LSH(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         head_width: int = 32  # K
         rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions (NoPE)

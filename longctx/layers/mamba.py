@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from longctx.layers.basic import Linear, ShortConv
 from longctx.ops import selective_scan as ops
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -33,7 +34,7 @@ class Mamba(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         inner: int = 64  # I, channels; twice the width of the model in the paper
         state: int = 16  # N, numbers per channel
         step_rank: int = 4  # of the projection to the steps; a sixteenth of the width of the model in the paper

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from longctx.layers.basic import Linear, ShortConv, like_queries, scaled, undo_values
 from longctx.ops import gated_linear as ops
 from longctx.parallel import mesh, sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -37,7 +38,7 @@ class Mamba2(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         groups: int = 1  # of heads that share B and C; divides H
         key_width: int = 32  # K, the paper's state size N

@@ -15,11 +15,12 @@ from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear
 from longctx.parallel.chunks import by_chunks
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
 @dataclasses.dataclass(frozen=True)
-class Hidden:
+class Hidden(Options):
     """The options of an MLP with one hidden layer."""
 
     hidden: int = 256  # F

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from longctx.layers.basic import Linear, like_queries, scaled, undo_values
 from longctx.ops import mlstm as ops
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -25,7 +26,7 @@ class MLSTM(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         key_width: int = 16  # K; xLSTM 7B takes half of V
         value_width: int = 32  # V

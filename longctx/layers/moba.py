@@ -15,6 +15,7 @@ from longctx.memory import row
 from longctx.memory.cache import KVCache
 from longctx.ops import moba
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -27,7 +28,7 @@ class MoBA(Projections):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         kv_heads: int = 4  # G, divides H
         head_width: int = 32  # K

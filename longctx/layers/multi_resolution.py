@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from longctx.config import Mixer
 from longctx.layers.basic import Linear, RMSNorm, ShortConv
 from longctx.layers.gated_delta import GatedDelta
 from longctx.layers.mlp import Hidden, SwiGLU
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
-
-
-class Inner:
-    """Options of the mixer inside: those of any other, with its kind."""
-
-    kinds: ClassVar[dict[str, type]] = {}  # filled by `longctx.layers`
-    mixers: ClassVar[dict[type, type]] = {}
-
 
 _INNER = GatedDelta.Config()  # the default
 
@@ -47,11 +41,11 @@ class MultiResolution(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         factor: int = 4  # C, tokens of a coarse token
         layers: int = 1  # inside
         hidden: int = 256  # F of their MLPs, SwiGLU
-        inner: Inner = _INNER  # their mixer, such as {"kind": "attention", "heads": 8}
+        inner: Mixer = _INNER  # their mixer, such as {"kind": "attention", "heads": 8}
 
         def problems(self):
             if min(self.factor, self.layers, self.hidden) < 1:
@@ -62,7 +56,7 @@ class MultiResolution(nnx.Module):
         # The newest token shows first; the others come in with noise.
         self.pool = ShortConv(options.factor, [0] * width, rngs)
         self.down = Linear(width, width, ("embed", "heads"), rngs)
-        mixer = Inner.mixers[type(options.inner)]
+        mixer = Mixer.kinds[options.inner.kind]
         self.mixers = nnx.List([mixer(width, options.inner, rngs) for _ in range(options.layers)])
         self.mlps = nnx.List([SwiGLU(width, Hidden(options.hidden), rngs) for _ in range(options.layers)])
         self.norms = nnx.List([RMSNorm(width) for _ in range(2 * options.layers)])

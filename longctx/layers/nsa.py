@@ -15,6 +15,7 @@ from longctx.memory import row
 from longctx.memory.cache import KVCache
 from longctx.ops import nsa
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -28,7 +29,7 @@ class NSA(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         kv_heads: int = 2  # G, divides H; the heads of a group select the same blocks
         head_width: int = 32  # K

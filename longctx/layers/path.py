@@ -13,6 +13,7 @@ from longctx.layers.basic import Linear, RMSNorm, ShortConv, l2_normalise, like_
 from longctx.memory.cache import KVCache
 from longctx.ops.path_attention import Past
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -34,7 +35,7 @@ class Path(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         head_width: int = 32  # K
         rank: int = 32  # of the projection to w

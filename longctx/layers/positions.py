@@ -27,10 +27,11 @@ from longctx.ops import biases, positions
 from longctx.ops.attention import Part
 from longctx.ops.patterns import Chunked, Heads, Pattern, Window
 from longctx.ops.positions import Rotation, rotate
+from longctx.schema import Chosen, Kinds, Options
 from longctx.typing import Segments
 
 
-class Positions:
+class Positions(Options, Chosen):
     """A scheme; this one is none at all.
 
     Attributes:
@@ -40,14 +41,14 @@ class Positions:
       several: whether it takes attention apart into several parts, which patterns by head do not allow.
     """
 
-    kinds: ClassVar[dict[str, type[Positions]]] = {}
+    kinds: ClassVar[Kinds] = Kinds()
     kind: ClassVar[str]
     axes: ClassVar[tuple[str | None, ...]] = ()
     several: ClassVar[bool] = False
 
     def __init_subclass__(cls, kind: str | None = None):
         if kind is not None:
-            Positions.kinds[kind], cls.kind = cls, kind
+            Positions.kinds[kind] = cls
 
     def refusals(self, width: int) -> Iterator[str]:
         """What hinders it for heads of `width` channels."""

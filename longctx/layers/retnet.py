@@ -14,6 +14,7 @@ from longctx.layers.basic import Linear, RMSNorm, like_queries, undo_values
 from longctx.ops import gated_linear as ops
 from longctx.ops.positions import Rotation, rotate
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -32,7 +33,7 @@ class RetNet(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         key_width: int = 32  # K, even
         value_width: int = 64  # V; the paper takes 2 K

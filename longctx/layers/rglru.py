@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from longctx.layers.basic import Linear, ShortConv, scaled
 from longctx.ops import linear_scan as ops
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 _RATE = 8.0  # c of the paper: log a = -c softplus(Λ) r
@@ -35,7 +36,7 @@ class RGLRU(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         hidden: int = 128  # N
         heads: int = 4  # blocks of the gates' projections; divides N
         conv_width: int = 4  # taps of the convolution

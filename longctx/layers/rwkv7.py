@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from longctx.layers.basic import Linear, like_queries, undo_values
 from longctx.ops import diagonal_low_rank as ops
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -43,7 +44,7 @@ class RWKV7(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         key_width: int = 32  # K
         value_width: int = 32  # V; the paper has K = V = D / H

@@ -13,6 +13,7 @@ from jaxtyping import Array, Complex, Float
 from longctx.layers.basic import Linear
 from longctx.ops import linear_scan as ops
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -26,7 +27,7 @@ class S5(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         hidden: int = 64  # N, complex numbers: half the size of the state-space model
         discretisation: str = "zoh"  # zoh, for zero-order hold, or bilinear
         step_min: float = 1e-3  # the steps begin between these two, uniform in their logarithm

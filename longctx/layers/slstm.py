@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from longctx.layers.basic import Linear, RMSNorm, ShortConv
 from longctx.ops import slstm as ops
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -34,7 +35,7 @@ class SLSTM(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 4  # H
         head_width: int = 16  # K
         conv_width: int = 4  # taps of the convolution in front of the input and forget gates

@@ -13,6 +13,7 @@ from longctx.layers.attention import Attention, AttentionState
 from longctx.layers.basic import Linear, RMSNorm, ShortConv, l2_normalise, like_queries, undo_values
 from longctx.ops import titans as ops
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 _AXES = ("heads", "head", None)  # of a matrix per head
@@ -43,7 +44,7 @@ class Titans(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 2  # H
         head_width: int = 16  # K, of keys and values
         depth: int = 2  # layers of the memory: 1 or 2

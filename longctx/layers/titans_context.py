@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from longctx.layers.basic import Linear, RMSNorm, ShortConv, like_queries, undo_values
 from longctx.ops import titans_context as ops
 from longctx.parallel import sequence
+from longctx.schema import Options
 from longctx.typing import Segments
 
 _AXES = ("heads", "head", None)  # of a matrix per head
@@ -40,7 +41,7 @@ class TitansContext(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(Options):
         heads: int = 2  # H
         head_width: int = 16  # K, of keys and values
         depth: int = 2  # layers of the memory: 1 or 2

@@ -17,9 +17,9 @@ class Block(nnx.Module):
 
     def __init__(self, width: int, options: config.Block, rngs: nnx.Rngs):
         self.mixer_norm = RMSNorm(width)
-        self.mixer = MIXERS[options.mixer](width, options.mixer_options, rngs)
+        self.mixer = MIXERS[options.mixer.kind](width, options.mixer, rngs)
         self.mlp_norm = RMSNorm(width)
-        self.mlp = MLPS[options.mlp](width, options.mlp_options, rngs)
+        self.mlp = MLPS[options.mlp.kind](width, options.mlp, rngs)
 
     def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: tuple | None = None):
         """Returns `(y[B, T, D], (state of the mixer, state of the MLP))`."""

@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from longctx import config
 from longctx.data import TASKS, Source, Task, Tokenizer
 from longctx.errors import UsageError
 from longctx.layers import MIXERS, MLPS
-from longctx.layers.positions import Positions
 from longctx.models import LanguageModel
 from longctx.parallel import mesh as meshes
 from longctx.training import checkpoints
@@ -56,31 +54,6 @@ class Run:
         return self.experiment.data.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
 
 
-def to_dict(experiment: config.Experiment) -> dict[str, Any]:
-    """The experiment as nested dicts, lists and scalars: JSON, and what `config.parse` reads."""
-
-    def plain(value):
-        if isinstance(value, config.Block):
-            return {
-                part: {"kind": getattr(value, part)} | plain(getattr(value, f"{part}_options"))
-                for part in ("mixer", "mlp")
-            }
-        if isinstance(value, config.Data | Task | Positions):
-            return {"kind": value.kind} | fields(value)
-        if dataclasses.is_dataclass(value):
-            return fields(value)
-        if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, tuple | list):
-            return [plain(item) for item in value]
-        return value
-
-    def fields(value):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-
-    return plain(experiment)
-
-
 def check(workdir: Path, experiment: config.Experiment) -> list[str]:
     """Whether `experiment` may start, or go on, in `workdir`; nothing is written.
 
@@ -100,7 +73,7 @@ def check(workdir: Path, experiment: config.Experiment) -> list[str]:
                 "put the file back, or name another folder."
             )
         return []
-    before, now = _flat(to_dict(_read_config(workdir))), _flat(to_dict(experiment))
+    before, now = _flat(config.to_dict(_read_config(workdir))), _flat(config.to_dict(experiment))
     changed = {
         name: f"{name}: {_show(before, name)} in the workdir, {_show(now, name)} given"
         for name in sorted(before.keys() | now.keys())
@@ -146,7 +119,7 @@ def start(workdir: Path, experiment: config.Experiment, source: Source) -> list[
             given["tokenizer"] = _digest(workdir / "tokenizer.json")
         _write(workdir / "data.json", given)
     if jax.process_index() == 0:
-        _write(workdir / "config.json", to_dict(experiment))  # last: with it the workdir counts as started
+        _write(workdir / "config.json", config.to_dict(experiment))  # last: with it the workdir counts as started
     return changes
 
 

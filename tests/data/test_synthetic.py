@@ -185,7 +185,7 @@ def test_places_and_contents_are_spread():
 
 def test_mqar_pairs_and_gaps():
     """Keys and values are distinct, most gaps short, and no answer is shown after its question."""
-    task = MQAR(vocab_size=256, train=(Setting(128, 8),), random_filler=False)
+    task = MQAR(vocab_size=256, train=((128, 8),), test=((128, 8),), random_filler=False)
     row = rows(task, batch=300, length=128)
     keys, values = row["tokens"][:, 0:16:2], row["tokens"][:, 1:16:2]
     for drawn, low, high in ((keys, 1, 128), (values, 128, 256)):

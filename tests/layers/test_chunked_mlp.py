@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from longctx import config
+from longctx.errors import UsageError
 from longctx.layers import MLPS
 from longctx.parallel import mesh as meshes
 from longctx.training.step import placed
@@ -104,4 +105,5 @@ def test_collectives_are_the_parameters():
 
 
 def test_a_negative_chunk_is_refused():
-    assert "chunk is -1" in " ".join(MLPS["swiglu"].Config(chunk=-1).problems())
+    with pytest.raises(UsageError, match="chunk is -1"):
+        MLPS["swiglu"].Config(chunk=-1)

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from longctx import config
+from longctx.errors import UsageError
 from longctx.layers import MIXERS, MLPS
 from longctx.layers.attention import Attention
 from longctx.layers.positions import (
@@ -125,7 +126,7 @@ def test_xpos_refuses_what_float32_cannot_scale():
 def attention(**options):
     model = {"width": 32, "pattern": ("a",), "repeats": 1, "blocks": {}}
     model["blocks"]["a"] = {"mixer": {"kind": "attention", **options}, "mlp": {"kind": "swiglu", "hidden": 32}}
-    return config._block(model["blocks"]["a"], "a", MIXERS, MLPS, problems := []), problems
+    return config.parse({"model": model, "training": {"stages": ((1, 1, 64),)}}, MIXERS, MLPS).model.blocks["a"]
 
 
 def test_every_kind_is_named_in_a_config():
@@ -134,11 +135,8 @@ def test_every_kind_is_named_in_a_config():
     names = f"{names} alibi t5 cope self_extend dual_chunk random".split()
     assert sorted(Positions.kinds) == sorted(names)
     for name in names:
-        block, problems = attention(positions={"kind": name})
-        assert not problems
-        assert block.mixer_options.positions.kind == name
-    block, _ = attention(positions={"kind": "yarn", "factor": 8})
-    assert block.mixer_options.positions == YaRN(factor=8.0)
+        assert attention(positions={"kind": name}).mixer.positions.kind == name
+    assert attention(positions={"kind": "yarn", "factor": 8}).mixer.positions == YaRN(factor=8.0)
 
 
 @pytest.mark.parametrize(
@@ -162,5 +160,6 @@ def test_every_kind_is_named_in_a_config():
     ids=str,
 )
 def test_what_cannot_be_is_refused(options, message):
-    _, problems = attention(**options)
-    assert any(message in problem for problem in problems), problems
+    with pytest.raises(UsageError) as error:
+        attention(**options)
+    assert message in str(error.value)

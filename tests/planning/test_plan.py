@@ -17,6 +17,7 @@ import longctx
 from longctx import config
 from longctx.errors import UsageError
 from longctx.evals.programs import collectives
+from longctx.layers import MIXERS, MLPS
 from longctx.parallel import mesh as meshes
 from longctx.parallel import rules
 from longctx.planning import chips, compiled, topology
@@ -184,10 +185,10 @@ def test_compilers_missing(monkeypatch):
 
 
 def experiment(**training):
-    block = config.Block("gla", None, "relu2", None)
+    block = config.Block(MIXERS["gla"].Config(), MLPS["relu2"].Config())
     stage = config.Stage(1, 8, 1024)
     return config.Experiment(
-        model=config.Model(("only",), {"only": block}), training=config.Training((stage,), **training), data=None
+        model=config.Model(("only",), {"only": block}), training=config.Training((stage,), **training)
     )
 
 

@@ -133,7 +133,7 @@ def counted(*args):
 data.describe = counted
 loop.train(config.parse(experiment, MIXERS, MLPS), workdir, data.prepare(config.Data(**documents), 0))
 """
-    given = workdirs.to_dict(parse()), {"path": documents.path, "tokenizer": documents.tokenizer}, str(tmp_path)
+    given = config.to_dict(parse()), {"path": documents.path, "tokenizer": documents.tokenizer}, str(tmp_path)
     environment = os.environ | {
         "PYTHONPATH": str(Path(longctx.__file__).parents[1]),
         "JAX_COMPILATION_CACHE_DIR": cache,

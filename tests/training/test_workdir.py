@@ -24,8 +24,8 @@ def test_an_experiment_survives_json(parse):
     experiment = parse(
         {"kind": "attention", "heads": 4, "kv_heads": 2, "sinks": True, "pattern": "Window(8)"}, learning_rate=1 / 3
     )
-    again = config.parse(json.loads(json.dumps(workdirs.to_dict(experiment))), MIXERS, MLPS, TASKS)
-    assert workdirs.to_dict(again) == workdirs.to_dict(experiment)
+    again = config.parse(json.loads(json.dumps(config.to_dict(experiment))), MIXERS, MLPS, TASKS)
+    assert config.to_dict(again) == config.to_dict(experiment)
     assert again.training == experiment.training
     assert dict(again.model.blocks) == dict(experiment.model.blocks)
 
@@ -46,7 +46,7 @@ def test_a_run_of_a_synthetic_task(tmp_path, parse):
 
 def test_open_run(started, parse, corpus):
     run = workdirs.open_run(started)
-    assert workdirs.to_dict(run.experiment) == workdirs.to_dict(parse())
+    assert config.to_dict(run.experiment) == config.to_dict(parse())
     assert run.tokenizer.vocab_size == corpus.tokenizer.vocab_size
 
 

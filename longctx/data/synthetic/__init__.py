@@ -9,13 +9,16 @@ from longctx.data.synthetic.mqar import MQAR
 from longctx.data.synthetic.selective_copying import SelectiveCopying
 from longctx.data.synthetic.state_tracking import StateTracking
 from longctx.data.synthetic.task import Task, heldout_rng, training_rng
+from longctx.schema import Kinds
 
-TASKS: dict[str, type[Task]] = {
-    "induction_heads": InductionHeads,
-    "mqar": MQAR,
-    "selective_copying": SelectiveCopying,
-    "state_tracking": StateTracking,
-}
+TASKS = Kinds(
+    {
+        "induction_heads": InductionHeads,
+        "mqar": MQAR,
+        "selective_copying": SelectiveCopying,
+        "state_tracking": StateTracking,
+    }
+)
 
 __all__ = [
     "MQAR",

@@ -24,12 +24,13 @@ import numpy as np
 
 from longctx.data.packing import Row
 from longctx.data.synthetic.task import Task, end_to_end, row
+from longctx.schema import Options
 
 FILLER = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class Setting(Options):
     """How long a document is, and how many pairs it holds; (length, pairs) in an experiment file."""
 
     length: int  # T, even

@@ -9,9 +9,10 @@ from typing import ClassVar
 import numpy as np
 
 from longctx.data.packing import Row
+from longctx.schema import Options
 
 
-class Task(abc.ABC):
+class Task(Options, abc.ABC):
     """A task's options, and its rows; subclasses are frozen dataclasses.
 
     Attributes:
