@@ -11,6 +11,7 @@ ROOT = pathlib.Path(longctx.__file__).parent
 # A module may import from lower ranks and from its own package, never from a sibling of the same rank.
 RANK = {
     "errors": 0,
+    "progress": 0,
     "typing": 0,
     "schema": 1,
     "config": 2,

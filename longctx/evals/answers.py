@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from longctx import data
+from longctx.evals.statistics import independent, wilson
 from longctx.ops.cross_entropy import cross_entropy
 from longctx.parallel import mesh
 from longctx.typing import Segments
@@ -119,7 +120,7 @@ def samples_of(length: int, samples: int, tokens: int) -> int:
 
 
 def summarise(task: data.Task, measured: dict[int, Measured]) -> dict:
-    """By length: accuracy with its standard error over rows, and the share of rows without a mistake."""
+    """By length: accuracy, and the share of rows without a mistake, with their intervals at 95 %."""
 
     def by_length(value):
         return {str(length): value(length, found) for length, found in measured.items()}
@@ -127,8 +128,11 @@ def summarise(task: data.Task, measured: dict[int, Measured]) -> dict:
     return {
         "kind": task.kind,
         "accuracy": by_length(lambda _, found: float(found.correct.mean())),
-        "standard_error": by_length(lambda _, found: float(found.correct.std() / np.sqrt(len(found.correct)))),
+        "interval": by_length(
+            lambda _, found: wilson(float(found.correct.mean()), independent(found.correct, found.answers))
+        ),
         "whole": by_length(lambda _, found: float((found.correct == 1).mean())),
+        "whole_interval": by_length(lambda _, found: wilson(float((found.correct == 1).mean()), len(found.correct))),
         "loss": by_length(lambda _, found: found.loss),
         "rows": by_length(lambda _, found: len(found.correct)),
         "answers": by_length(lambda _, found: found.answers),

@@ -13,20 +13,16 @@ possible staying the same, is diluted. With logits of bounded size softmax canno
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from jaxtyping import Array, Float, Int
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
-from longctx.evals.plots import DARK, LIGHT, Picture, Style
+from longctx.evals.plots import DARK, LIGHT, Picture, Style, length_axis, save
 from longctx.ops.patterns import Causal, Pattern
 from longctx.typing import Segments, checked
 
@@ -142,33 +138,23 @@ def plot(runs: Mapping[str, Dilution]) -> Picture:
         "them alike), and divided by that line's (right); bands span the heads. What rises with the dotted line is "
         "diluted by context; what falls on the right keeps to few tokens."
     )
-    light, dark = (_png(runs, style) for style in (LIGHT, DARK))
+    light, dark = (save(lambda figure, style: _draw(runs, figure, style), style) for style in (LIGHT, DARK))
     return Picture("entropy", "Attention dilution", caption, light, dark)
 
 
-def _png(runs: Mapping[str, Dilution], style: Style) -> bytes:
-    with matplotlib.rc_context(style.settings()):
-        figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-        FigureCanvasAgg(figure)
-        left, right = figure.subplots(1, 2)
-        looks = itertools.cycle(itertools.product(("-", "--", "-."), (style.first, style.second)))
-        for (name, run), (line, color) in zip(runs.items(), looks, strict=False):
-            middles = np.sqrt(np.multiply(run.edges[:-1], run.edges[1:]))
-            for axes, values in ((left, run.entropy), (right, run.share)):
-                axes.plot(middles, values.mean(1), line, color=color, marker="o", label=name)
-                axes.fill_between(middles, values.min(1), values.max(1), color=color, alpha=0.15, linewidth=0)
-        edges = sorted({edge for run in runs.values() for edge in run.edges})
-        left.plot(edges, np.log(edges), ":", color=style.ink, linewidth=1)
-        left.set(title="entropy (nats)")
-        right.set(title="entropy / log n")
-        ticks = edges[::-1][:: -(-len(edges) // 6)][::-1]
-        for axes in (left, right):
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.set(xlabel="n, tokens up to the query", ylim=(0, None))
-        figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+def _draw(runs: Mapping[str, Dilution], figure: Figure, style: Style) -> None:
+    left, right = figure.subplots(1, 2)
+    looks = itertools.cycle(itertools.product(("-", "--", "-."), (style.first, style.second)))
+    for (name, run), (line, color) in zip(runs.items(), looks, strict=False):
+        middles = np.sqrt(np.multiply(run.edges[:-1], run.edges[1:]))
+        for axes, values in ((left, run.entropy), (right, run.share)):
+            axes.plot(middles, values.mean(1), line, color=color, marker="o", label=name)
+            axes.fill_between(middles, values.min(1), values.max(1), color=color, alpha=0.15, linewidth=0)
+    edges = sorted({edge for run in runs.values() for edge in run.edges})
+    left.plot(edges, np.log(edges), ":", color=style.ink, linewidth=1)
+    left.set(title="entropy (nats)")
+    right.set(title="entropy / log n")
+    for axes in (left, right):
+        axes.set(xlabel="n, tokens up to the query", ylim=(0, None))
+        length_axis(axes, edges)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4)

@@ -12,6 +12,7 @@ import numpy as np
 
 from longctx import data
 from longctx.evals.scorer import Scorer
+from longctx.evals.statistics import wilson
 
 
 def depths(count: int) -> list[float]:
@@ -48,13 +49,13 @@ def grid(
 
 
 def summarise(accuracy: np.ndarray, lengths: list[int], where: list[float], samples: int, facts: int) -> dict:
-    """Accuracy by length, averaged over depths, with standard errors; the grid; and what guessing would give."""
-    mean = accuracy.mean(axis=1)
-    error = np.sqrt(mean * (1 - mean) / (samples * len(where)))
+    """Accuracy by length, averaged over depths, with its interval at 95 %; the grid; and what guessing would give."""
+    mean, asked = accuracy.mean(axis=1), samples * len(where)
     keys = [str(length) for length in lengths]
     return {
         "accuracy": dict(zip(keys, mean.tolist(), strict=True)),
-        "standard_error": dict(zip(keys, error.tolist(), strict=True)),
+        "interval": {key: wilson(share, asked) for key, share in zip(keys, mean.tolist(), strict=True)},
+        "asked": asked,
         "depths": where,
         "grid": dict(zip(keys, accuracy.tolist(), strict=True)),
         "samples": samples,

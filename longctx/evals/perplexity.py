@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from longctx import data
 from longctx.evals.scorer import Scorer
+from longctx.evals.statistics import clustered
 
 SHORTEST = 64  # tokens of the shortest context
-RESAMPLES = 1000  # of the bootstrap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,34 +93,46 @@ def final_block(
     return blocks, whole
 
 
-def summarise(blocks: dict[int, Float[np.ndarray, "windows block"]], seed: int) -> dict:
+def summarise(blocks: dict[int, Float[np.ndarray, "windows block"]], documents: Sequence[Hashable]) -> dict:
     """Perplexities with standard errors, and what the longest context gains on 256 tokens (or the shortest).
 
-    Standard errors are from resampling the windows, the same ones for every context: the gain is of pairs.
+    Args:
+      blocks: by context, the losses of the final blocks.
+      documents: that the windows are of; windows of one are not independent, and all of one give no error (None).
+
+    Returns:
+      The error of the gain is of pairs: a window's loss after the one context and after the other.
     """
-    draws = np.random.default_rng(seed)
-    means = {context: losses.mean(axis=1, dtype=np.float64) for context, losses in blocks.items()}
-    count = len(next(iter(means.values())))
-    picks = draws.integers(count, size=(RESAMPLES, count))
-    samples = {context: np.exp(mean[picks].mean(axis=1)) for context, mean in means.items()}
-    longest = max(means)
-    base = 256 if 256 in means and longest > 256 else min(means)
+    nats = {context: losses.mean(axis=1, dtype=np.float64) for context, losses in blocks.items()}
+    longest = max(nats)
+    base = 256 if 256 in nats and longest > 256 else min(nats)
+    means = {context: clustered(values, documents) for context, values in nats.items()}
+    saved, error = clustered(nats[longest] - nats[base], documents)
     return {
-        "final_block": {str(context): float(np.exp(mean.mean())) for context, mean in means.items()},
-        "standard_error": {str(context): float(sample.std()) for context, sample in samples.items()},
+        "final_block": {str(context): exponential(mean) for context, (mean, _) in means.items()},
+        "standard_error": {
+            str(context): None if error is None else exponential(mean) * error
+            for context, (mean, error) in means.items()
+        },
         "gain": {
             "from": base,
             "to": longest,
-            "fraction": float(1 - np.exp(means[longest].mean() - means[base].mean())),
-            "standard_error": float((1 - samples[longest] / samples[base]).std()),
+            "fraction": 1 - exponential(saved),
+            "standard_error": None if error is None else exponential(saved) * error,
         },
     }
 
 
-def by_position(losses: Float[np.ndarray, "rows T"]) -> list[dict]:
+def exponential(nats: float) -> float:
+    """Infinite where a float cannot hold it."""
+    return math.exp(nats) if nats < 700 else math.inf + nats
+
+
+def by_position(losses: Float[np.ndarray, "rows T"], documents: Sequence[Hashable]) -> list[dict]:
     """Mean loss of tokens in buckets of positions that double in length: 0 to 15, 16 to 31, 32 to 63, ...
 
-    Column j holds the loss of the token at position j + 1, which has j + 1 tokens before it.
+    Column j holds the loss of the token at position j + 1, which has j + 1 tokens before it. `documents` are those that
+    the rows are of; see `summarise`.
     """
     length = losses.shape[1]
     # The last bucket takes in what would be a short one after it.
@@ -126,8 +140,6 @@ def by_position(losses: Float[np.ndarray, "rows T"]) -> list[dict]:
     buckets = []
     for start, stop in itertools.pairwise(edges):
         part = losses[:, start - 1 : stop - 1]
-        error = part.mean(axis=1).std(ddof=1) / np.sqrt(len(part)) if len(part) > 1 else 0.0
-        buckets.append(
-            {"from": start, "to": stop - 1, "loss": float(part.mean(dtype=np.float64)), "standard_error": float(error)}
-        )
+        mean, error = clustered(part.mean(axis=1, dtype=np.float64), documents)
+        buckets.append({"from": start, "to": stop - 1, "loss": mean, "standard_error": error})
     return buckets

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import json
 import os
 import shutil
@@ -12,31 +13,45 @@ from typing import Any
 
 from longctx.evals.plots import Picture, pictures
 
+INTERVALS = "In brackets are intervals at 95 % (Wilson's) of what was counted."
 
-def write(workdir: Path, summary: dict[str, Any]) -> Path:
-    """Writes the report beside its place and moves it there: no reader finds half of one.
+
+def write(workdir: Path, summary: dict[str, Any], name: str = "report") -> Path:
+    """Writes a report beside its place and moves it there: no reader finds half of one.
 
     Args:
       workdir: of the run; metrics.jsonl in it gives the curves of training.
-      summary: what `evaluate` measured.
+      summary: what `evaluate` measured; numbers that are not finite have no place in it.
+      name: of the report's folder. What has that name already is kept as `name.1`, `name.2`, ..., the oldest first.
 
     Returns:
-      The folder WORKDIR/report.
+      The folder WORKDIR/name.
+
+    Raises:
+      ValueError: a number is not finite.
     """
-    report, partial, old = (workdir / name for name in ("report", ".report.partial", ".report.old"))
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    report, partial = workdir / name, workdir / f".{name}.partial"
+    _remove(partial)
     partial.mkdir(parents=True)
     drawn = list(pictures(summary, history(workdir)))
     for picture in drawn:
         (partial / f"{picture.name}.png").write_bytes(picture.light)
-    (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (partial / "summary.json").write_text(text, encoding="utf-8")
     (partial / "report.html").write_text(page(summary, drawn), encoding="utf-8")
-    if report.exists():
-        os.replace(report, old)
+    if os.path.lexists(report):
+        number = next(n for n in itertools.count(1) if not os.path.lexists(workdir / f"{name}.{n}"))
+        os.replace(report, workdir / f"{name}.{number}")
     os.replace(partial, report)
-    shutil.rmtree(old, ignore_errors=True)
     return report
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is, that a killed evaluation left."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def history(workdir: Path) -> list[dict[str, Any]]:
@@ -50,16 +65,21 @@ def rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """What was measured, by number of tokens: a heading and rows of text."""
     task, needle, perplexity = summary.get("task", {}), summary["needle"], summary["perplexity"]
 
-    def with_error(values, errors, form):
-        return {length: f"{value:{form}} ± {errors[length]:{form}}" for length, value in values.items()}
+    def shares(found, name, interval, counts, what):
+        return {
+            n: f"{_share(value, found[interval][n])}, {counts[n]} {what}" for n, value in found.get(name, {}).items()
+        }
 
     columns = {
-        "accuracy": with_error(task.get("accuracy", {}), task.get("standard_error"), ".1%"),
-        "rows without a mistake": {
-            n: f"{share:.1%} of {task['rows'][n]}" for n, share in task.get("whole", {}).items()
+        "accuracy": shares(task, "accuracy", "interval", task.get("rows"), "rows"),
+        "rows without a mistake": shares(task, "whole", "whole_interval", task.get("rows"), "rows"),
+        "needle accuracy": shares(
+            needle, "accuracy", "interval", dict.fromkeys(needle["accuracy"], needle.get("asked")), "asked"
+        ),
+        "perplexity of final block": {
+            n: _with_error(value, perplexity["standard_error"][n], ".2f")
+            for n, value in perplexity["final_block"].items()
         },
-        "needle accuracy": with_error(needle["accuracy"], needle.get("standard_error"), ".1%"),
-        "perplexity of final block": with_error(perplexity["final_block"], perplexity.get("standard_error"), ".2f"),
         "tokens/s": {n: f"{found['tokens_per_second']:,.0f}" for n, found in summary["speed"].items()},
         "peak memory": {n: f"{found['peak_bytes'] / 2**20:,.0f} MiB" for n, found in summary["speed"].items()},
     }
@@ -67,6 +87,18 @@ def rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     lengths = sorted({int(length) for column in columns.values() for length in column})
     cells = [[f"{n:,}", *(column.get(str(n), "") for column in columns.values())] for n in lengths]
     return ["tokens", *columns], cells
+
+
+def _share(value: float, interval: list[float]) -> str:
+    """With its interval at 95 %."""
+    return f"{value:.1%} ({interval[0]:.1%} to {interval[1]:.1%})"
+
+
+def _with_error(value: float | None, error: float | None, form: str) -> str:
+    """A value with its standard error, where there is one."""
+    if value is None:
+        return "not finite"
+    return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{form}}"
 
 
 def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -87,32 +119,49 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if task := summary.get("task"):
         longest = max(task["accuracy"], key=int)
         label = f"accuracy in {task['kind']} at {int(longest):,} tokens (guessing: {task['guessing'][longest]:.0%})"
-        found.append((label, f"{task['accuracy'][longest]:.1%}"))
+        found.append((label, _share(task["accuracy"][longest], task["interval"][longest])))
     if needle["accuracy"]:
         longest = max(needle["accuracy"], key=int)
         label = f"needle accuracy at {int(longest):,} tokens (guessing: {needle['guessing']:.0%})"
-        found.append((label, f"{needle['accuracy'][longest]:.1%}"))
+        found.append((label, _share(needle["accuracy"][longest], needle["interval"][longest])))
     if gain:
         label = f"perplexity saved by {gain['to']:,} tokens of context over {gain['from']:,}"
-        found.append((label, f"{gain['fraction']:.1%} ± {gain['standard_error']:.1%}"))
+        found.append((label, _with_error(gain["fraction"], gain["standard_error"], ".1%")))
     device = summary["device"]
     found.append(("device", f"{device['count']} x {device['kind']}"))
     found.append(("time of this evaluation", f"{summary['evaluation']['seconds']:,.0f} s"))
     return found
 
 
+def source(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where the report comes from: labels and values."""
+    run, versions = summary["run"], summary["versions"]
+    commit = f", commit {run['commit']}" if run["commit"] else ""
+    return [
+        ("workdir", run["workdir"]),
+        ("date", run["date"]),
+        ("command", run["command"]),
+        ("versions", f"longctx {versions['longctx']}{commit}, jax {versions['jax']}, Python {versions['python']}"),
+    ]
+
+
 def table(summary: dict[str, Any]) -> str:
     """The headline and the measurements as text for a terminal."""
-    labels = facts(summary)
+    labels = [("run", summary["run"]["name"]), *source(summary), *facts(summary)]
     width = max(len(label) for label, _ in labels)
     lines = [f"{label:<{width}}  {value}" for label, value in labels]
-    heading, cells = rows(summary)
-    widths = [max(len(cell) for cell in column) for column in zip(heading, *cells, strict=True)]
-    lines.append("")
-    for row in (heading, ["─" * width for width in widths], *cells):
-        lines.append("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
+    lines += ["", *aligned(*rows(summary))]
+    if "interval" in summary.get("task", {}) | summary["needle"]:
+        lines += ["", INTERVALS]
     lines += ["", *(f"Note: {note}" for note in summary["notes"])] if summary["notes"] else []
     return "\n".join(lines)
+
+
+def aligned(heading: list[str], cells: list[list[str]]) -> list[str]:
+    """A table as lines of equal width, its columns ranged right."""
+    widths = [max(len(cell) for cell in column) for column in zip(heading, *cells, strict=True)]
+    table = (heading, ["─" * width for width in widths], *cells)
+    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in table]
 
 
 def page(summary: dict[str, Any], drawn: list[Picture]) -> str:
@@ -126,22 +175,25 @@ def page(summary: dict[str, Any], drawn: list[Picture]) -> str:
     versions = "".join(f"<tr><td>{text(k)}</td><td>{text(v)}</td></tr>" for k, v in summary["versions"].items())
     device = "".join(f"<tr><td>{text(k)}</td><td>{text(str(v))}</td></tr>" for k, v in summary["device"].items())
     config = text(json.dumps(summary["config"], indent=2))
+    name = text(summary["run"]["name"])
+    origin = "".join(f"<tr><td>{text(label)}</td><td>{text(value)}</td></tr>" for label, value in source(summary))
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>longctx report</title>
+<title>{name}: longctx report</title>
 <style>{_CSS}</style>
 </head>
 <body>
-<header><h1>longctx report</h1></header>
+<header><h1>{name}</h1><table class=plain>{origin}</table></header>
 <main>
 <dl class=tiles>{tiles}</dl>
 {notes}
 <section><h2>By length</h2>
-<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>
+<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+<p class=soft>{INTERVALS} ± are standard errors.</p></section>
 {"".join(map(_figure, drawn))}
 <section><h2>Configuration</h2>
 <details><summary>The experiment as it was run</summary><pre>{config}</pre></details></section>
@@ -186,10 +238,11 @@ th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(-
 th { color: var(--soft); font-weight: 600; }
 tr:last-child td { border-bottom: 0; }
 .plain td:first-child { text-align: left; color: var(--soft); }
+header .plain { font-size: .85rem; margin-bottom: 1rem; }
 .plain td { white-space: normal; overflow-wrap: anywhere; }
 figure { margin: 0; }
 img { display: block; width: 100%; height: auto; }
-figcaption { color: var(--soft); font-size: .88rem; margin-top: .6rem; }
+.soft, figcaption { color: var(--soft); font-size: .88rem; margin-top: .6rem; }
 pre { overflow-x: auto; font-size: .82rem; line-height: 1.4; }
 summary { cursor: pointer; color: var(--soft); }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 0 2.5rem; }

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
+import math
 import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import tqdm
 from flax import nnx
 
 from longctx import config, data
-from longctx.evals import answers, needle, perplexity, report
+from longctx.evals import answers, needle, perplexity, provenance, report
 from longctx.evals.scorer import Scorer
 from longctx.evals.speed import speed
 from longctx.models import parameter_count
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+from longctx.progress import Progress
 
 
 def evaluate(
@@ -41,44 +37,51 @@ def evaluate(
 
     Returns:
       What report/summary.json holds.
+
+    Raises:
+      FloatingPointError: no loss of the model is finite; no report was written.
     """
-    notes = []
+    workdir, notes = Path(workdir), []
     if training is not None and not training.get("finished", True):
         notes.append("Training has not finished: this is the newest checkpoint.")
     start = time.perf_counter()
     measure = _of_task if isinstance(source, data.Task) else _of_text
-    silent = None if jax.process_index() == 0 else True  # None: where stderr is no terminal
-    with tqdm.tqdm(desc="evaluating", unit="token", unit_scale=True, disable=silent) as bar:
+    with Progress("evaluating", "token", large=True, shown=jax.process_index() == 0) as bar:
         measured = measure(model, experiment, source, bar, notes)
-        total = bar.total
-
+    _require_losses(measured)
+    lost: list[str] = []
     summary = {
+        "run": provenance.run(workdir),
         "model": {
             "parameters": parameter_count(model),
             "trained_length": experiment.training.stages[-1].length,
         },
         "train": _training(training),
         **measured,
-        "evaluation": {"seconds": time.perf_counter() - start, "tokens": total},
-        "notes": notes,
-        "device": _device(),
-        "versions": _versions(),
-        "config": _config(workdir),
+        "evaluation": {"seconds": time.perf_counter() - start, "tokens": bar.total},
+        "device": provenance.device(),
+        "versions": provenance.versions(),
+        "config": provenance.config(workdir),
     }
+    summary = _finite(summary, lost)
+    if lost:
+        more = f" and {len(lost) - 8} more" * (len(lost) > 8)
+        notes.append(f"Not finite, and left out therefore: {', '.join(lost[:8])}{more}.")
+    summary["notes"] = notes
     if jax.process_index() == 0:
-        report.write(Path(workdir), summary)
+        report.write(workdir, summary)
         print(report.table(summary), flush=True)
     return summary
 
 
 def _of_task(
-    model: nnx.Module, experiment: config.Experiment, task: data.Task, bar: tqdm.tqdm, notes: list[str]
+    model: nnx.Module, experiment: config.Experiment, task: data.Task, bar: Progress, notes: list[str]
 ) -> dict[str, Any]:
     """Answers to a synthetic task, by the length of rows."""
     options = experiment.evaluation
     rows = {n: answers.samples_of(n, options.samples, options.tokens) for n in sorted(task.lengths)}
-    bar.reset(sum(length * count for length, count in rows.items()))
-    reader = answers.Reader(model, _tokens_at_once(experiment), bar.update)
+    bar.begin(sum(length * count for length, count in rows.items()))
+    reader = answers.Reader(model, _tokens_at_once(experiment), bar.add)
     measured = {length: reader.measure(task, length, count, experiment.seed) for length, count in rows.items()}
     speeds = {
         str(length): {
@@ -98,7 +101,7 @@ def _of_task(
 
 
 def _of_text(
-    model: nnx.Module, experiment: config.Experiment, corpus: data.Corpus, bar: tqdm.tqdm, notes: list[str]
+    model: nnx.Module, experiment: config.Experiment, corpus: data.Corpus, bar: Progress, notes: list[str]
 ) -> dict[str, Any]:
     """Retrieval, perplexity and loss by position in held-out text, and speed."""
     options, stage = experiment.evaluation, experiment.training.stages[-1]
@@ -123,23 +126,48 @@ def _of_text(
     if not where:
         notes.append("The training rows carried no facts (data.needles.rows is 0), so retrieval is not measured.")
 
-    bar.reset(len(windows) * sum(shapes.values()) + len(where) * options.samples * sum(lengths))
-    scorer = Scorer(model, _tokens_at_once(experiment), bar.update)
+    bar.begin(len(windows) * sum(shapes.values()) + len(where) * options.samples * sum(lengths))
+    scorer = Scorer(model, _tokens_at_once(experiment), bar.add)
     measured: dict[str, Any] = {"needle": {"accuracy": {}}, "perplexity": {"final_block": {}}}
     if where:
         accuracy = needle.grid(scorer, corpus, lengths, options.samples, facts, where, tail=tail, seed=experiment.seed)
         measured["needle"] = needle.summarise(accuracy, lengths, where, options.samples, facts)
     measured["loss_by_position"] = []
     if windows:
+        cut = [window.document for window in windows]
         blocks, whole = perplexity.final_block(scorer, corpus.heldout, windows, block, shapes)
-        measured["perplexity"] = perplexity.summarise(blocks, experiment.seed) | {
+        measured["perplexity"] = perplexity.summarise(blocks, cut) | {
             "block": block,
             "windows": len(windows),
-            "documents": len({window.document for window in windows}),
+            "documents": len(set(cut)),
         }
-        measured["loss_by_position"] = perplexity.by_position(whole)
+        if len(set(cut)) == 1:
+            notes.append("All windows are of one held-out document, so perplexity has no standard error.")
+        measured["loss_by_position"] = perplexity.by_position(whole, cut)
     measured["speed"] = speed(scorer, corpus.heldout.tokens, lengths, tail=tail)
     return measured
+
+
+def _finite(tree: Any, lost: list[str], path: str = "") -> Any:
+    """The tree with None for numbers that are not finite; their places are added to `lost`."""
+    if isinstance(tree, dict):
+        return {key: _finite(value, lost, f"{path}.{key}" if path else key) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value, lost, f"{path}[{i}]") for i, value in enumerate(tree)]
+    if isinstance(tree, float) and not math.isfinite(tree):
+        lost.append(path)
+        return None
+    return tree
+
+
+def _require_losses(measured: dict[str, Any]) -> None:
+    """Raises FloatingPointError if the model's losses were measured and none of them is a number."""
+    losses = [*measured.get("task", {}).get("loss", {}).values(), *measured["perplexity"]["final_block"].values()]
+    if losses and not any(map(math.isfinite, losses)):
+        raise FloatingPointError(
+            f"the losses of the model are {losses[0]}, of whatever length, so that there is nothing to report; "
+            "its parameters are of no use. Train again with a lower training.learning_rate."
+        )
 
 
 def _tokens_at_once(experiment: config.Experiment) -> int:
@@ -152,24 +180,3 @@ def _training(training: dict[str, Any] | None) -> dict[str, Any]:
     """The summary of training, under the report's names."""
     names = {"seconds": "wall_seconds", "loss": "final_loss"}
     return {names.get(key, key): value for key, value in (training or {}).items()}
-
-
-def _device() -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {
-        "platform": device.platform,
-        "kind": device.device_kind,
-        "count": jax.device_count(),
-        "host": platform.platform(),
-        "cores": os.cpu_count(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def _config(workdir: str | os.PathLike) -> dict[str, Any]:
-    """The experiment, as the run wrote it down."""
-    file = Path(workdir) / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

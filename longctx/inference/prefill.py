@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from longctx.progress import Progress
 from longctx.typing import Segments
 
 SPAN = 1024  # tokens a call; longer spans are hardly faster, and their activations grow
@@ -86,12 +86,12 @@ class Prefill:
             raise ValueError(f"The prompt has {length} tokens and the state room for {capacity}; give 1 to {capacity}.")
         span = span or span_for(length)
         logits, state = None, self._init(batch, capacity)
-        with tqdm.tqdm(total=length, desc="reading", unit="token", leave=False, disable=None) as bar:
+        with Progress("reading", "token", length, stays=False) as bar:
             for offset in range(0, length, span):
                 piece = np.asarray(tokens[:, offset : offset + span], np.int32)
                 count = piece.shape[1]
                 piece = np.pad(piece, ((0, 0), (0, span - count)))
                 logits, state = self._read(self._params, piece, np.int32(offset), np.int32(count), state)
                 logits.block_until_ready()  # so that the bar shows what has been read
-                bar.update(count)
+                bar.add(count)
         return logits, state

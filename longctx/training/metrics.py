@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tensorboard.summary import Writer
-from tqdm import tqdm
 
 from longctx import config
+from longctx.progress import Progress
 
 FILE = "metrics.jsonl"
 
@@ -42,15 +41,7 @@ class Metrics:
             _write(workdir / FILE, kept)
             self._file = (workdir / FILE).open("a", encoding="utf-8")
             self._writer = Writer(str(workdir / "logs"))
-        self._bar = tqdm(
-            total=training.steps,
-            initial=step,
-            unit="step",
-            desc="training",
-            dynamic_ncols=True,
-            disable=not chief,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        )
+        self._bar = Progress("training", "step", training.steps, done=step, shown=chief)
 
     def record(self, row: Row) -> None:
         """Writes the row of the next step."""
@@ -69,13 +60,11 @@ class Metrics:
         found = means["retrieval_accuracy"]
         retrieval = "none asked" if found is None else f"{found:.0%}"
         speed = f"{means['tokens_per_second']:,.0f} tokens/s"
-        self._bar.set_postfix_str(f"loss {means['loss']:.3f}, retrieval {retrieval}, {speed}", refresh=False)
-        self._bar.update()
+        self._bar.add(note=f"loss {means['loss']:.3f}, retrieval {retrieval}, {speed}")
 
     def say(self, message: str) -> None:
         """A line above the bar."""
-        if self._chief:
-            self._bar.write(message, file=sys.stderr)
+        self._bar.say(message)
 
     def __enter__(self) -> Metrics:
         return self

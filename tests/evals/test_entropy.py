@@ -10,6 +10,7 @@ import pytest
 from matplotlib import image
 
 from longctx.evals import entropy as evals
+from longctx.evals import plots
 from longctx.evals.entropy import by_length, entropy, plot
 from longctx.ops.patterns import Causal, Dilated, Window
 from longctx.typing import Segments
@@ -107,8 +108,8 @@ def test_refused_edges(edges):
 def test_plot(monkeypatch):
     """A picture in both styles, whose curves are the means over heads. Seen to fail: curves of the first head."""
     drawn = []
-    figure = evals.Figure
-    monkeypatch.setattr(evals, "Figure", lambda **options: drawn.append(figure(**options)) or drawn[-1])
+    figure = plots.Figure
+    monkeypatch.setattr(plots, "Figure", lambda **options: drawn.append(figure(**options)) or drawn[-1])
     edges = (2, 8, 32, 128)
     ends = np.sqrt(np.multiply(edges[:-1], edges[1:]))
     spread = np.log(ends)[:, None] * np.array([0.2, 0.6])

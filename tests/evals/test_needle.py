@@ -31,5 +31,6 @@ def test_accuracy_is_told_per_depth():
     found = needle.summarise(accuracy, [64, 128], needle.depths(3), samples=4, facts=8)
     assert found["accuracy"] == {"64": 0.5, "128": 0.25}
     assert found["grid"] == {"64": [1.0, 0.5, 0.0], "128": [0.25, 0.25, 0.25]}
-    assert found["standard_error"]["64"] == pytest.approx((0.25 / 12) ** 0.5)
+    assert found["interval"]["64"] == pytest.approx([0.2538, 0.7462], abs=5e-5)
+    assert found["asked"] == 12
     assert found["depths"] == [0, 0.5, 1]

@@ -81,19 +81,36 @@ def test_summary_of_known_losses():
     """Fails if the errors of the gain are not of pairs: the windows differ far more than the gain does."""
     rng = np.random.default_rng(0)
     base = rng.normal(3.0, 1.0, size=(20, 1)) + rng.normal(0, 0.1, size=(20, 16))
-    found = perplexity.summarise({64: base + 0.4, 256: base, 1024: base - 0.2}, seed=0)
+    found = perplexity.summarise({64: base + 0.4, 256: base, 1024: base - 0.2}, range(20))
     assert found["final_block"]["256"] == pytest.approx(np.exp(base.mean()))
     assert found["final_block"]["64"] == pytest.approx(np.exp(base.mean() + 0.4))
     assert (found["gain"]["from"], found["gain"]["to"]) == (256, 1024)
     assert found["gain"]["fraction"] == pytest.approx(1 - np.exp(-0.2))
     assert found["gain"]["standard_error"] < 1e-6
-    spread = np.exp(base.mean()) * base.mean(axis=1).std() / np.sqrt(20)
-    assert found["standard_error"]["256"] == pytest.approx(spread, rel=0.2)
+    spread = np.exp(base.mean()) * base.mean(axis=1).std(ddof=1) / np.sqrt(20)
+    assert found["standard_error"]["256"] == pytest.approx(spread)
+
+
+def test_errors_are_over_documents():
+    """Ten windows of each of two documents are not twenty observations; one document gives no error at all."""
+    losses = np.repeat([2.0, 3.0], 10)[:, None] * np.ones((20, 4))
+    found = perplexity.summarise({64: losses}, np.repeat([0, 1], 10).tolist())
+    assert found["standard_error"]["64"] == pytest.approx(np.exp(2.5) * 0.5)
+    alone = perplexity.summarise({64: losses}, [0] * 20)
+    assert alone["standard_error"]["64"] is None
+    assert alone["gain"]["standard_error"] is None
+    assert perplexity.by_position(losses, [0] * 20)[0]["standard_error"] is None
+
+
+def test_what_no_float_holds_is_not_finite():
+    found = perplexity.summarise({64: np.full((2, 4), 800.0), 128: np.full((2, 4), np.nan)}, [0, 1])
+    assert found["final_block"]["64"] == np.inf
+    assert np.isnan(found["final_block"]["128"])
 
 
 def test_loss_by_position():
     """Every scored token is in one bucket; the last takes in what would be a short one."""
     losses = np.tile(np.arange(1.0, 70.0), (3, 1))  # column j is the token at position j + 1
-    buckets = perplexity.by_position(losses)
+    buckets = perplexity.by_position(losses, range(3))
     assert [(b["from"], b["to"]) for b in buckets] == [(1, 15), (16, 31), (32, 69)]
     assert [b["loss"] for b in buckets] == [8, 23.5, 50.5]

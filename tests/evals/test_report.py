@@ -4,10 +4,14 @@ import copy
 import dataclasses
 import json
 import re
+import subprocess
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 
-from longctx.evals import evaluate, report
+from longctx.evals import evaluate, perplexity, provenance, report
 
 TRAINING = {"finished": True, "steps": 8, "tokens": 2048, "seconds": 1.5, "tokens_per_second": 1365.3, "loss": 5.1}
 
@@ -63,20 +67,98 @@ def test_page_stands_alone(run):
     assert "&lt;script&gt;" in page  # what the config holds is told, not run
 
 
-def test_report_is_replaced_whole(run, tmp_path):
-    """Fails if the new report is written into the old one's folder."""
+def test_reports_are_whole_and_earlier_ones_kept(run, tmp_path, monkeypatch):
+    """Fails if the new report is written into the old one's folder, or in its place."""
     summary = run[1]
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "old.txt").write_text("from before")
     (tmp_path / ".report.partial").mkdir()  # what a killed run left
     report.write(tmp_path, summary)
-    assert [file.name for file in tmp_path.iterdir()] == ["report"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report", "report.1"]
     assert not (tmp_path / "report" / "old.txt").exists()
+    assert (tmp_path / "report.1" / "old.txt").exists()
     broken = copy.deepcopy(summary)
     broken["loss_by_position"] = [{"from": 1}]
     with pytest.raises(KeyError):
         report.write(tmp_path, broken)
     assert json.loads((tmp_path / "report" / "summary.json").read_text()) == summary
+    monkeypatch.setattr(report, "pictures", lambda summary, history: [])
+    (tmp_path / ".report.partial").rename(tmp_path / "left")
+    (tmp_path / ".report.partial").write_text("a file in its place")
+    report.write(tmp_path, summary)
+    report.write(tmp_path, summary, "other")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["left", "other", "report", "report.1", "report.2"]
+
+
+def test_report_is_strict_json(run, tmp_path):
+    broken = run[1] | {"evaluation": {"seconds": float("nan"), "tokens": 1}}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        report.write(tmp_path, broken)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report_says_where_it_comes_from(run):
+    workdir, summary = run
+    assert summary["run"]["name"] == workdir.name
+    assert summary["run"]["workdir"] == str(workdir)
+    assert re.fullmatch(r"[0-9a-f]{12}\+?", summary["run"]["commit"] or "0" * 12)
+    page, table = (workdir / "report" / "report.html").read_text(), report.table(summary)
+    for text in (workdir.name, str(workdir), summary["run"]["date"], f"jax {summary['versions']['jax']}"):
+        assert text in table
+        assert text in page[: page.index("<main>")]
+    assert f"<h1>{workdir.name}</h1>" in page
+
+
+def test_commit_is_of_the_checkout_that_holds_the_package(tmp_path):
+    """None outside a checkout, and none for a package installed in somebody's checkout, which does not track it."""
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    assert provenance.commit(package) is None
+
+    def git(*arguments):
+        subprocess.run(
+            ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *arguments],
+            check=True,
+            capture_output=True,
+        )
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "first")
+    assert provenance.commit(package) is None
+    git("add", ".")
+    git("commit", "-m", "second")
+    assert re.fullmatch(r"[0-9a-f]{12}", provenance.commit(package))
+    (package / "__init__.py").write_text("changed")
+    assert provenance.commit(package).endswith("+")
+
+
+def test_what_is_not_finite_is_left_out_and_told(tmp_path, bigram, experiment, corpus, monkeypatch):
+    """Seen to fail: "nan ± nan" in the table, and NaN in summary.json."""
+    real = perplexity.final_block
+
+    def broken(*arguments):
+        blocks, whole = real(*arguments)
+        blocks[max(blocks)][0] = np.nan
+        return blocks, whole
+
+    monkeypatch.setattr(perplexity, "final_block", broken)
+    summary = evaluate(bigram, experiment, corpus, tmp_path)
+    text = (tmp_path / "report" / "summary.json").read_text()
+    json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} in summary.json"))
+    assert summary["perplexity"]["final_block"]["256"] is None
+    assert summary["perplexity"]["final_block"]["64"] > 1
+    assert "perplexity.final_block.256" in summary["notes"][-1]
+    assert "nan" not in report.table(summary)
+    assert "not finite" in report.table(summary)
+
+
+def test_a_model_without_a_finite_loss_is_an_error(tmp_path, bigram, experiment, corpus):
+    graphdef, params = nnx.split(bigram)
+    broken = nnx.merge(graphdef, jax.tree.map(lambda x: x * np.nan, params))
+    with pytest.raises(FloatingPointError, match="losses of the model are nan"):
+        evaluate(broken, experiment, corpus, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_table(run):
