@@ -12,6 +12,8 @@ from flax import nnx
 
 from longctx.training import loop, workdir
 
+pytestmark = pytest.mark.system
+
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+pytestmark = pytest.mark.system
+
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 

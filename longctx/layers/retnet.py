@@ -23,8 +23,8 @@ class RetNet(nnx.Module):
 
     S_t = γ_h S_{t-1} + k_t v_tᵀ;  y_t = S_tᵀ q_t, with q and k turned by their positions (the rotation of xPos, whose
     growth and decay are those of γ) and q scaled by 1/√K; the output is normalised per head and gated by silu(x W_g).
-    γ_h = 1 - 2^(-5-h) for h = 0, 1, …, H - 1 (equation 8). As in the authors' code (torchscale), pair j of the K/2 pairs
-    of channels turns by base^(-j / (K/2 - 1)) a token, from 1 to 1 / base, and the norm is an RMS norm.
+    γ_h = 1 - 2^(-5-h) for h = 0, 1, …, H - 1 (equation 8). As in the authors' code (torchscale), pair j of the K/2
+    pairs of channels turns by base^(-j / (K/2 - 1)) a token, from 1 to 1 / base, and the norm is an RMS norm.
 
     What differs: the norm has a scale [V] that the heads share, which theirs has not (W can absorb it); their parallel
     form divides decays and logits by sums first, which the norm takes out again but for its ε; a pair is the channels j

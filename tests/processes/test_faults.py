@@ -11,6 +11,8 @@ from two import Processes, losses
 from longctx.training import metrics
 from longctx.training.checkpoints import SUMS
 
+pytestmark = pytest.mark.system
+
 TRAIN = ["-m", "longctx.train"]
 SHORT = "--config.training.stages=((3,4,32),(6,2,64))"
 

@@ -16,6 +16,8 @@ from longctx.layers import MIXERS, MLPS
 from longctx.training import loop
 from longctx.training import workdir as workdirs
 
+pytestmark = pytest.mark.system
+
 WORKER = Path(__file__).with_name("gradients_and_training.py")
 STOP = 15  # steps before the run is moved
 
