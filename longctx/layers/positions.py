@@ -374,8 +374,8 @@ class DualChunk(Rope, kind="dual_chunk"):
     """Dual chunk attention: An et al., arXiv:2402.17463. Needs no training.
 
     Keys stand at s mod c, c = trained - local. For a query at p, they are exact in its own chunk of c tokens, where it
-    stands at p mod c; in the chunk before it stands at min(p mod c + c, trained - 1), and beyond at trained - 1: training
-    has shown every distance. The authors' code stops one token later, at `trained`.
+    stands at p mod c; in the chunk before it stands at min(p mod c + c, trained - 1), and beyond at trained - 1. So
+    training has shown every distance. The authors' code stops one token later, at `trained`.
     """
 
     several = True
