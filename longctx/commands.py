@@ -28,6 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from longctx import config, schema
 from longctx.data import TASKS
 from longctx.errors import RunError, UsageError
+from longctx.folder import path as paths
 from longctx.layers import MIXERS, MLPS
 from longctx.parallel import processes
 
@@ -98,11 +99,11 @@ def workdir() -> Path:
     """The folder that `--workdir` names.
 
     Raises:
-      UsageError: none is given.
+      UsageError: none is given, or it can be none; see `folder.path`.
     """
     if not flags.FLAGS.workdir:
         raise UsageError("--workdir is missing; give a folder for the run, such as --workdir=runs/first.")
-    return Path(flags.FLAGS.workdir).expanduser()
+    return paths.given(flags.FLAGS.workdir)
 
 
 def run(main: Callable[[], int | None]) -> None:

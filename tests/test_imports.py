@@ -1,4 +1,4 @@
-"""Imports run one way: typing ← ops ← parallel ← memory, layers ← models ← training, evals, inference ← commands."""
+"""Imports run one way: typing ← ops ← parallel ← folder, memory ← layers ← models ← training ... ← commands."""
 
 import ast
 import pathlib
@@ -18,6 +18,7 @@ RANK = {
     "ops": 3,
     "data": 3,
     "parallel": 4,
+    "folder": 5,
     "memory": 5,
     "layers": 6,
     "models": 7,

@@ -1,8 +1,9 @@
 """Checkpoints: WORKDIR/checkpoints/<step>, written while training goes on, checked when they are read.
 
 Orbax writes a checkpoint aside and renames it when it is whole, so a run that is killed while saving leaves the
-checkpoint before as the newest. What a disk, a copy or a hand may do to it later is found by `SHA256SUMS`, the
-digests of its files (`sha256sum --check SHA256SUMS` reads it too): Orbax alone would load some damage as numbers.
+checkpoint before as the newest. A save counts once every array in it was found again. What a disk, a copy or a hand may
+do to it later is found by `SHA256SUMS`, the digests of its files (`sha256sum --check SHA256SUMS` reads it too): Orbax
+alone would load some damage as numbers.
 
 A checkpoint has two parts: `params`, which evaluation reads alone, and `optimizer`, the rest of the training state.
 Where the input stands follows from the step. All processes write their shares into one folder and any number of them
@@ -59,7 +60,7 @@ class Checkpoints:
         with self._told(step):
             self._prepare()
             response = ocp.save_checkpointables_async(path, parts, overwrite=True)
-        self._saving = step, self._background.submit(self._finish, path, response)
+        self._saving = step, self._background.submit(self._finish, path, response, _kinds(parts))
 
     def wait(self) -> None:
         """Returns when what `save` began is on disk.
@@ -73,8 +74,8 @@ class Checkpoints:
                 saving.result()
 
     def newest(self) -> str:
-        """Which checkpoint is the newest, in words."""
-        saved = self.steps()
+        """Which checkpoint is the newest of those that count, in words."""
+        saved = [step for step in self.steps() if (self.directory / str(step) / SUMS).exists()]
         return f"{self.directory / str(saved[-1])} is the last good checkpoint" if saved else "nothing is saved"
 
     @contextlib.contextmanager
@@ -130,10 +131,13 @@ class Checkpoints:
             for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path)
 
-    def _finish(self, path: Path, response: ocp.AsyncResponse) -> None:
-        """In the background: waits for the checkpoint, digests it, and removes the oldest."""
+    def _finish(self, path: Path, response: ocp.AsyncResponse, kinds: list[str]) -> None:
+        """In the background: waits for the checkpoint, looks for its arrays, digests it, and removes the oldest."""
         response.result()
         if jax.process_index() == 0:
+            found = ocp.checkpointables_metadata(path).metadata  # opens every array; None for a part it cannot read
+            if _kinds(found) != kinds:
+                raise OSError("what was written does not read back")
             lines = (f"{_digest(file)}  {file.relative_to(path).as_posix()}\n" for file in _files(path))
             temporary = path / f"{SUMS}.part"
             temporary.write_text("".join(lines), encoding="utf-8")
@@ -167,6 +171,11 @@ def _directory(workdir: Path) -> Path:
 def _rest(state: TrainState) -> dict[str, Any]:
     """The training state without the parameters."""
     return {"step": state.step, "optimizer": state.optimizer}
+
+
+def _kinds(parts: dict[str, Any]) -> list[str]:
+    """Shapes and dtypes of all arrays, of a state or of what Orbax says of one."""
+    return sorted(f"{name} {leaf.shape} {leaf.dtype}" for name in parts for leaf in jax.tree.leaves(parts[name]))
 
 
 def _steps(directory: Path) -> list[int]:

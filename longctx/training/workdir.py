@@ -24,6 +24,7 @@ from flax import nnx
 from longctx import config
 from longctx.data import TASKS, Source, Task, Tokenizer
 from longctx.errors import UsageError
+from longctx.folder import path as paths
 from longctx.layers import MIXERS, MLPS
 from longctx.models import LanguageModel
 from longctx.parallel import mesh as meshes
@@ -61,11 +62,11 @@ def check(workdir: Path, experiment: config.Experiment) -> list[str]:
       What differs and may, `FREE`, in sentences.
 
     Raises:
-      UsageError: another experiment was started there, with the fields that differ.
+      UsageError: another experiment was started there, with the fields that differ; or no run can be there.
     """
     workdir = Path(workdir)
-    if workdir.exists() and not workdir.is_dir():
-        raise UsageError(f"--workdir={workdir} is a file; name a folder, which training makes if need be.")
+    paths.check(workdir)
+    paths.writable(workdir)
     if not (workdir / "config.json").exists():
         if (workdir / "checkpoints").exists():
             raise UsageError(
@@ -130,6 +131,7 @@ def open_run(workdir: str | Path) -> Run:
       UsageError: there is none, or its files are missing, damaged, or not of one run.
     """
     workdir = Path(workdir)
+    paths.check(workdir)
     if not (workdir / "config.json").exists():
         what = "holds no config.json" if workdir.is_dir() else "does not exist"
         raise UsageError(f"--workdir={workdir} {what}; give the folder of a run that longctx.train started.")
