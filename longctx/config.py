@@ -145,7 +145,7 @@ class Training(Options):
     learning_rate: float = 3e-3  # at its peak
     final_learning_rate: float = 0.1  # at the end, as a fraction of the peak
     warmup_steps: Tokens = 100
-    weight_decay: float = 0.1  # on matrices only
+    weight_decay: float = 0.1  # on matrices that multiply activations, and on nothing else
     beta1: float = 0.9
     beta2: float = 0.95
     clip_norm: float = 1.0  # of the global gradient

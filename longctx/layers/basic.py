@@ -1,7 +1,9 @@
 """Projections, norms and the short convolution that the mixers share.
 
 Parameters are float32 and carry the logical names of their axes (`axes=`), which `parallel.rules` maps to the
-mesh. Activations keep the dtype they come in.
+mesh. A matrix that multiplies activations also says `decays=True`: weight decay reaches it, and no other parameter.
+Rates, gains, biases, mixing coefficients, taps and tables of positions are left where the loss wants them, however
+many axes they have. Activations keep the dtype they come in.
 
 Initial values are mimetic (Trockman and Kolter, 2023; Trockman et al., 2024, for recall). Keys are projected as
 queries are, and convolved to be those of the token before: so a token is stored under what came before it, and a query
@@ -34,6 +36,7 @@ class Linear(nnx.Module):
       rngs: source of the initial values: normal, of variance 1 / inputs.
       bias: initial value of a bias, or None for no bias.
       initial: `[inputs, outputs]` initial values, in place of random ones.
+      decays: whether weight decay reaches W.
     """
 
     def __init__(
@@ -44,11 +47,12 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         bias: float | None = None,
         initial: Float[Array, "I O"] | None = None,
+        decays: bool = True,
     ):
         if initial is None:
             initial = _INITIAL(rngs.params(), (inputs, outputs), jnp.float32)
         # A copy: parameters that start alike must not share a buffer, which training gives away.
-        self.weight = nnx.Param(jnp.array(initial, copy=True), axes=axes)
+        self.weight = nnx.Param(jnp.array(initial, copy=True), axes=axes, decays=decays)
         self.bias = None if bias is None else nnx.Param(jnp.full(outputs, bias, jnp.float32), axes=axes[1:])
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
@@ -110,13 +114,14 @@ class ShortConv(nnx.Module):
       width: W, taps.
       lags: for each channel, how many tokens before the present one it begins by showing; at most W-1.
       rngs: source of noise, of deviation 0.1 on all taps.
+      axis: logical name of the channels.
     """
 
-    def __init__(self, width: int, lags: Sequence[int], rngs: nnx.Rngs):
+    def __init__(self, width: int, lags: Sequence[int], rngs: nnx.Rngs, axis: str = "heads"):
         lags = jnp.minimum(jnp.asarray(lags), width - 1)
         shown = jnp.arange(width)[:, None] == width - 1 - lags
         noise = 0.1 * jax.random.normal(rngs.params(), shown.shape, jnp.float32)
-        self.kernel = nnx.Param(shown + noise, axes=("taps", "heads"))
+        self.kernel = nnx.Param(shown + noise, axes=("taps", axis))
 
     def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: Float[Array, "B W-1 D"] | None):
         """Returns `(y[B, T, D], the last W-1 inputs)`."""

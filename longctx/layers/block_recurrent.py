@@ -67,9 +67,13 @@ class BlockRecurrent(nnx.Module):
         self.initial = nnx.Param(jax.random.normal(rngs.params(), (options.vectors, width)), axes=("taps", "width"))
         names = ("cell_key", "cell_value", "query_states", "query_tokens")
         for name in names:
-            setattr(self, name, nnx.Param(normal(rngs.params(), (width, *shape)), axes=("embed", "heads", "head")))
+            setattr(
+                self,
+                name,
+                nnx.Param(normal(rngs.params(), (width, *shape)), axes=("embed", "heads", "head"), decays=True),
+            )
         mixed = (2 * keys) ** -0.5 * jax.random.normal(rngs.params(), (2, *shape, width))
-        self.update = nnx.Param(mixed, axes=("taps", "heads", "head", "embed"))
+        self.update = nnx.Param(mixed, axes=("taps", "heads", "head", "embed"), decays=True)
         self.bias = nnx.Param(jnp.zeros(width), axes=("width",))
         self.gate = nnx.Param(jnp.full(width, 2.0), axes=("width",))  # a ninth is replaced at every update
 

@@ -46,7 +46,7 @@ class InPlaceTTT(nnx.Module):
         self.gate, self.up, self.down = mlp.gate, mlp.up, mlp.down
         self.taps = nnx.Param(jnp.zeros((options.conv_width, width), jnp.float32), axes=("taps", "embed"))
         diagonal = 0.02 * jax.random.normal(rngs.params(), (width,), jnp.float32)
-        self.target = nnx.Param(jnp.diag(diagonal), axes=("embed", "width"))
+        self.target = nnx.Param(jnp.diag(diagonal), axes=("embed", "width"), decays=True)
 
     @classmethod
     def from_swiglu(cls, mlp: SwiGLU, options: Config, rngs: nnx.Rngs) -> InPlaceTTT:

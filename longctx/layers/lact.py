@@ -75,9 +75,13 @@ class LaCT(nnx.Module):
         self.momentum = Linear(width, heads, ("embed", "heads"), rngs) if options.momentum else None
         normal = jax.nn.initializers.variance_scaling(1.0, "fan_out", "normal", batch_axis=(0,))
         inward, outward = (heads, hidden, size), (heads, size, hidden)
-        self.fast_gate = nnx.Param(normal(rngs.params(), inward, jnp.float32), axes=("heads", None, "head"))
-        self.fast_down = nnx.Param(normal(rngs.params(), outward, jnp.float32), axes=("heads", "head", None))
-        self.fast_up = nnx.Param(normal(rngs.params(), inward, jnp.float32), axes=("heads", None, "head"))
+        self.fast_gate = nnx.Param(
+            normal(rngs.params(), inward, jnp.float32), axes=("heads", None, "head"), decays=True
+        )
+        self.fast_down = nnx.Param(
+            normal(rngs.params(), outward, jnp.float32), axes=("heads", "head", None), decays=True
+        )
+        self.fast_up = nnx.Param(normal(rngs.params(), inward, jnp.float32), axes=("heads", None, "head"), decays=True)
         self.norm = RMSNorm(size, ("head",))
         self.out = Linear(heads * size, width, ("heads", "embed"), rngs, initial=undo_values(self.value, heads, size))
 

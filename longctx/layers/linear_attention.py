@@ -70,8 +70,8 @@ class LinearAttention(nnx.Module):
         learned = options.feature_map == "hedgehog"
         same = jnp.broadcast_to(jnp.eye(options.key_width), (options.heads, options.key_width, options.key_width))
         names = ("heads", "block", "block_out")
-        self.query_map = nnx.Param(jnp.array(same), axes=names) if learned else None
-        self.key_map = nnx.Param(jnp.array(same), axes=names) if learned else None
+        self.query_map = nnx.Param(jnp.array(same), axes=names, decays=True) if learned else None
+        self.key_map = nnx.Param(jnp.array(same), axes=names, decays=True) if learned else None
         self.norm = None if options.normalise else RMSNorm(options.value_width, ("head",))
         back = undo_values(self.value, options.heads, options.value_width)
         self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)

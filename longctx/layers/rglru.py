@@ -54,9 +54,9 @@ class RGLRU(nnx.Module):
         block = (heads, hidden // heads, hidden // heads)
         normal = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=(0,))
         names = ("heads", "block", "block_out")
-        self.recurrence_gate = nnx.Param(normal(rngs.params(), block, jnp.float32), axes=names)
+        self.recurrence_gate = nnx.Param(normal(rngs.params(), block, jnp.float32), axes=names, decays=True)
         self.recurrence_bias = nnx.Param(jnp.zeros(hidden, jnp.float32), axes=("heads",))
-        self.input_gate = nnx.Param(normal(rngs.params(), block, jnp.float32), axes=names)
+        self.input_gate = nnx.Param(normal(rngs.params(), block, jnp.float32), axes=names, decays=True)
         self.input_bias = nnx.Param(jnp.zeros(hidden, jnp.float32), axes=("heads",))
         # a^c, the decay at r = 1, uniform in [0.9, 0.999] (section 2.4 of the paper).
         decay = jax.random.uniform(rngs.params(), (hidden,), minval=0.9, maxval=0.999)

@@ -47,7 +47,7 @@ class SLSTM(nnx.Module):
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options
         heads, head = options.heads, options.head_width
-        self.conv = ShortConv(options.conv_width, [0] * width, rngs)
+        self.conv = ShortConv(options.conv_width, [0] * width, rngs, axis="width")
         self.write = Linear(width, heads * head, ("embed", "heads"), rngs)
         self.keep = Linear(width, heads * head, ("embed", "heads"), rngs)
         self.new = Linear(width, heads * head, ("embed", "heads"), rngs)
@@ -56,7 +56,9 @@ class SLSTM(nnx.Module):
         forget = jnp.geomspace(1e-3, 1e-1, heads)
         bias = jnp.zeros((4, heads, head)).at[1].set((jnp.log1p(-forget) - jnp.log(forget))[:, None])
         self.bias = nnx.Param(bias, axes=(None, "heads", "head"))
-        self.recurrent = nnx.Param(jnp.zeros((4, heads, head, head)), axes=(None, "heads", "block", "block_out"))
+        self.recurrent = nnx.Param(
+            jnp.zeros((4, heads, head, head)), axes=(None, "heads", "block", "block_out"), decays=True
+        )
         self.norm = RMSNorm(head, ("head",))
         self.out = Linear(heads * head, width, ("heads", "embed"), rngs)
 

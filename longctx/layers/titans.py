@@ -81,7 +81,9 @@ class Titans(nnx.Module):
         self.forget_bias = nnx.Param(jnp.log(forget) - jnp.log1p(-forget), axes=("heads",))
         shapes = [(size, size)] if options.depth == 1 else [(size, options.hidden), (options.hidden, size)]
         normal = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=(0,))
-        first, *second = (nnx.Param(normal(rngs.params(), (heads, *s), jnp.float32), axes=_AXES) for s in shapes)
+        first, *second = (
+            nnx.Param(normal(rngs.params(), (heads, *s), jnp.float32), axes=_AXES, decays=True) for s in shapes
+        )
         self.memory_in, self.memory_out = first, second[0] if second else None
         self.norm = RMSNorm(size, ("head",))
         self.gate = Linear(width, channels, ("embed", "heads"), rngs)

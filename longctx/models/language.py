@@ -47,7 +47,7 @@ class LanguageModel(nnx.Module):
         self.vocab_size = vocab_size
         normal = jax.nn.initializers.normal(options.width**-0.5)
         self.embedding = nnx.Param(
-            normal(rngs.params(), (vocab_size, options.width), jnp.float32), axes=("vocab", "embed")
+            normal(rngs.params(), (vocab_size, options.width), jnp.float32), axes=("vocab", "embed"), decays=True
         )
         # One Block per place in the pattern, each of its parameters stacked over the repeats.
         self.blocks = nnx.List([_stacked(options, options.blocks[name], rngs) for name in options.pattern])

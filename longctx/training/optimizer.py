@@ -10,9 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from longctx import config
 
-# Dimensions that do not make a matrix: the layers of a scanned stack, and the taps of a convolution per channel.
-_NOT_OF_A_MATRIX = frozenset({"layers", "taps"})
-
 
 def learning_rate(training: config.Training, step: Int[Array, ""]) -> Float[Array, ""]:
     """The rate of update number `step`, counted from 0.
@@ -29,7 +26,7 @@ def learning_rate(training: config.Training, step: Int[Array, ""]) -> Float[Arra
 
 
 def decayed(params: nnx.State) -> nnx.State:
-    """Which parameters weight decay applies to: matrices, the embedding among them.
+    """Which parameters weight decay applies to: those that say so where a layer makes them, by `decays=True`.
 
     Args:
       params: what `nnx.split(model, nnx.Param)` gives, of arrays or of shapes.
@@ -38,13 +35,10 @@ def decayed(params: nnx.State) -> nnx.State:
       A bool per parameter, in the structure of `nnx.as_pure(params)`.
     """
 
-    def matrix(variable):
-        axes = variable.get_metadata().get("axes")
-        if axes is None:
-            return variable.replace(variable.get_value().ndim >= 2)
-        return variable.replace(sum(axis not in _NOT_OF_A_MATRIX for axis in axes) >= 2)
+    def decays(variable):
+        return variable.replace(variable.get_metadata().get("decays", False))
 
-    return nnx.as_pure(jax.tree.map(matrix, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
+    return nnx.as_pure(jax.tree.map(decays, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
 
 
 def make(training: config.Training, params: nnx.State) -> optax.GradientTransformation:

@@ -30,7 +30,7 @@ def test_a_run_shorter_than_its_warm_up_only_rises():
 def test_only_matrices_decay(parse):
     """With a zero gradient matrices shrink; gains, decay rates and taps, stacked over layers or not, stay.
 
-    Guards against `ndim >= 2` in place of the parameters' axes: stacked gains and all taps would shrink.
+    Guards against `ndim >= 2` in place of what the parameters say: stacked gains and all taps would shrink.
     """
     mixer = {"kind": "gated_delta", "heads": 2, "key_width": 4, "value_width": 4, "conv_width": 4}
     experiment = parse(mixer)
