@@ -1,7 +1,8 @@
 """Tokenizers: byte-level byte-pair encoding, bytes, or an existing `tokenizer.json`, with four special tokens.
 
 Bytes are a byte-level vocabulary without merges. What a text says never yields a special token: a literal
-"<|fact|>" in a document is encoded as its characters.
+"<|fact|>" in a document is encoded as its characters, and so is whatever a tokenizer.json calls special. Added tokens
+that it does not call special, such as runs of spaces, are text.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import functools
 import json
 import os
+import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -19,6 +22,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from longctx.errors import UsageError
 
 SPECIAL = ("<|padding|>", "<|document|>", "<|fact|>", "<|ask|>")
+
+_SPACE = "\u2581"  # what stands for a space in vocabularies of pieces
+_WAITING = 6  # ids after the last text; three more than a character of four bytes can lack
 
 _ENCODED_AT_ONCE = 64  # documents; the library's encodings take some hundred bytes a token until they are arrays
 
@@ -31,6 +37,7 @@ class Tokenizer:
       padding: id that fills rows, which no model looks at; 0 unless a tokenizer.json puts it elsewhere.
       document: id that begins each document, and is predicted at its end.
       fact, ask: ids that begin the statements and the questions of the retrieval task.
+      special: ids that no text yields, these four among them.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
@@ -38,8 +45,12 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.add_special_tokens(list(SPECIAL))
-        backend.encode_special_tokens = True  # as the text that they are
         self._backend = backend
+        description = json.loads(backend.to_str())
+        self.special = frozenset(token["id"] for token in description["added_tokens"] if token["special"])
+        self._unknown = _unknown(description["model"])
+        self._complete = _is_complete(description)
+        self._reader = _reader(description)
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self.padding, self.document, self.fact, self.ask = (backend.token_to_id(token) for token in SPECIAL)
 
@@ -76,12 +87,11 @@ class Tokenizer:
                 f"the tokenizer '{path}' is not a file; give 'bpe', 'bytes', or the path of a tokenizer.json"
             )
         try:
-            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig")))
         except Exception as error:  # the library raises nothing narrower
             raise UsageError(
                 f"'{path}' holds no tokenizer ({error}); give a tokenizer.json of the tokenizers library"
             ) from error
-        return cls(backend)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a `tokenizer.json`, whole or not at all."""
@@ -91,16 +101,29 @@ class Tokenizer:
         os.replace(partial, path)
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of `text`, int32 `[tokens]`; none is special, and no `document` is put before them."""
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
+        """Token ids of `text`, int32 `[tokens]`; none is special, and no `document` is put before them.
+
+        Raises:
+          UsageError: when a tokenizer.json has no token for what it does not know, and its library gives up.
+        """
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` for each of many texts, on all cores."""
         ids = []
         for i in range(0, len(texts), _ENCODED_AT_ONCE):
-            encodings = self._backend.encode_batch_fast(texts[i : i + _ENCODED_AT_ONCE], add_special_tokens=False)
+            encodings = self._encoded(self._reader.encode_batch_fast, texts[i : i + _ENCODED_AT_ONCE])
             ids += [np.array(encoding.ids, np.int32) for encoding in encodings]
         return ids
+
+    def _encoded(self, encode, texts: str | Sequence[str]) -> Any:
+        try:
+            return encode(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises nothing narrower
+            raise UsageError(
+                f"the tokenizer cannot encode the text ({error}); give a tokenizer.json that has an unknown token, or "
+                "'bpe' or 'bytes', which know every text"
+            ) from error
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD. Special tokens are shown only with `special`."""
@@ -111,39 +134,73 @@ class Tokenizer:
         return TextStream(self)
 
     def check_prompt(self, text: str) -> None:
-        """Raises UsageError naming the first character of `text` that the vocabulary cannot represent.
+        """Raises UsageError naming the first part of `text` that the vocabulary cannot represent.
 
-        A byte-level vocabulary represents every text; a tokenizer.json of another kind may not. White space,
-        which such tokenizers drop between words, is not looked at.
+        A byte-level vocabulary represents every text; a tokenizer.json of another kind may not. What counts is the
+        text as the tokenizer's own normalisation leaves it. White space, which such tokenizers drop between words, is
+        not looked at.
         """
-        place = self._unknown(text)
-        if place is not None:
-            raise UsageError(
-                f"the prompt holds {text[place]!r} (U+{ord(text[place]):04X}) at character {place}, which the "
-                f"tokenizer's vocabulary of {self.vocab_size} entries cannot represent; take it out"
-            )
-
-    def _unknown(self, text: str) -> int | None:
-        """Where `text` holds the first character that cannot be represented."""
         try:
             text.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair
-            return error.start
-        model = json.loads(self._backend.to_str())["model"]
-        unknown = model.get("unk_id", self._backend.token_to_id(model.get("unk_token") or ""))
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        known = np.array([character.isspace() for character in text], bool)
-        for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if index != unknown:
-                known[start:end] = True
-        if known.all():
-            return None
-        # Characters that are dropped without a token shift the offsets after them.
-        dropped = (place for place, character in enumerate(text) if self._is_dropped(character))
-        return next(dropped, int(np.argmin(known)))
+            lost, place = text[error.start], error.start
+        else:
+            normal = self._normalised(text)
+            is_lost = self._is_lost(normal)
+            if not is_lost.any():
+                return
+            begin = place = int(np.argmax(is_lost))
+            end = begin + int(np.argmin(np.append(is_lost[begin:], False)))
+            lost = normal[begin : min(end, begin + 40)]
+            if normal != text:  # the first character of which the normalised form begins so
+                places = (i for i, character in enumerate(text) if lost[0] in self._normalised(character))
+                place = next(places, begin)
+        code = f" (U+{ord(lost):04X})" if len(lost) == 1 else ""
+        raise UsageError(
+            f"the prompt holds {lost!r}{code} at character {place}, which the tokenizer's vocabulary of "
+            f"{self.vocab_size} entries cannot represent; take it out"
+        )
 
-    def _is_dropped(self, character: str) -> bool:
-        return not character.isspace() and not self._backend.encode(character, add_special_tokens=False).ids
+    def count_lost(self, texts: Iterable[str]) -> tuple[int, int]:
+        """Of normalised characters that are no white space: how many the vocabulary cannot represent, and how many."""
+        lost = total = 0
+        for text in texts:
+            normal = self._normalised(text)
+            total += len("".join(normal.split()))
+            lost += int(self._is_lost(normal).sum())
+        return lost, total
+
+    def _normalised(self, text: str) -> str:
+        return text if self._backend.normalizer is None else self._backend.normalizer.normalize_str(text)
+
+    def _is_lost(self, text: str) -> np.ndarray:
+        """Which characters of a normalised text yield no token or the unknown one, white space apart; bool."""
+        if self._complete:
+            return np.zeros(len(text), bool)
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        blank = {ord(character) for character in set(text) if character.isspace()} | {ord(_SPACE)}
+        # Byte-pair encoding without an unknown token drops what it does not know, and the offsets of what follows
+        # are then too small by as much.
+        dropped = {code for code in set(codes.tolist()) - blank if not self._checked(chr(code)).ids}
+        lost = np.isin(codes, list(dropped))
+        rest = codes[~lost]
+        known = np.zeros(len(rest), bool)
+        encoding = self._checked(rest.tobytes().decode("utf-32-le"))
+        for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if index != self._unknown:
+                known[start:end] = True
+        lost[~lost] = ~known
+        return lost & ~np.isin(codes, list(blank))
+
+    def _checked(self, text: str) -> tokenizers.Encoding:
+        """A normalised text, encoded as it is."""
+        return self._encoded(self._checker.encode, text)
+
+    @functools.cached_property
+    def _checker(self) -> tokenizers.Tokenizer:
+        checker = tokenizers.Tokenizer.from_str(self._reader.to_str())
+        checker.normalizer = None
+        return checker
 
     @functools.cached_property
     def words(self) -> np.ndarray:
@@ -156,36 +213,99 @@ class Tokenizer:
         words = [i for i, text in enumerate(texts) if text[:1] == " " and len(text) >= 4 and text[1:].isalpha()]
         if len(words) < 64:
             words = [index for index, text in enumerate(texts) if text.isalnum()]
-        return np.array(words, np.int32)
+        return np.array([index for index in words if index != self._unknown], np.int32)
 
 
 class TextStream:
-    """Text of token ids that arrive one at a time: what has been returned is never taken back."""
+    """Text of token ids that arrive one at a time: what has been returned is never taken back.
+
+    A character whose bytes are not all there waits for them, for a few ids at most: bytes that are no text come out
+    as U+FFFD, and an id takes the same time however many came before.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._ids: list[int] = []  # of the last text returned, and after it
-        self._returned = 0  # ids of which the text has been returned
+        self._before = 0  # ids of the last text returned
+        self._returned = 0  # characters of the text after it that have been returned too
 
     def push(self, index: int) -> str:
         """The text that `index` completes; empty while a character lacks bytes."""
+        if index in self._tokenizer.special:
+            return ""
         self._ids.append(int(index))
         text = self._rest()
-        if not text or text.endswith("\ufffd"):
+        if text and not text.endswith("\ufffd"):
+            # The ids of this text stay, since some tokenizers join words by what comes before.
+            piece = text[self._returned :]
+            self._ids, self._before, self._returned = self._ids[self._before :], len(self._ids) - self._before, 0
+            return piece
+        if len(self._ids) - self._before <= _WAITING:
             return ""
-        # The ids of this text stay, since some tokenizers join words by what comes before.
-        self._ids, self._returned = self._ids[self._returned :], len(self._ids) - self._returned
-        return text
+        # The bytes of a character that may still be completed are in the last three ids; one U+FFFD stands for them.
+        waiting = int(text.endswith("\ufffd"))
+        piece = text[self._returned : len(text) - waiting]
+        self._ids, self._before = self._ids[-3:], 0
+        self._returned = max(len(self._rest()) - waiting, 0)
+        return piece
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character whose bytes never came."""
-        text = self._rest()
-        self._returned = len(self._ids)
+        text = self._rest()[self._returned :]
+        self._before, self._returned = len(self._ids), 0
         return text
 
     def _rest(self) -> str:
-        before = self._tokenizer.decode(self._ids[: self._returned])
+        before = self._tokenizer.decode(self._ids[: self._before])
         return self._tokenizer.decode(self._ids)[len(before) :]
+
+
+def _reader(description: dict[str, Any]) -> tokenizers.Tokenizer:
+    """The tokenizer as text is read by: special tokens keep their ids and have names that no text holds.
+
+    The library can be told not to look for special tokens in a text, but not to leave them out of the words and
+    pieces that its models look up.
+    """
+    mark = secrets.token_hex(16)
+    names = {token["content"]: token["content"] + mark for token in description["added_tokens"] if token["special"]}
+
+    def renamed(name):
+        return names.get(name, name)
+
+    model = dict(description["model"])
+    if model["type"] == "Unigram":
+        model["vocab"] = [[renamed(piece), score] for piece, score in model["vocab"]]
+    else:
+        model["vocab"] = {renamed(entry): index for entry, index in model["vocab"].items()}
+        model["unk_token"] = renamed(model["unk_token"])
+    if model["type"] == "BPE":
+        prefix = model["continuing_subword_prefix"] or ""
+        pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+        model["merges"] = [
+            (left, right)
+            for left, right in pairs
+            if names.keys().isdisjoint((left, right, left + right[len(prefix) :]))
+        ]
+        model["dropout"] = None  # a text has the same tokens each time
+    added = [token | {"content": renamed(token["content"])} for token in description["added_tokens"]]
+    return tokenizers.Tokenizer.from_str(
+        json.dumps(description | {"model": model, "added_tokens": added, "post_processor": None})
+    )
+
+
+def _unknown(model: dict[str, Any]) -> int | None:
+    """The id of what the vocabulary does not know."""
+    return model["unk_id"] if model["type"] == "Unigram" else model["vocab"].get(model["unk_token"])
+
+
+def _is_complete(description: dict[str, Any]) -> bool:
+    """Whether every text can be represented, by its bytes."""
+    model = description["model"]
+    entries = {entry for entry, _ in model["vocab"]} if model["type"] == "Unigram" else model["vocab"].keys()
+    if model.get("byte_fallback"):
+        return all(f"<0x{byte:02X}>" in entries for byte in range(256))
+    is_byte_level = '"ByteLevel"' in json.dumps([description["pre_tokenizer"], description["normalizer"]])
+    return is_byte_level and model["type"] == "BPE" and entries >= set(pre_tokenizers.ByteLevel.alphabet())
 
 
 def _byte_level(model: models.BPE, use_regex: bool) -> tokenizers.Tokenizer:

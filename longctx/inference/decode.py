@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from longctx.inference.prefill import Prefill, advance, capacity_for, span_for
-from longctx.inference.sampling import DEFAULT, Sampling, sample
+from longctx.inference.sampling import DEFAULT, Sampling, check_seed, sample
 
 
 class Decode:
@@ -47,7 +47,11 @@ class Decode:
           length: tokens so far.
           max_tokens: tokens to make, at least 1.
           seed: of the draws, 32 bits; equal seeds draw equal tokens.
+
+        Raises:
+          UsageError: if the seed has more bits.
         """
+        check_seed(seed)
         seed = np.uint32(seed)
         tokens = self._choose(logits, seed, np.int32(length))
         for number in range(length, length + max_tokens - 1):

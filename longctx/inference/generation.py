@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import os
 import sys
 import time
 from typing import TextIO
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -14,7 +18,9 @@ from longctx import data
 from longctx.errors import UsageError
 from longctx.inference.decode import Decode
 from longctx.inference.prefill import Prefill, capacity_for, span_for
-from longctx.inference.sampling import DEFAULT, Sampling
+from longctx.inference.sampling import DEFAULT, Sampling, check_seed
+
+_POSITIONS = 2**31 - 2**11  # tokens of a document, whose positions are 32 bits, whole spans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +45,9 @@ class Request:
     def __post_init__(self):
         if not self.prompt:
             raise UsageError("the prompt is empty; give at least one character of text to write on from")
-        if self.max_tokens < 1:
-            raise UsageError(f"max_tokens is {self.max_tokens}; give at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"seed is {self.seed}; give a number from 0 to {2**32 - 1}")
+        if not 1 <= self.max_tokens < _POSITIONS:
+            raise UsageError(f"max_tokens is {self.max_tokens}; give a number from 1 to {_POSITIONS - 1}")
+        check_seed(self.seed)
 
 
 def complete(
@@ -65,13 +70,15 @@ def complete(
       The text written.
 
     Raises:
-      UsageError: if the prompt has characters that the tokenizer does not know.
+      UsageError: if the prompt has characters that the tokenizer does not know, or the state of so many tokens is
+        larger than the devices' memory.
     """
     tokenizer.check_prompt(request.prompt)
     tokens = np.append(tokenizer.document, tokenizer.encode(request.prompt)).astype(np.int32)[None]
     length = tokens.shape[1]
     span = span_for(length)
     capacity = capacity_for(length + request.max_tokens, span)
+    _check_memory(model, length, request.max_tokens, capacity)
 
     prefill, decode = Prefill(model), Decode(model, request.sampling)
 
@@ -105,3 +112,23 @@ def complete(
         flush=True,
     )
     return "".join(text)
+
+
+def _check_memory(model: nnx.Module, length: int, max_tokens: int, capacity: int) -> None:
+    """Raises UsageError if a document of so many tokens cannot be held where the model is."""
+    asked = f"the prompt has {length:,} tokens and max_tokens is {max_tokens:,}"
+    if capacity > _POSITIONS:
+        raise UsageError(f"{asked}, more than the {_POSITIONS:,} that a document can have; give fewer")
+    state = jax.eval_shape(functools.partial(model.init_state, 1, capacity))
+    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    parameters = jax.tree.leaves(nnx.state(model))
+    devices = set().union(*(leaf.devices() for leaf in parameters)) or {jax.devices()[0]}
+    if any(device.platform == "cpu" for device in devices):
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        there = sum((device.memory_stats() or {}).get("bytes_limit", math.inf) for device in devices)
+    if needed > there:
+        raise UsageError(
+            f"{asked}, for which the state would take {needed / 2**30:,.1f} GiB, and the memory is "
+            f"{there / 2**30:,.1f} GiB; give fewer"
+        )

@@ -41,6 +41,13 @@ class Sampling:
 
 
 DEFAULT = Sampling()  # the model's own distribution
+_LEAST = float(jnp.finfo(jnp.float32).tiny)
+
+
+def check_seed(seed: int) -> None:
+    """Raises UsageError if a seed of draws has more than 32 bits."""
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed is {seed}; give a number from 0 to {2**32 - 1}")
 
 
 def nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
@@ -53,7 +60,7 @@ def nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
     probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1).astype(jnp.float32))
     before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the tokens that are more likely
     rank = jnp.argsort(order, axis=-1)
-    inside = jnp.take_along_axis(before < top_p, rank, axis=-1)
+    inside = jnp.take_along_axis(before < top_p, rank, axis=-1) | (rank == 0)  # top_p may be 0 in float32
     return jnp.where(inside, logits, -jnp.inf)
 
 
@@ -68,7 +75,10 @@ def sample(key: Key[Array, ""], logits: Float[Array, "B V"], sampling: Sampling)
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits.astype(jnp.float32)
-    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature  # finite at any temperature
+    # The largest becomes 0, at any temperature. Neither the temperature nor its inverse may round to 0, as
+    # numbers below the least normal one do.
+    temperature = min(max(sampling.temperature, _LEAST), 1 / _LEAST)
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
     if sampling.top_p < 1:
         logits = nucleus(logits, sampling.top_p)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from longctx.data import Tokenizer
 from longctx.errors import UsageError
@@ -99,6 +99,41 @@ def test_stream_of_any_bytes_is_their_text():
     assert "".join(stream.push(index) for index in ids) + stream.flush() == tokenizer.decode(ids)
 
 
+def _counted(monkeypatch, tokenizer):
+    """The ids that each call of `decode` was given, by number."""
+    calls, decode = [], tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, special=False: calls.append(len(ids)) or decode(ids, special))
+    return calls
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"\xe2\x82", b"a\xf0\x9f", b"", b"\xf0\x9f\xa7\x91\xff"])
+def test_stream_of_no_text_is_written_in_constant_time(monkeypatch, tmp_path, content):
+    """Fails when ids wait until their bytes are text: nothing is written, and each id decodes all before it."""
+    tokenizer = Tokenizer.bytes()
+    names = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
+    names |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - names.keys()))}  # GPT-2's
+    tokenizer.save(tmp_path / "tokenizer.json")
+    vocabulary = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
+    ids = [vocabulary[names[byte]] for byte in content] or [tokenizer.padding]
+    ids, calls, stream = ids * (1000 // len(ids)), _counted(monkeypatch, tokenizer), tokenizer.stream()
+    pieces = [stream.push(index) for index in ids]
+    assert max(calls, default=0) < 16
+    assert len(calls) <= 3 * len(ids)
+    assert max(len(piece) for piece in pieces) < 16
+    assert "".join(pieces) + stream.flush() == content.decode(errors="replace") * (1000 // max(len(content), 1))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_stream_of_broken_text_is_its_text(seed):
+    """Characters of every width with bytes taken out and put in."""
+    rng = np.random.default_rng(seed)
+    tokenizer = Tokenizer.train(CORPUS, 400) if seed % 2 else Tokenizer.bytes()
+    ids = np.concatenate([tokenizer.encode(c) for c in rng.choice(["a", "é", "€", "🧑", "\ufffd"], 300)])
+    ids = np.where(rng.random(len(ids)) < 0.3, rng.choice(ids, len(ids)), ids)[rng.random(len(ids)) < 0.9]
+    stream = tokenizer.stream()
+    assert "".join(stream.push(index) for index in ids) + stream.flush() == tokenizer.decode(ids)
+
+
 def test_words_are_words():
     pairs = [f" {chr(97 + i) * 2}{chr(97 + j) * 2}" for i in range(10) for j in range(10)]
     tokenizer = Tokenizer.train(CORPUS + pairs * 50, 700)
@@ -126,6 +161,117 @@ def test_prompt_that_cannot_be_represented_is_refused(tmp_path, tokenizer):
         existing.check_prompt("the number é one é")
     with pytest.raises(UsageError, match=r"U\+DCFF\) at character 1,"):
         tokenizer.check_prompt("a\udcff")
+
+
+def _pieces(words):
+    return [(word, -1.0 - index) for index, word in enumerate(words)]
+
+
+def _word_piece(words):
+    return models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+
+
+LETTERS = ["▁", *"abdeocumntf<>/|k", "##b", "##e"]
+NAMES = ["<unk>", "</s>", "<|fact|>", "</"]
+MODELS = {
+    "WordLevel": lambda words: models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"),
+    "WordPiece": _word_piece,
+    "Unigram": lambda words: models.Unigram(_pieces(words), 0, False),
+    "BPE, merged": lambda words: models.BPE(
+        {word: i for i, word in enumerate([*words, "s>", "s"])}, [("<", "/"), ("s", ">"), ("</", "s>")]
+    ),
+    "BPE, words as they are": lambda words: models.BPE(
+        {word: i for i, word in enumerate([*words, "s"])}, [], unk_token="<unk>", ignore_merges=True
+    ),
+}
+SPLITS = {"words": pre_tokenizers.WhitespaceSplit, "pieces": pre_tokenizers.Metaspace, "nothing": lambda: None}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_no_vocabulary_yields_special_tokens_from_text(tmp_path, kind, split):
+    """Fails when the library alone is told: its models look up "</s>" among words and pieces all the same."""
+    backend = tokenizers.Tokenizer(MODELS[kind]([*NAMES, *LETTERS]))
+    if split != "nothing":
+        backend.pre_tokenizer = SPLITS[split]()
+    backend.add_special_tokens(["</s>", "<s>", "a<unk>"])
+    backend.add_tokens(["<|ask|>", "mm"])  # the last is text, as the file says
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    names = ["</s>", "<s>", "a<unk>", "<|padding|>", "<|document|>", "<|fact|>", "<|ask|>"]
+    special = {backend.token_to_id(name) for name in names[:3]} | {backend.token_to_id(name) for name in ("<|fact|>",)}
+    special |= {tokenizer.padding, tokenizer.document, tokenizer.fact, tokenizer.ask}
+    assert special <= tokenizer.special
+    for text in ("a </s> b", *names, *(f"a{name}b" for name in names), *(f"▁{name} " for name in names)):
+        assert not tokenizer.special.intersection(tokenizer.encode(text).tolist()), text
+    assert backend.token_to_id("mm") in tokenizer.encode("a mm b")
+    for name in names:
+        assert tokenizer.decode([backend.token_to_id(name)] if backend.token_to_id(name) else []) == ""
+    tokenizer.save(tmp_path / "again.json")
+    again = Tokenizer.load(tmp_path / "again.json")
+    np.testing.assert_array_equal(again.encode("a </s> b"), tokenizer.encode("a </s> b"))
+    assert again.decode([tokenizer.fact], special=True) == "<|fact|>"
+
+
+def test_what_text_says_keeps_its_ids(tmp_path):
+    """The library's own ids, where the text names nothing special."""
+    for kind, make in MODELS.items():
+        backend = tokenizers.Tokenizer(make([*NAMES, *LETTERS]))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        backend.add_special_tokens(["</s>", "<unk>"])
+        backend.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+        for text in ("a b", "abde document", "unfound <| a|", "a<b>c</d>e"):
+            assert tokenizer.encode(text).tolist() == backend.encode(text).ids, (kind, text)
+
+
+def test_a_text_has_the_same_tokens_each_time(tmp_path):
+    """Fails when the dropout of a tokenizer.json, which is for training, is used."""
+    vocabulary = {character: i for i, character in enumerate("abcdefgh")}
+    merges = [(left, right) for left in "abcd" for right in "efgh"]
+    vocabulary |= {left + right: 8 + i for i, (left, right) in enumerate(merges)}
+    tokenizers.Tokenizer(models.BPE(vocabulary, merges, dropout=0.5)).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert len(tokenizer.encode("aebfcgdh" * 50)) == 200
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFKC", "NFD", "Lowercase", "StripAccents after NFD"])
+def test_prompts_are_looked_at_as_the_tokenizer_normalises_them(tmp_path, form):
+    words = {"NFC": ["é", "x"], "NFKC": ["é", "fi", "x"], "NFD": ["e\u0301", "x"], "Lowercase": ["e\u0301", "x"]}
+    words = ["<unk>", *words.get(form, ["e", "x"])]
+    backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.normalizer = normalizers.Sequence(
+        [getattr(normalizers, name)() for name in reversed(form.split(" after "))]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    tokenizer.check_prompt("x e\u0301\n")
+    if form == "NFKC":
+        tokenizer.check_prompt("x ﬁ")
+    if form == "Lowercase":
+        tokenizer.check_prompt("X")
+    with pytest.raises(UsageError, match=r"'q' \(U\+0071\) at character 5,"):
+        tokenizer.check_prompt("x e\u0301 q x")
+
+
+def test_what_cannot_be_represented_is_counted(tmp_path, tokenizer):
+    assert tokenizer.count_lost(TEXTS)[0] == 0
+    assert _existing(tmp_path / "tokenizer.json").count_lost(["the number", "of one", " "]) == (2, 14)
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "WordPiece", "Unigram"])
+def test_a_vocabulary_that_gives_up_is_told_in_a_sentence(tmp_path, kind):
+    model = {
+        "WordLevel": models.WordLevel({"a": 0}),
+        "WordPiece": models.WordPiece({"a": 0}, unk_token="[UNK]"),
+        "Unigram": models.Unigram([("a", -1.0)], None, False),
+    }[kind]
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    for use in (tokenizer.encode, tokenizer.check_prompt, lambda text: tokenizer.encode_batch(["a", text])):
+        with pytest.raises(UsageError, match=r"cannot encode the text .*unknown token"):
+            use("b")
 
 
 def test_characters_that_are_dropped_are_refused(tmp_path):

@@ -77,6 +77,8 @@ def test_the_end_of_the_document_is_the_end(tokenizer):
     [
         (("", 10), "the prompt is empty"),
         (("a", 0), "max_tokens is 0"),
+        (("a", 2**31), "max_tokens is 2147483648; give a number from 1 to 21"),
+        (("a", 10**30), "max_tokens is 1000"),
         (("a", 10, GREEDY, -1), "seed is -1"),
         (("a", 10, GREEDY, 2**32), "seed is 4294967296"),
     ],
@@ -84,6 +86,20 @@ def test_the_end_of_the_document_is_the_end(tokenizer):
 def test_requests_that_cannot_be(arguments, message):
     with pytest.raises(UsageError, match=message):
         Request(*arguments)
+
+
+def test_a_state_that_no_memory_holds_is_refused(model, tokenizer, monkeypatch):
+    """Fails when the state is asked for first: the process is killed, or there is a traceback."""
+    with pytest.raises(UsageError, match=r"max_tokens is 2,000,000,000, .* would take [\d,.]+ GiB, and the memory is"):
+        complete(model, tokenizer, Request("a", 2 * 10**9))
+    with pytest.raises(UsageError, match=r"more than the 2,147,481,600 that a document can have"):
+        complete(model, tokenizer, Request("abc", 2**31 - 2**11 - 1))
+
+
+def test_seeds_of_draws_have_32_bits(model, tokenizer):
+    for seed in (-1, 2**32):
+        with pytest.raises(UsageError, match=f"seed is {seed};"):
+            generate_tokens(model, np.array([[1, 2]]), 2, GREEDY, seed)
 
 
 @pytest.fixture

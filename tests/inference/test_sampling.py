@@ -51,11 +51,20 @@ def test_frequencies():
     np.testing.assert_allclose(draws(Sampling(temperature=0.5, top_p=0.7)), [0, 1, 0, 0])
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-30])
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1e-38, 1e-45, 5e-324])
 def test_no_temperature_takes_the_most_likely(temperature):
     """Fails if the logits overflow when divided by a tiny temperature."""
     logits = jnp.array([[1.0, 3.0, 2.0], [1e4, 0.0, 1e4 - 1]])
     np.testing.assert_array_equal(sample(jax.random.key(1), logits, Sampling(temperature)), [1, 0])
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-38, 1e38, 1.7e308])
+@pytest.mark.parametrize("top_p", [5e-324, 1e-46, 1e-38, 0.5, 1 - 1e-16, 1.0])
+def test_extremes_draw_what_can_be_drawn(temperature, top_p):
+    """Fails when a number that float32 rounds to 0 or infinity is computed with: all is nan, or nothing is kept."""
+    logits = jnp.array([[-1e38, -jnp.inf, 1e38, 3e38, 1e38]] * 50)
+    drawn = jax.jit(sample, static_argnums=2)(jax.random.key(0), logits, Sampling(temperature, top_p))
+    assert set(drawn.tolist()) <= ({3} if temperature < 1 or top_p < 1e-30 else {0, 2, 3, 4})
 
 
 def test_equal_keys_draw_equal_tokens():
