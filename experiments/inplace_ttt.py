@@ -41,7 +41,7 @@ def get_config(arg: str = "inplace_ttt") -> ConfigDict:
     config.data.kind = "corpus"
     config.data.path = ""  # a file or folder of your own documents; empty: the interpreter's standard library
     config.data.vocab_size = 2048  # entries of the byte-pair vocabulary
-    config.data.heldout = 0.1  # fraction of the documents kept for evaluation
+    config.data.heldout = 0.1  # fraction of the text kept for evaluation
     config.data.needles = ConfigDict()
     config.data.needles.rows = 0.0  # no planted facts: perplexity alone is compared
 

@@ -70,12 +70,12 @@ class Data(Options):
     path: str = ""  # a file or folder of documents; empty: the interpreter's own standard library
     tokenizer: str = "bpe"  # "bpe" (trained on the corpus), "bytes", or the path of a tokenizer.json
     vocab_size: int = 2048  # entries of the byte-pair vocabulary; "bytes" and a tokenizer.json have their own
-    heldout: float = 0.05  # fraction of the documents kept for evaluation, chosen by hash
+    heldout: float = 0.05  # fraction of the text kept for evaluation: documents chosen by hash
     needles: Needles = Needles()
 
     def problems(self):
         if not 0 < self.heldout < 1:
-            yield f"heldout is {self.heldout}; it is a fraction of the documents, give a number between 0 and 1"
+            yield f"heldout is {self.heldout}; it is a fraction of the text, give a number between 0 and 1"
         if self.tokenizer == "bpe" and self.vocab_size < 300:
             yield f"vocab_size is {self.vocab_size}; byte-pair encoding needs at least 300 entries"
 

@@ -7,6 +7,8 @@ What is measured is the `evaluation` part of the experiment; training does the s
 
 from __future__ import annotations
 
+import sys
+
 import jax
 
 from longctx import commands, data, evals
@@ -25,6 +27,8 @@ def _evaluate(run: workdirs.Run) -> None:
     mesh = meshes.make(commands.mesh() or experiment.mesh)
     model, _ = workdirs.load_model(run, mesh)
     source = data.prepare(experiment.data, experiment.seed, run.path)
+    for line in workdirs.compare_source(run.path, source, trained=False):
+        print(line, file=sys.stderr)
     training = metrics.summarise(run.path, experiment.training)
     with jax.set_mesh(mesh):
         evals.evaluate(model, experiment, source, run.path, training)

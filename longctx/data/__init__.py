@@ -2,7 +2,7 @@
 
 from longctx.data.needles import needle_rows
 from longctx.data.packing import TokenStore, pad, stretches
-from longctx.data.pipeline import Corpus, Source, batches, describe, prepare
+from longctx.data.pipeline import Corpus, Source, batches, describe, notes, prepare
 from longctx.data.synthetic import TASKS, Task, heldout_rng
 from longctx.data.tokenizers import TextStream, Tokenizer
 
@@ -18,6 +18,7 @@ __all__ = [
     "describe",
     "heldout_rng",
     "needle_rows",
+    "notes",
     "pad",
     "prepare",
     "stretches",

@@ -11,6 +11,7 @@ import json
 import os
 import sysconfig
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,48 +76,58 @@ def split(documents: list[Document], fraction: float) -> tuple[list[Document], l
     """Training and held-out documents.
 
     A document is held out when the hash of its text, as a number from 0 to 1, is below `fraction`: it stays on its
-    side however the corpus grows, and copies of a document are on one side. Neither side is left empty: the
-    document closest to the limit changes sides. Of a lone document the last `fraction` is held out.
+    side as the corpus grows, and copies of a document are on one side. What is held out is counted in characters:
+    at most twice `fraction` of them, so that a document too long for that is trained on, and at least half of it, for
+    which the documents next to the limit are held out too. Where all of those are too long, as of a lone document or
+    of two, the longest one's end is held out; its copies are cut as it is.
 
     Args:
       documents: at least one.
-      fraction: of the documents to hold out, above 0 and below 1.
+      fraction: of the text to hold out, above 0 and below 1.
 
     Raises:
-      UsageError: when all documents have the same text, or a lone one is too short to be cut in two.
+      UsageError: when several documents all have the same text, or there is too little text to be cut in two.
     """
-    if len(documents) == 1:
-        return _cut(documents[0], fraction)
-    points = [_point(document.text) for document in documents]
-    limit, lowest, highest = fraction, min(points), max(points)
-    if lowest == highest:
+    copies = Counter(document.text for document in documents)
+    if len(copies) == 1 < len(documents):
         raise UsageError(
             f"the corpus is {len(documents)} copies of one document ('{documents[0].name}'), so nothing can be held "
             "out for evaluation; give documents that differ, or the one document alone"
         )
-    if lowest >= limit:
-        limit = (lowest + min(point for point in points if point > lowest)) / 2
-    elif highest < limit:
-        limit = highest
-    train = [document for document, point in zip(documents, points, strict=True) if point >= limit]
-    heldout = [document for document, point in zip(documents, points, strict=True) if point < limit]
+    sizes = {text: len(text) * count for text, count in copies.items()}
+    total = sum(sizes.values())
+    most = min(2 * fraction, (1 + fraction) / 2) * total  # something is left to train on
+    chosen, taken = set(), 0
+    for point, text in sorted((_point(text), text) for text in sizes):
+        if (point < fraction or taken < fraction / 2 * total) and taken + sizes[text] <= most:
+            chosen.add(text)
+            taken += sizes[text]
+    longest, cut = None, 0
+    if taken < fraction / 2 * total:
+        longest = max(sizes.keys() - chosen, key=lambda text: (sizes[text], text))
+        cut = len(longest) - round((fraction * total - taken) / copies[longest])
+        first, last = len(longest) - len(longest.lstrip()) + 1, len(longest.rstrip()) - 1  # neither part is blank
+        if first > last:
+            raise UsageError(
+                f"the corpus has {total} characters ('{documents[0].name}' and so on), too few to hold out "
+                f"{fraction:g} of them for evaluation; give more text"
+            )
+        cut = min(max(cut, first), last)
+    train, heldout = [], []
+    for name, text in documents:
+        if text in chosen:
+            heldout.append(Document(name, text))
+        elif text == longest:
+            train.append(Document(f"{name} (start)", text[:cut]))
+            heldout.append(Document(f"{name} (end)", text[cut:]))
+        else:
+            train.append(Document(name, text))
     return train, heldout
 
 
 def _point(text: str) -> float:
     digest = hashlib.blake2b(text.encode(), digest_size=6).digest()  # 48 bits, exact in a float
     return int.from_bytes(digest, "big") / 2**48
-
-
-def _cut(document: Document, fraction: float) -> tuple[list[Document], list[Document]]:
-    end = round(len(document.text) * (1 - fraction))
-    train, heldout = document.text[:end], document.text[end:]
-    if not train.strip() or not heldout.strip():
-        raise UsageError(
-            f"the corpus is one document of {len(document.text)} characters ('{document.name}'), too short to hold out "
-            f"{fraction:g} of it for evaluation; give more text"
-        )
-    return [Document(f"{document.name} (start)", train)], [Document(f"{document.name} (end)", heldout)]
 
 
 def _standard_library() -> list[Document]:

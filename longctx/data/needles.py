@@ -19,6 +19,7 @@ from longctx.data.tokenizers import Tokenizer
 from longctx.errors import UsageError
 
 _STATEMENT = 3  # tokens of a statement, and of a question with its answer
+ROOM = 4 * _STATEMENT  # tokens of a piece for each fact, half of them text
 
 
 def pools(tokenizer: Tokenizer, facts: int) -> tuple[np.ndarray, np.ndarray]:
@@ -49,10 +50,10 @@ class Planter:
         """The row with facts planted in the longest of its pieces, which keeps its length: its text is cut short.
 
         Each fact and its question stand at two places drawn uniformly. At most half of the piece is planted, by
-        fewer facts if need be; a piece of fewer than 12 tokens is left alone.
+        fewer facts if need be; a piece of fewer than `ROOM` tokens is left alone.
         """
         begin, length = _longest(row["segment_ids"])
-        facts = min(self._facts, length // (4 * _STATEMENT))
+        facts = min(self._facts, length // ROOM)
         if facts == 0:
             return row
         keys = rng.choice(self._keys, facts, replace=False)

@@ -16,6 +16,7 @@ A row is a dict of arrays `[T]` (stacked: `[B, T]`):
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -63,6 +64,11 @@ class TokenStore:
         """Tokens of each document, int64 `[documents]`."""
         return np.diff(self.offsets)
 
+    def digests(self) -> list[str]:
+        """Of each document's tokens, 16 hexadecimal digits, in the order of their names: not that of a seed."""
+        order = sorted(range(len(self)), key=lambda i: (self.names[i], i))
+        return [hashlib.sha256(self.document(i).astype("<i4").tobytes()).hexdigest()[:16] for i in order]
+
     def document(self, i: int) -> np.ndarray:
         """Tokens of document i, the `document` token first, int32 `[tokens]`; a view."""
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
@@ -77,6 +83,15 @@ class Rows:
 
     def __len__(self) -> int:
         return self._store.size // self._length
+
+    def longest(self) -> np.ndarray:
+        """Tokens of the longest piece of each row, int64 `[rows]`."""
+        end = len(self) * self._length
+        starts = np.union1d(self._store.offsets, np.arange(0, end + 1, self._length))
+        starts = starts[starts <= end]
+        longest = np.zeros(len(self), np.int64)
+        np.maximum.at(longest, starts[:-1] // self._length, np.diff(starts))
+        return longest
 
     def __getitem__(self, r: int) -> Row:
         begin, end = r * self._length, (r + 1) * self._length

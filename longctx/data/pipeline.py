@@ -8,7 +8,10 @@ machines, at the exact row.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -16,7 +19,7 @@ from grain.experimental import get_next_index
 
 from longctx import config
 from longctx.data import corpus as documents
-from longctx.data.needles import Planter
+from longctx.data.needles import ROOM, Planter
 from longctx.data.packing import Row, Rows, TokenStore
 from longctx.data.synthetic import Task, training_rng
 from longctx.data.tokenizers import Tokenizer
@@ -31,17 +34,65 @@ class Corpus:
       tokenizer: of both stores.
       train: training documents, in an order that the seed gives.
       heldout: held-out documents, in the order of their names.
+      lost: share of the text's characters that the tokenizer cannot represent; training sees the unknown token there.
     """
 
     tokenizer: Tokenizer
     train: TokenStore
     heldout: TokenStore
+    lost: float = 0.0
 
     @property
     def vocab_size(self) -> int:
         """Of the tokenizer."""
         return self.tokenizer.vocab_size
 
+    @property
+    def heldout_share(self) -> float:
+        """Of all tokens, those that are held out."""
+        return self.heldout.size / (self.heldout.size + self.train.size)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the corpus is, by content: equal for the same tokens in the same documents, whatever the seed.
+
+        `training` is the digest of all training documents, `heldout` those of each held-out one.
+        """
+        return {
+            "vocab_size": self.vocab_size,
+            "training_tokens": self.train.size,
+            "heldout_tokens": self.heldout.size,
+            "training": hashlib.sha256(" ".join(self.train.digests()).encode()).hexdigest(),
+            "heldout": self.heldout.digests(),
+        }
+
+    def differences(self, found: Mapping[str, Any], trained: bool = True) -> list[str]:
+        """What differs from another fingerprint, in sentences.
+
+        Args:
+          found: the other fingerprint; digests that it lacks are not compared.
+          trained: whether the training documents are compared; held-out ones always are.
+        """
+        given = self.fingerprint()
+        names = ["vocab_size", "heldout_tokens", *(["training_tokens"] if trained else [])]
+        told = [
+            f"{name}: {found.get(name)} then, {given[name]} now" for name in names if found.get(name) != given[name]
+        ]
+        if trained and found.get("training", given["training"]) != given["training"]:
+            told.append("the training documents hold another text, or are in another order")
+        if (before := found.get("heldout", given["heldout"])) != given["heldout"]:
+            before = set(map(str, before)) if isinstance(before, list) else set()
+            names = sorted(self.heldout.names)
+            new = [name for name, digest in zip(names, given["heldout"], strict=True) if digest not in before]
+            lost = len(before - set(given["heldout"]))
+            told.append(
+                f"{len(new)} of {len(names)} held-out documents were not held out then"
+                + (f" ({_some(new)})" if new else "")
+                + (f", and {lost} that were are not now" if lost else "")
+            )
+        return told
+
+
+MOST_LOST = 0.2  # share of the characters of a corpus that its tokenizer may lack
 
 Source = Corpus | Task  # where rows come from; both have a `vocab_size`
 
@@ -74,7 +125,8 @@ def prepare(data: config.Data | Task, seed: int, workdir: Path | None = None) ->
     """
     if isinstance(data, Task):
         return data
-    train, heldout = documents.split(documents.read(data.path), data.heldout)
+    texts = documents.read(data.path)
+    train, heldout = documents.split(texts, data.heldout)
     kept = None if workdir is None else Path(workdir) / "tokenizer.json"
     if kept is not None and kept.exists():
         tokenizer = Tokenizer.load(kept)
@@ -84,11 +136,19 @@ def prepare(data: config.Data | Task, seed: int, workdir: Path | None = None) ->
         tokenizer = Tokenizer.bytes()
     else:
         tokenizer = Tokenizer.load(data.tokenizer)
+    lost, total = tokenizer.count_lost(document.text for document in texts)
+    if lost > MOST_LOST * total:
+        raise UsageError(
+            f"the tokenizer ({data.tokenizer}) cannot represent {lost / total:.0%} of the corpus' characters, more "
+            f"than the {MOST_LOST:.0%} with which training would mean something; give a tokenizer of the text's language, "
+            "or 'bpe' or 'bytes', which represent every text"
+        )
     order = np.random.default_rng(seed).permutation(len(train))
     corpus = Corpus(
         tokenizer,
         TokenStore.encode([train[i] for i in order], tokenizer),
         TokenStore.encode(heldout, tokenizer),
+        lost / max(total, 1),
     )
     if kept is not None and not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -155,12 +215,48 @@ def _shuffled(
     dataset = dataset.shuffle().repeat()
     if needles.rows == 0:
         return dataset
+    if rows.longest().max() < ROOM:
+        raise UsageError(
+            f"data.needles.rows is {needles.rows:g}, and no row of training.stages[{stage_index}] has a piece of "
+            f"{ROOM} tokens, which a fact and its question take; give longer documents or rows, or data.needles.rows=0"
+        )
     planter = Planter(corpus.tokenizer, needles.facts)
 
     def plant(row: Row, rng: np.random.Generator) -> Row:
         return planter.plant(row, rng) if rng.random() < needles.rows else row
 
     return dataset.random_map(plant)
+
+
+def notes(source: Source, data: config.Data | Task, stages: Sequence[config.Stage]) -> list[str]:
+    """What a reader of the run's numbers should know of its source, in sentences.
+
+    How much text was held out, what the tokenizer cannot represent, and how many of the facts that were asked for
+    found room in the training rows.
+    """
+    if not isinstance(source, Corpus):
+        return []
+    count = len(source.heldout)
+    told = [
+        f"Held out: {count} of {count + len(source.train)} documents ({_some(source.heldout.names)}), "
+        f"{source.heldout_share:.1%} of the text.",
+        f"The tokenizer cannot represent {source.lost:.2%} of the text's characters."
+        if source.lost
+        else "The tokenizer represents all of the text.",
+    ]
+    for index, stage in enumerate(stages if data.needles.rows else ()):
+        room = Rows(source.train, stage.length).longest() // ROOM
+        planted = np.minimum(room, data.needles.facts)
+        if planted.mean() < 0.95 * data.needles.facts:
+            told.append(
+                f"Facts fit in {np.mean(room > 0):.1%} of the rows of training.stages[{index}], and "
+                f"{planted.mean():.1f} of the {data.needles.facts} asked for on average: its documents are short."
+            )
+    return told
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def describe(iterator: grain.DatasetIterator, stage: config.Stage, stage_index: int) -> str:

@@ -100,20 +100,10 @@ def start(workdir: Path, experiment: config.Experiment, source: Source) -> list[
     """
     workdir = Path(workdir)
     changes = check(workdir, experiment)
-    given = {"tokenizer": None, "vocab_size": source.vocab_size}
-    if not isinstance(source, Task):
-        given |= {"training_tokens": source.train.size, "heldout_tokens": source.heldout.size}
     if (workdir / "config.json").exists():
-        found = _read_data(workdir) | {"tokenizer": None}
-        if found != given:
-            differ = (
-                f"{name}: {found.get(name)} then, {given[name]} now" for name in given if found.get(name) != given[name]
-            )
-            raise UsageError(
-                f"the corpus is not the one that {workdir} was started with ({'; '.join(differ)}), so training cannot "
-                "go on where it stopped; bring the documents back, or name another --workdir."
-            )
+        changes += compare_source(workdir, source)
     elif jax.process_index() == 0:
+        given = {"tokenizer": None} | source.fingerprint()
         workdir.mkdir(parents=True, exist_ok=True)
         if not isinstance(source, Task):
             source.tokenizer.save(workdir / "tokenizer.json")
@@ -122,6 +112,32 @@ def start(workdir: Path, experiment: config.Experiment, source: Source) -> list[
     if jax.process_index() == 0:
         _write(workdir / "config.json", config.to_dict(experiment))  # last: with it the workdir counts as started
     return changes
+
+
+def compare_source(workdir: Path, source: Source, trained: bool = True) -> list[str]:
+    """Whether `source` is, by content, what the run was started with.
+
+    Args:
+      workdir: of the run.
+      source: from `longctx.data.prepare`.
+      trained: whether the training documents are compared; without, only what is held out, as evaluation needs.
+
+    Returns:
+      A sentence if an earlier version wrote data.json, without what most of this compares.
+
+    Raises:
+      UsageError: it is not, with what differs.
+    """
+    found = _read_data(workdir)
+    if differ := source.differences(found, trained):
+        why = "training cannot go on where it stopped" if trained else "what would be measured may have been trained on"
+        raise UsageError(
+            f"the corpus is not the one that {workdir} was started with ({'; '.join(differ)}), so {why}; bring the "
+            "documents back, or name another --workdir."
+        )
+    if source.fingerprint().keys() <= found.keys():
+        return []
+    return [f"{workdir / 'data.json'} is of an earlier version, without digests: only the corpus' sizes were compared"]
 
 
 def open_run(workdir: str | Path) -> Run:

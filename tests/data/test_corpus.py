@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import numpy as np
 import pytest
 
 from longctx.data import corpus
@@ -66,14 +67,58 @@ def test_split_is_the_same_in_every_process():
     ]
 
 
-@pytest.mark.parametrize("fraction", [1e-6, 0.5, 1 - 1e-6])
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("fraction", [1e-6, 0.05, 0.5, 1 - 1e-6])
+@pytest.mark.parametrize("count", [1, 2, 3, 20])
 def test_neither_side_of_a_split_is_empty(count, fraction):
     documents = _documents(count)
     train, heldout = corpus.split(documents, fraction)
     assert train
     assert heldout
-    assert sorted(train + heldout) == sorted(documents)
+    assert sorted(_rejoined(train, heldout)) == sorted(documents)
+    assert all(document.text.strip() for document in train + heldout)
+
+
+def _rejoined(train, heldout):
+    """The documents, those that were cut whole again."""
+    ends = {name.removesuffix(" (end)"): text for name, text in heldout if name.endswith(" (end)")}
+    starts = {name.removesuffix(" (start)"): text for name, text in train if name.endswith(" (start)")}
+    assert ends.keys() == starts.keys()
+    whole = [document for document in train + heldout if not document.name.endswith((" (start)", " (end)"))]
+    return whole + [corpus.Document(name, text + ends[name]) for name, text in starts.items()]
+
+
+def _share(train, heldout):
+    size, kept = (sum(len(document.text) for document in side) for side in (heldout, train))
+    return size / (size + kept)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_held_out_is_a_share_of_the_text(seed):
+    """Fails when documents are counted: of two, half of the text is held out, of ten with a long one most of it.
+
+    Corpora of 1 to 40 documents, of one length or from ten characters to a hundred thousand, some of them copies.
+    """
+    rng = np.random.default_rng(seed)
+    count, fraction = rng.integers(1, 40), rng.choice([0.01, 0.05, 0.2])
+    sizes = 10 ** (rng.uniform(1.5, 4, count) if seed % 2 else np.full(count, 3.0))
+    texts = [f"{i}: " + "".join(rng.choice(list("abc d"), int(size))) for i, size in enumerate(sizes)]
+    texts += list(rng.choice(texts, rng.integers(0, 5))) if count > 1 else []
+    documents = [corpus.Document(f"{i}.txt", text) for i, text in enumerate(texts)]
+    train, heldout = corpus.split(documents, fraction)
+    assert sorted(_rejoined(train, heldout)) == sorted(documents)
+    slack = 5 / sum(map(len, texts))  # a character of each copy
+    assert fraction / 2 - slack <= _share(train, heldout) <= 2 * fraction + slack
+    assert not {document.text for document in train} & {document.text for document in heldout}  # copies on one side
+
+
+def test_a_document_too_long_to_be_held_out_is_trained_on():
+    """The other documents stay on their sides."""
+    documents = _documents(300)
+    heldout = corpus.split(documents, 0.1)[1]
+    book = next(text for text in (f"book {i} " * 100_000 for i in range(1000)) if corpus._point(text) < 0.05)
+    train, now = corpus.split([*documents, corpus.Document("book.txt", book)], 0.1)
+    assert "book.txt" in {document.name for document in train}
+    assert set(heldout) <= set(now)
 
 
 def test_a_lone_document_is_cut():

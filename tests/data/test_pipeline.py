@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 from orbax.checkpoint import v1 as ocp
+from tokenizers import models, pre_tokenizers
 
 from longctx import config, data
 from longctx.data import corpus as documents
@@ -90,6 +92,83 @@ def test_an_epoch_is_every_row_once_and_the_next_has_another_order(corpus):
     stream = corpus.train.tokens[: rows * STAGE.length].reshape(rows, -1)
     assert _rows([first]) == sorted(row.tobytes() for row in stream)
     assert (first["tokens"] != second["tokens"]).any()
+
+
+def _prepared(root, texts, seed=0, **options):
+    root.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (root / name).write_text(text)
+    return data.prepare(config.Data(path=str(root), **{"tokenizer": "bytes", "heldout": 0.2} | options), seed)
+
+
+def test_a_fingerprint_is_of_the_content(folder, corpus, tmp_path):
+    """Fails when counts stand for it: two words of a document change places, or two documents."""
+    texts = {file.name: file.read_text() for file in folder.iterdir()}
+    before = corpus.fingerprint()
+    assert json.loads(json.dumps(before)) == before
+    assert _prepared(tmp_path / "copy", texts, seed=7).fingerprint() == before
+    assert corpus.differences(before) == []
+    kept = sorted(corpus.train.names)
+
+    swapped = texts | {kept[0]: texts[kept[0]].replace("has the", "the has")}
+    (told,) = _prepared(tmp_path / "text", swapped).differences(before)
+    assert "the training documents hold another text" in told
+    swapped = texts | {kept[0]: texts[kept[1]], kept[1]: texts[kept[0]]}
+    (told,) = _prepared(tmp_path / "order", swapped).differences(before)
+    assert "another order" in told
+    assert _prepared(tmp_path / "order", swapped).differences(before, trained=False) == []
+
+
+def test_what_was_trained_on_and_is_held_out_now_is_named(tmp_path):
+    """A file that joins makes room for a long document on the other side."""
+    texts = {"small.txt": "small " * 40} | {f"{i}.txt": f"document {i} " * 10 for i in range(4)}
+    before = _prepared(tmp_path / "before", texts, heldout=0.3)
+    texts["large.txt"] = "other text, much of it " * 300
+    now = _prepared(tmp_path / "now", texts, heldout=0.3)
+    trained = set(before.train.names) & set(now.heldout.names)
+    told = now.differences(before.fingerprint(), trained=False)
+    assert "held-out documents were not held out then ('" in told[-1]
+    for name in trained:
+        assert name in told[-1] or "..." in told[-1]
+    old = {name: value for name, value in before.fingerprint().items() if name not in ("training", "heldout")}
+    assert before.differences(old) == []
+    for broken in (None, 3, {}, [[1], None]):
+        assert before.differences(before.fingerprint() | {"heldout": broken, "training": broken})
+
+
+def test_text_that_the_tokenizer_lacks_is_told_or_refused(tmp_path):
+    """Fails when it becomes one unknown token in silence: perplexity 1.00."""
+    words = {word: i for i, word in enumerate(["<unk>", "one", "two"])}
+    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.save(str(tmp_path / "words.json"))
+    options = {"tokenizer": str(tmp_path / "words.json"), "heldout": 0.5}
+    with pytest.raises(UsageError, match=r"words.json\) cannot represent 100% of the corpus' .* more than the 20%"):
+        _prepared(tmp_path / "none", {"a.txt": "три four " * 30, "b.txt": "fünf six " * 30}, **options)
+    some = _prepared(tmp_path / "some", {"a.txt": "one two one two six " * 30, "b.txt": "two one " * 30}, **options)
+    assert some.lost == pytest.approx(3 * 30 / (15 * 30 + 6 * 30))
+    told = data.notes(some, config.Data(needles=config.Needles(rows=0.0)), [STAGE])
+    assert told[1] == "The tokenizer cannot represent 14.29% of the text's characters."
+    whole = _prepared(tmp_path / "whole", {"a.txt": "one two " * 30})
+    assert data.notes(whole, config.Data(needles=config.Needles(rows=0.0)), [STAGE]) == [
+        "Held out: 1 of 2 documents ('a.txt (end)'), 20.2% of the text.",
+        "The tokenizer represents all of the text.",
+    ]
+
+
+def test_facts_without_room_are_told_or_refused(tmp_path):
+    """Fails when rows are left as they are in silence, and retrieval is measured of a model that saw no fact."""
+    texts = {f"{i:02}.txt": f"{i:02} words" for i in range(40)}
+    short = _prepared(tmp_path / "short", texts)
+    with pytest.raises(UsageError, match=r"no row of training.stages\[0\] has a piece of 12 tokens"):
+        data.batches(short, PLANTED, STAGE, 0, 0)
+    data.batches(short, PLAIN, STAGE, 0, 0)
+    some = _prepared(tmp_path / "some", texts | {f"{i:02}.txt": f"{i} more words " * 3 for i in range(8)})
+    (told,) = data.notes(some, PLANTED, [STAGE])[2:]
+    rows = [row for batch in _take(data.batches(some, PLANTED, STAGE, 0, 0), 200) for row in batch["answers"]]
+    share = np.mean([row.any() for row in rows]) / 0.5
+    assert abs(float(told.split()[3].rstrip("%")) / 100 - share) < 0.1
+    assert "training.stages[0]" in told
 
 
 def test_rows_depend_on_seed_and_stage_alone(corpus):

@@ -76,6 +76,26 @@ def test_another_corpus_is_refused(started, parse, corpus):
         workdirs.start(started, parse(), dataclasses.replace(corpus, train=corpus.heldout))
 
 
+def test_another_corpus_of_the_same_size_is_refused(started, parse, corpus):
+    """Fails when counts stand for the corpus: one token of one document is another."""
+    tokens = corpus.train.tokens.copy()
+    tokens[[7, 8]] = tokens[[8, 7]] if tokens[7] != tokens[8] else tokens[[8, 7]] + 1
+    other = dataclasses.replace(corpus, train=dataclasses.replace(corpus.train, tokens=tokens))
+    with pytest.raises(UsageError, match=r"training documents hold another text.* cannot go on"):
+        workdirs.start(started, parse(), other)
+    assert workdirs.compare_source(started, other, trained=False) == []  # evaluation measures what was held out
+    swapped = dataclasses.replace(corpus, train=corpus.heldout, heldout=corpus.train)
+    with pytest.raises(UsageError, match=r"were not held out then .* may have been trained on"):
+        workdirs.compare_source(started, swapped, trained=False)
+
+
+def test_a_data_json_without_digests_is_accepted_and_told(started, parse, corpus):
+    found = json.loads((started / "data.json").read_text())
+    old = {name: found[name] for name in ("tokenizer", "vocab_size", "training_tokens", "heldout_tokens")}
+    (started / "data.json").write_text(json.dumps(old))
+    assert "without digests" in workdirs.start(started, parse(), corpus)[0]
+
+
 def harm_nothing_there(run):
     for path in run.iterdir():
         path.unlink()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator
-from typing import ClassVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -24,6 +24,16 @@ class Task(Options, abc.ABC):
     kind: ClassVar[str]
     vocab_size: int
     lengths: tuple[int, ...]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """As of a corpus; a task's rows follow from its options and the seed."""
+        return {"vocab_size": self.vocab_size}
+
+    def differences(self, found: Mapping[str, Any], trained: bool = True) -> list[str]:
+        """What differs from another fingerprint, in sentences."""
+        del trained
+        size = found.get("vocab_size")
+        return [] if size == self.vocab_size else [f"vocab_size: {size} then, {self.vocab_size} now"]
 
     @abc.abstractmethod
     def rows(self, rng: np.random.Generator, batch: int, length: int) -> Row:
