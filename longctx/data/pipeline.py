@@ -140,7 +140,7 @@ def prepare(data: config.Data | Task, seed: int, workdir: Path | None = None) ->
     if lost > MOST_LOST * total:
         raise UsageError(
             f"the tokenizer ({data.tokenizer}) cannot represent {lost / total:.0%} of the corpus' characters, more "
-            f"than the {MOST_LOST:.0%} with which training would mean something; give a tokenizer of the text's language, "
+            f"than the {MOST_LOST:.0%} with which training would mean something; give a tokenizer of the language, "
             "or 'bpe' or 'bytes', which represent every text"
         )
     order = np.random.default_rng(seed).permutation(len(train))
