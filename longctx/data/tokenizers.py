@@ -8,10 +8,13 @@ that it does not call special, such as runs of spaces, are text.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
+import re
 import secrets
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,18 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from longctx.errors import UsageError
+from longctx.progress import Progress
 
 SPECIAL = ("<|padding|>", "<|document|>", "<|fact|>", "<|ask|>")
 
 _SPACE = "\u2581"  # what stands for a space in vocabularies of pieces
 _WAITING = 6  # ids after the last text; three more than a character of four bytes can lack
 
-_ENCODED_AT_ONCE = 64  # documents; the library's encodings take some hundred bytes a token until they are arrays
+# Characters encoded as one and at once: the library takes some 150 bytes for each until the ids are arrays.
+_PART, _LONGEST_PART, _AT_ONCE = 2**16, 2**20, 2**21
+_PLACES = (re.compile(r"(?<=\S)(?=\s)"), re.compile(r"\b|(?<=\d)(?=\D)|(?<=\D)(?=\d)"))  # a part may end there
+_AROUND = 200  # characters on each side that say whether it does
+_LONGEST_WORD = 256  # bytes that merges are learnt from together: the time of learning goes with their square
 
 
 class Tokenizer:
@@ -58,13 +66,17 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Byte-level byte-pair encoding (Sennrich et al. 2016; GPT-2) learnt from `texts`, of at most `vocab_size`."""
         backend = _byte_level(models.BPE(), use_regex=True)
+        whole = backend.pre_tokenizer
+        runs = pre_tokenizers.Split(tokenizers.Regex(f".{{{_LONGEST_WORD}}}"), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([whole, runs])
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=list(SPECIAL),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
+            show_progress=sys.stderr.isatty(),
         )
         backend.train_from_iterator(texts, trainer)
+        backend.pre_tokenizer = whole
         return cls(backend)
 
     @classmethod
@@ -110,11 +122,50 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` for each of many texts, on all cores."""
-        ids = []
-        for i in range(0, len(texts), _ENCODED_AT_ONCE):
-            encodings = self._encoded(self._reader.encode_batch_fast, texts[i : i + _ENCODED_AT_ONCE])
-            ids += [np.array(encoding.ids, np.int32) for encoding in encodings]
-        return ids
+        ids: list[list[np.ndarray]] = [[] for _ in texts]
+        parts = ((i, text[begin:end]) for i, text in enumerate(texts) for begin, end in self._parts(text))
+        total = sum(map(len, texts))
+        with Progress("encoding", "character", total, large=True, stays=False, shown=total > _AT_ONCE) as progress:
+            for group in _groups(parts):
+                encodings = self._encoded(self._reader.encode_batch_fast, [part for _, part in group])
+                for (i, part), encoding in zip(group, encodings, strict=True):
+                    ids[i].append(np.array(encoding.ids, np.int32))
+                    progress.add(len(part))
+        return [np.concatenate([np.zeros(0, np.int32), *some]) for some in ids]
+
+    def _parts(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where the parts of a text begin and end that are encoded apart, for bounded memory, with the same ids.
+
+        A part ends where the tokenizer ends a token whatever follows: at white space, else between letters, digits and
+        other characters. Whether it does is seen from a few words around. A text without such places is cut all the
+        same after `_LONGEST_PART`.
+        """
+        begin = 0
+        while len(text) - begin > _PART:
+            end, following = self._cut(text, begin + _PART, begin + _LONGEST_PART)
+            yield begin, end
+            begin = following
+        if begin < len(text):
+            yield begin, len(text)
+
+    def _cut(self, text: str, first: int, last: int) -> tuple[int, int]:
+        """Where a part that ends at `first` or after ends, and where the next begins."""
+        last = min(last, len(text))
+        for places in _PLACES:
+            for match in itertools.islice(places.finditer(text, first, last), 16):
+                place = match.start()
+                if place == last:  # where what is looked at ends, which says nothing
+                    break
+                left, right = text[max(place - _AROUND, 0) : place], text[place : place + _AROUND]
+                whole = self._ids(left + right)
+                # Where each text is begun with a space, one that is there stands for it.
+                for skipped in (0, 1) if right[0] == " " else (0,):
+                    if self._ids(left) + self._ids(right[skipped:]) == whole:
+                        return place, place + skipped
+        return last, last
+
+    def _ids(self, text: str) -> list[int]:
+        return self._encoded(self._reader.encode, text).ids
 
     def _encoded(self, encode, texts: str | Sequence[str]) -> Any:
         try:
@@ -143,18 +194,22 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair
-            lost, place = text[error.start], error.start
-        else:
-            normal = self._normalised(text)
+            self._refuse(text[error.start], error.start)
+        if self._complete:
+            return
+        for start, stop in self._parts(text):
+            part = text[start:stop]
+            normal = self._normalised(part)
             is_lost = self._is_lost(normal)
-            if not is_lost.any():
-                return
-            begin = place = int(np.argmax(is_lost))
-            end = begin + int(np.argmin(np.append(is_lost[begin:], False)))
-            lost = normal[begin : min(end, begin + 40)]
-            if normal != text:  # the first character of which the normalised form begins so
-                places = (i for i, character in enumerate(text) if lost[0] in self._normalised(character))
-                place = next(places, begin)
+            if is_lost.any():
+                begin = place = int(np.argmax(is_lost))
+                end = begin + int(np.argmin(np.append(is_lost[begin:], False)))
+                if normal != part:  # the first character of which the normalised form holds it
+                    places = (i for i, character in enumerate(part) if normal[begin] in self._normalised(character))
+                    place = next(places, begin)
+                self._refuse(normal[begin : min(end, begin + 40)], start + place)
+
+    def _refuse(self, lost: str, place: int) -> None:
         code = f" (U+{ord(lost):04X})" if len(lost) == 1 else ""
         raise UsageError(
             f"the prompt holds {lost!r}{code} at character {place}, which the tokenizer's vocabulary of "
@@ -162,12 +217,16 @@ class Tokenizer:
         )
 
     def count_lost(self, texts: Iterable[str]) -> tuple[int, int]:
-        """Of normalised characters that are no white space: how many the vocabulary cannot represent, and how many."""
+        """How many characters the vocabulary cannot represent, of how many; after normalisation, white space apart."""
         lost = total = 0
         for text in texts:
-            normal = self._normalised(text)
-            total += len("".join(normal.split()))
-            lost += int(self._is_lost(normal).sum())
+            if self._complete:
+                total += len(text)
+                continue
+            for begin, end in self._parts(text):
+                normal = self._normalised(text[begin:end])
+                total += len("".join(normal.split()))
+                lost += int(self._is_lost(normal).sum())
         return lost, total
 
     def _normalised(self, text: str) -> str:
@@ -175,8 +234,6 @@ class Tokenizer:
 
     def _is_lost(self, text: str) -> np.ndarray:
         """Which characters of a normalised text yield no token or the unknown one, white space apart; bool."""
-        if self._complete:
-            return np.zeros(len(text), bool)
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         blank = {ord(character) for character in set(text) if character.isspace()} | {ord(_SPACE)}
         # Byte-pair encoding without an unknown token drops what it does not know, and the offsets of what follows
@@ -258,6 +315,19 @@ class TextStream:
     def _rest(self) -> str:
         before = self._tokenizer.decode(self._ids[: self._before])
         return self._tokenizer.decode(self._ids)[len(before) :]
+
+
+def _groups(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Parts of texts together, up to `_AT_ONCE` characters or one part more."""
+    group, size = [], 0
+    for part in parts:
+        group.append(part)
+        size += len(part[1])
+        if size >= _AT_ONCE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _reader(description: dict[str, Any]) -> tokenizers.Tokenizer:

@@ -1,13 +1,15 @@
 """Text survives the tokenizers, special tokens never come from it, and streaming gives the same text."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from longctx.data import Tokenizer
+from longctx.data import tokenizers as module
 from longctx.errors import UsageError
 
 TEXTS = [
@@ -97,6 +99,103 @@ def test_stream_of_any_bytes_is_their_text():
     ids = np.random.default_rng(0).integers(tokenizer.vocab_size, size=400)
     stream = tokenizer.stream()
     assert "".join(stream.push(index) for index in ids) + stream.flush() == tokenizer.decode(ids)
+
+
+PROSE = "\n".join(
+    f"It's line {i}, don't   stop: x{i}=({i * 7919 % 1000}/3);\r\n\n\tünïcödé 漢字、かな。🧑‍🚀 "
+    + ("a" * (i % 130)) + ")\n\n" * (i % 3)
+    for i in range(200)
+)  # fmt: skip
+
+
+def _gpt2(path):
+    return Tokenizer.train([PROSE, *CORPUS], 700)
+
+
+def _cl100k(path):
+    """Punctuation takes the line ends after it, digits come in threes."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    split = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(split), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
+    )
+    return _trained(backend, trainer, path)
+
+
+def _trained(backend, trainer, path):
+    backend.train_from_iterator([PROSE, *CORPUS], trainer)
+    backend.save(str(path))
+    return Tokenizer.load(path)
+
+
+def _llama(path):
+    """No words: merges over the whole text, which is begun with a space."""
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    _trained(backend, trainers.BpeTrainer(vocab_size=700, show_progress=False), path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": None}))
+    return Tokenizer.load(path)
+
+
+def _unigram(path):
+    backend = tokenizers.Tokenizer(models.Unigram())
+    backend.normalizer, backend.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=300, show_progress=False, unk_token="<unk>", special_tokens=["<unk>"])
+    return _trained(backend, trainer, path)
+
+
+def _bert(path):
+    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=500, show_progress=False, special_tokens=["[UNK]"])
+    return _trained(backend, trainer, path)
+
+
+@pytest.mark.parametrize("make", [_gpt2, _cl100k, _llama, _unigram, _bert, lambda path: Tokenizer.bytes()])
+def test_parts_of_a_text_have_the_ids_of_the_whole(monkeypatch, tmp_path, make):
+    """Fails when a part ends within a word, or each part is begun with a space that the text does not have."""
+    tokenizer = make(tmp_path / "tokenizer.json")
+    whole = tokenizer.encode(PROSE)
+    assert whole.tolist() == tokenizer._reader.encode(PROSE, add_special_tokens=False).ids
+    for part in (100, 137, 1000):
+        monkeypatch.setattr(module, "_PART", part)
+        ends = [end for _, end in tokenizer._parts(PROSE)]
+        assert len(PROSE) / part / 4 < len(ends) <= len(PROSE) / part
+        np.testing.assert_array_equal(tokenizer.encode(PROSE), whole)
+
+
+def test_long_texts_are_encoded_in_parts(monkeypatch):
+    """Fails when a document is encoded as one: 150 bytes a character, 7.5 GiB of a file of 50 MB."""
+    monkeypatch.setattr(module, "_PART", 100)
+    monkeypatch.setattr(module, "_LONGEST_PART", 400)
+    monkeypatch.setattr(module, "_AT_ONCE", 1000)
+    tokenizer, given = Tokenizer.train(CORPUS, 400), []
+    encoded = tokenizer._encoded
+    monkeypatch.setattr(
+        tokenizer, "_encoded", lambda encode, texts: given.append(len("".join(texts))) or encoded(encode, texts)
+    )
+    texts = [PROSE, "a" * 5000, " " * 5000, "x", "", "12" * 3000]
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert tokenizer.decode(ids) == text
+    assert max(given) <= 1400
+
+
+def test_learning_from_an_unbroken_run_takes_a_moment():
+    """Fails when merges are learnt from the run as one word: 12 seconds, four times as many of twice the letters."""
+    letters = "".join(np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), 150_000))
+    before = time.process_time()
+    tokenizer = Tokenizer.train([letters, *CORPUS], 1000)
+    assert time.process_time() - before < 6
+    assert tokenizer.vocab_size == 1000
+    assert tokenizer.decode(tokenizer.encode(letters)) == letters
 
 
 def _counted(monkeypatch, tokenizer):
