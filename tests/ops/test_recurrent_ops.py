@@ -109,7 +109,7 @@ def with_gradients(form, inputs, state, **options):
     return run(inputs, state)
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 500])
+@pytest.mark.parametrize("length", [65, 500, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 63, 64))])
 @every_family
 def test_form(family, length):
     """Chunked equals recurrent, gradients included. Fails when the chunk's incoming state is not decayed."""
