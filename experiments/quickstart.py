@@ -101,6 +101,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluation.samples = 16  # needles per depth and length
     config.evaluation.final_block = 128  # tokens of the fixed final block
     config.evaluation.documents = 48  # held-out windows for perplexity and loss by position
+    config.evaluation.every = 110  # steps between measurements of the held-out loss; 0: only in the end
+    config.evaluation.heldout_tokens = 2**17  # of the held-out text that it is of, at most
 
     if arg == "smoke":
         config.model.width = 32
@@ -108,4 +110,6 @@ def get_config(arg: str = "") -> ConfigDict:
         config.evaluation.factors = (1, 2)
         config.evaluation.samples = 2
         config.evaluation.documents = 4
+        config.evaluation.every = 6
+        config.evaluation.heldout_tokens = 2**12
     return config

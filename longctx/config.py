@@ -206,11 +206,15 @@ class Evaluation(Options):
     tokens: Tokens = 2**22  # of a synthetic task's rows of one length, at most: of long rows there are fewer, but 4
     final_block: int = 128  # tokens of the fixed final block whose perplexity is measured
     documents: int = 32  # held-out documents for perplexity and loss by position
+    every: Tokens = 0  # steps between measurements of the held-out loss while training; 0: only in the end
+    heldout_tokens: Tokens = 2**20  # of the held-out text that the held-out loss is of, at most
 
     def problems(self):
-        for name in ("depths", "samples", "tokens", "final_block", "documents"):
+        for name in ("depths", "samples", "tokens", "final_block", "documents", "heldout_tokens"):
             if getattr(self, name) < 1:
                 yield f"{name} is {getattr(self, name)}; it must be at least 1"
+        if self.every < 0:
+            yield f"every is {self.every}; give a number of steps, or 0 to measure only in the end"
         if not self.factors or any(factor < 1 for factor in self.factors):
             yield f"factors is {self.factors}; give whole multiples of the trained length, such as (1, 2, 4, 8)"
 

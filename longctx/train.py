@@ -33,7 +33,7 @@ def _train(experiment: config.Experiment, workdir: Path) -> None:
     if jax.process_index() == 0:
         for line in data.notes(source, experiment.data, experiment.training.stages):
             print(line, file=sys.stderr, flush=True)
-    summary = loop.train(experiment, workdir, source)
+    summary = loop.train(experiment, workdir, source, evals.HeldOut)
     if not summary["finished"]:
         return
     model, _ = workdirs.load_model(workdirs.open_run(workdir), mesh)

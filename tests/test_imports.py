@@ -12,6 +12,7 @@ ROOT = pathlib.Path(longctx.__file__).parent
 RANK = {
     "errors": 0,
     "progress": 0,
+    "provenance": 0,
     "typing": 0,
     "schema": 1,
     "config": 2,

@@ -1,7 +1,7 @@
 """Rows of tokens: documents, tokenizers, packing, the retrieval task, synthetic tasks, the input pipeline."""
 
 from longctx.data.needles import needle_rows
-from longctx.data.packing import TokenStore, pad, stretches
+from longctx.data.packing import Rows, TokenStore, pad, stretches
 from longctx.data.pipeline import Corpus, Source, batches, describe, notes, prepare
 from longctx.data.synthetic import TASKS, Task, heldout_rng
 from longctx.data.tokenizers import TextStream, Tokenizer
@@ -9,6 +9,7 @@ from longctx.data.tokenizers import TextStream, Tokenizer
 __all__ = [
     "TASKS",
     "Corpus",
+    "Rows",
     "Source",
     "Task",
     "TextStream",

@@ -35,11 +35,15 @@ class TokenStore:
       tokens: int32 `[size + 1]`; each document begins with the `document` token, and one more closes the last.
       offsets: int64 `[documents + 1]`; document i is tokens `offsets[i]` to `offsets[i + 1]`.
       names: of the documents.
+      bytes: int64 `[documents]`, of their texts in UTF-8.
+      texts: digests of their texts, by which one is known whatever its name and the tokenizer.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     names: tuple[str, ...]
+    bytes: np.ndarray
+    texts: tuple[str, ...]
 
     @classmethod
     def encode(cls, documents: Sequence[Document], tokenizer: Tokenizer) -> TokenStore:
@@ -49,7 +53,12 @@ class TokenStore:
         tokens = np.full(offsets[-1] + 1, tokenizer.document, np.int32)
         for start, ids in zip(offsets[:-1], encoded, strict=True):
             tokens[start + 1 : start + 1 + len(ids)] = ids
-        return cls(tokens, offsets, tuple(document.name for document in documents))
+        sizes, digests = np.empty(len(documents), np.int64), []
+        for i, document in enumerate(documents):
+            text = document.text.encode()
+            sizes[i] = len(text)
+            digests.append(hashlib.blake2b(text, digest_size=8).hexdigest())
+        return cls(tokens, offsets, tuple(document.name for document in documents), sizes, tuple(digests))
 
     def __len__(self) -> int:
         return len(self.names)

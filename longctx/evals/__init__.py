@@ -1,5 +1,6 @@
 """Measurements on held-out text, and the report of them."""
 
+from longctx.evals.heldout import HeldOut
 from longctx.evals.suite import evaluate
 
-__all__ = ["evaluate"]
+__all__ = ["HeldOut", "evaluate"]

@@ -127,7 +127,8 @@ def pictures(summary: dict[str, Any], history: list[dict[str, Any]]) -> Iterator
         (
             "training",
             "Training",
-            "Loss of the training batches (thin) with its running mean (thick), and below it the share of "
+            "Loss of the training batches (thin) with its running mean (thick), that of held-out text where it was "
+            "measured, and below the share of "
             "questions answered right; dotted lines mark where rows become longer.",
             history,
             _training,
@@ -198,6 +199,11 @@ def _training(figure, style: Style, summary, history) -> None:
     else:
         loss_axes = axes = figure.subplots()
     _curve(loss_axes, style.first, history, "loss")
+    heldout = [line for line in history if line.get("heldout_loss") is not None]
+    if heldout:
+        steps, losses = ([line[name] for line in heldout] for name in ("step", "heldout_loss"))
+        loss_axes.plot(steps, losses, color=style.ink, marker="o", markersize=4, linewidth=1, label="held out")
+        loss_axes.legend(loc="lower left")
     loss_axes.set(ylabel="loss (nats)")
     axes.set(xlabel="step")
     axes.margins(x=0.01)

@@ -116,6 +116,16 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ):
         if train.get(key) is not None:
             found.append((label, form.format(train[key])))
+    start, heldout = summary["start"], summary["heldout"]
+    if corpus := start.get("corpus"):
+        told = "{training_tokens:,} tokens in {training_documents:,} documents".format(**corpus)
+        found.append(("corpus", f"{told}, {start['epochs']:,.2f} epochs"))
+    text = "bits_per_byte" in heldout
+    loss = _with_error(heldout["loss"], heldout["standard_error"], ".4f")
+    found.append(("held-out loss", f"{loss} nats {'a token' if text else 'an answer'}"))
+    if text:
+        bits = _with_error(heldout["bits_per_byte"], heldout["bits_per_byte_standard_error"], ".4f")
+        found.append(("the same in bits a byte", bits))
     if task := summary.get("task"):
         longest = max(task["accuracy"], key=int)
         label = f"accuracy in {task['kind']} at {int(longest):,} tokens (guessing: {task['guessing'][longest]:.0%})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -11,8 +12,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from longctx import config, data
-from longctx.evals import answers, needle, perplexity, provenance, report
+from longctx import config, data, provenance
+from longctx.evals import answers, needle, perplexity, report
+from longctx.evals.heldout import HeldOut
 from longctx.evals.scorer import Scorer
 from longctx.evals.speed import speed
 from longctx.models import parameter_count
@@ -41,7 +43,7 @@ def evaluate(
     Raises:
       FloatingPointError: no loss of the model is finite; no report was written.
     """
-    workdir, notes = Path(workdir), []
+    workdir, notes = Path(workdir), data.notes(source, experiment.data, experiment.training.stages)
     if training is not None and not training.get("finished", True):
         notes.append("Training has not finished: this is the newest checkpoint.")
     start = time.perf_counter()
@@ -61,7 +63,8 @@ def evaluate(
         "evaluation": {"seconds": time.perf_counter() - start, "tokens": bar.total},
         "device": provenance.device(),
         "versions": provenance.versions(),
-        "config": provenance.config(workdir),
+        "start": _json(workdir / "start.json"),
+        "config": _json(workdir / "config.json"),
     }
     summary = _finite(summary, lost)
     if lost:
@@ -80,7 +83,10 @@ def _of_task(
     """Answers to a synthetic task, by the length of rows."""
     options = experiment.evaluation
     rows = {n: answers.samples_of(n, options.samples, options.tokens) for n in sorted(task.lengths)}
-    bar.begin(sum(length * count for length, count in rows.items()))
+    graphdef, params = nnx.split(model)
+    heldout = HeldOut(graphdef, experiment, task)
+    bar.begin(heldout.tokens + sum(length * count for length, count in rows.items()))
+    loss = heldout(nnx.as_pure(params), bar.add)
     reader = answers.Reader(model, _tokens_at_once(experiment), bar.add)
     measured = {length: reader.measure(task, length, count, experiment.seed) for length, count in rows.items()}
     speeds = {
@@ -96,6 +102,7 @@ def _of_task(
         "needle": {"accuracy": {}},
         "perplexity": {"final_block": {}},
         "loss_by_position": [],
+        "heldout": loss.summary(),
         "speed": speeds,
     }
 
@@ -126,7 +133,15 @@ def _of_text(
     if not where:
         notes.append("The training rows carried no facts (data.needles.rows is 0), so retrieval is not measured.")
 
-    bar.begin(len(windows) * sum(shapes.values()) + len(where) * options.samples * sum(lengths))
+    graphdef, params = nnx.split(model)
+    heldout = HeldOut(graphdef, experiment, corpus)
+    bar.begin(heldout.tokens + len(windows) * sum(shapes.values()) + len(where) * options.samples * sum(lengths))
+    loss = heldout(nnx.as_pure(params), bar.add)
+    if not loss.whole:
+        notes.append(
+            f"The held-out loss is of {loss.tokens.sum():,} of {corpus.heldout.size:,} held-out tokens, "
+            "as evaluation.heldout_tokens says."
+        )
     scorer = Scorer(model, _tokens_at_once(experiment), bar.add)
     measured: dict[str, Any] = {"needle": {"accuracy": {}}, "perplexity": {"final_block": {}}}
     if where:
@@ -144,6 +159,7 @@ def _of_text(
         if len(set(cut)) == 1:
             notes.append("All windows are of one held-out document, so perplexity has no standard error.")
         measured["loss_by_position"] = perplexity.by_position(whole, cut)
+    measured["heldout"] = loss.summary()
     measured["speed"] = speed(scorer, corpus.heldout.tokens, lengths, tail=tail)
     return measured
 
@@ -161,9 +177,10 @@ def _finite(tree: Any, lost: list[str], path: str = "") -> Any:
 
 
 def _require_losses(measured: dict[str, Any]) -> None:
-    """Raises FloatingPointError if the model's losses were measured and none of them is a number."""
-    losses = [*measured.get("task", {}).get("loss", {}).values(), *measured["perplexity"]["final_block"].values()]
-    if losses and not any(map(math.isfinite, losses)):
+    """Raises FloatingPointError if no loss of the model is a finite number."""
+    losses = [measured["heldout"]["loss"], *measured["perplexity"]["final_block"].values()]
+    losses += measured.get("task", {}).get("loss", {}).values()
+    if not any(map(math.isfinite, losses)):
         raise FloatingPointError(
             f"the losses of the model are {losses[0]}, of whatever length, so that there is nothing to report; "
             "its parameters are of no use. Train again with a lower training.learning_rate."
@@ -180,3 +197,12 @@ def _training(training: dict[str, Any] | None) -> dict[str, Any]:
     """The summary of training, under the report's names."""
     names = {"seconds": "wall_seconds", "loss": "final_loss"}
     return {names.get(key, key): value for key, value in (training or {}).items()}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """What the run wrote down; nothing where it is not there or cannot be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -6,7 +6,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from longctx import config, data
 from longctx.errors import UsageError
 from longctx.parallel import mesh as meshes
 from longctx.parallel.processes import Votes
+from longctx.training import start
 from longctx.training import workdir as workdirs
 from longctx.training.checkpoints import Checkpoints
 from longctx.training.metrics import Metrics, Row, summarise
@@ -47,7 +48,9 @@ def make_mesh(experiment: config.Experiment, devices: Sequence[jax.Device] | Non
     return mesh
 
 
-def train(experiment: config.Experiment, workdir: Path, source: data.Source) -> Row:
+def train(
+    experiment: config.Experiment, workdir: Path, source: data.Source, heldout: Callable[..., Callable] | None = None
+) -> Row:
     """Trains, from the newest checkpoint in `workdir` on if there is one; a finished run is left as it is.
 
     A signal to end (SIGTERM, or one Ctrl-C) lets the step in progress finish, saves, and returns.
@@ -56,6 +59,8 @@ def train(experiment: config.Experiment, workdir: Path, source: data.Source) -> 
       experiment: what to train, and how.
       workdir: where everything is written; see `longctx.training.workdir`.
       source: from `longctx.data.prepare`.
+      heldout: such as `evals.HeldOut`: called once with the model's graphdef, the experiment and the source, gives what
+        every `evaluation.every` steps is called with the parameters, and its `scalars()` go into the step's row.
 
     Returns:
       `metrics.summarise`'s numbers, and `parameters`, `devices` and `finished`.
@@ -79,7 +84,12 @@ def train(experiment: config.Experiment, workdir: Path, source: data.Source) -> 
         with Metrics(workdir, training, step, jax.process_index() == 0) as metrics, _stop_signals() as stop:
             if step:
                 metrics.say("; ".join([f"going on from step {step}", *changes]))
-            run = _Run(experiment, program, checkpoints, metrics)
+            if jax.process_index() == 0 and step < training.steps:
+                facts = start.facts(program, source, workdir)
+                start.write(workdir, facts)
+                metrics.say("\n".join(start.lines(facts)))
+            measure = heldout(program.graphdef, experiment, source) if heldout and experiment.evaluation.every else None
+            run = _Run(experiment, program, checkpoints, metrics, measure)
             step = run.steps(step, state, iterators, Votes(stop, mesh))
         summary = summarise(workdir, training)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract.params))
@@ -98,7 +108,8 @@ class _Pending(NamedTuple):
 class _Run:
     """What the steps of one call of `train` share."""
 
-    def __init__(self, experiment, program, checkpoints, metrics):
+    def __init__(self, experiment, program, checkpoints, metrics, measure):
+        self._measure, self._measure_every = measure, experiment.evaluation.every
         self._training, self._every = experiment.training, experiment.checkpoints.every
         self._program = program
         self._checkpoints, self._metrics = checkpoints, metrics
@@ -119,6 +130,8 @@ class _Run:
                 state, metrics = compiled[index](state, _spread(rows, stage, self._program))
                 step += 1
                 self._read(pending)
+                if self._measure and step % self._measure_every == 0:
+                    metrics |= self._heldout(state, metrics)
                 pending = _Pending(step, index, batch, metrics)
                 stopping = bool(votes)
                 if step % self._every == 0 or step == end or stopping:
@@ -137,8 +150,19 @@ class _Run:
         before = time.perf_counter()
         compiled = self._program.compile(stage)
         self._clock = time.perf_counter()
-        self._metrics.say(f"compiled in {self._clock - before:.1f} s")
+        held = compiled.memory_analysis()
+        size = held.argument_size_in_bytes + held.temp_size_in_bytes + held.output_size_in_bytes
+        size = (size - held.alias_size_in_bytes) / 2**20
+        self._metrics.say(f"compiled in {self._clock - before:.1f} s; a step takes {size:,.0f} MiB on a device")
         return compiled
+
+    def _heldout(self, state, metrics) -> dict[str, float]:
+        """The held-out loss, whose time is not the step's."""
+        jax.block_until_ready(metrics)
+        before = time.perf_counter()
+        found = self._measure(state.params).scalars()
+        self._clock += time.perf_counter() - before
+        return found
 
     def _read(self, pending: _Pending | None) -> None:
         """Waits for a step and records it."""
@@ -146,7 +170,7 @@ class _Run:
             return
         found = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
         now = time.perf_counter()
-        for name in ("loss", "gradient_norm"):
+        for name in ("loss", "gradient_norm", *(name for name in found if name.startswith("heldout"))):
             if not math.isfinite(found[name]):
                 raise FloatingPointError(self._not_finite(name, found[name], pending))
         stage = self._training.stages[pending.stage]

@@ -23,7 +23,8 @@ class Metrics:
     """Where the rows of a run go, one per step; a context manager.
 
     A row has `step` (from 1), `stage`, `loss`, `retrieval_accuracy`, which is `hits` of `answers` (None without any),
-    `gradient_norm`, `learning_rate`, and `tokens` and `seconds` of the step alone. Reading gives the same bits.
+    `gradient_norm`, `learning_rate`, and `tokens` and `seconds` of the step alone; `heldout_loss` and
+    `heldout_bits_per_byte` where they were measured after the step. Reading gives the same bits.
 
     Args:
       workdir: of the run; lines past `step`, from before an interruption, are removed from its file.
@@ -49,6 +50,8 @@ class Metrics:
             return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        for name in (name for name in row if name.startswith("heldout_")):
+            self._writer.add_scalar(name.replace("_", "/", 1), row[name], row["step"])
         self._window.append(row)
         means = mean(self._window)
         if row["step"] % self._training.log_every == 0 or row["step"] == self._training.steps:

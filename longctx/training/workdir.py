@@ -3,6 +3,7 @@
 config.json      the experiment, written when training first starts
 tokenizer.json   the tokenizer; none for a synthetic task
 data.json        what the tokenizer and the corpus were, to notice when they change
+start.json       what training said of itself when it last started, see longctx.training.start
 checkpoints/     see longctx.training.checkpoints
 metrics.jsonl    see longctx.training.metrics
 logs/            TensorBoard's

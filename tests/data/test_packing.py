@@ -1,5 +1,7 @@
 """Rows are the documents' tokens in order, with the right targets, pieces and positions."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,8 @@ STORE = TokenStore(
     tokens=np.array([1, 10, 11, 1, 20, 1, 30, 31, 32, 33, 1, 40, 1], np.int32),
     offsets=np.array([0, 3, 5, 10, 12]),
     names=("a", "b", "c", "d"),
+    bytes=np.array([2, 1, 4, 1]),
+    texts=("a", "b", "c", "d"),
 )
 
 
@@ -19,6 +23,8 @@ def test_documents_are_encoded_end_to_end():
     tokenizer = Tokenizer.bytes()
     store = TokenStore.encode([Document("a", "ab"), Document("b", "c<|fact|>")], tokenizer)
     assert (len(store), store.size, store.names) == (2, 13, ("a", "b"))
+    np.testing.assert_array_equal(store.bytes, [2, 9])
+    assert store.texts[0] == hashlib.blake2b(b"ab", digest_size=8).hexdigest() != store.texts[1]
     assert tokenizer.decode(store.tokens, special=True) == "<|document|>ab<|document|>c<|fact|><|document|>"
     np.testing.assert_array_equal(store.lengths, [3, 10])
     assert tokenizer.decode(store.document(1), special=True) == "<|document|>c<|fact|>"

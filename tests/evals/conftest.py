@@ -56,8 +56,9 @@ def corpus():
         for count in (120, 20, 90, 60, 6)
     ]
     offsets = np.cumsum([0, *map(len, documents)])
+    sizes = np.diff(offsets) - 1
     tokens = np.concatenate([*documents, [tokenizer.document]]).astype(np.int32)
-    return Corpus(tokenizer, data.TokenStore(tokens, offsets, tuple("abcde")))
+    return Corpus(tokenizer, data.TokenStore(tokens, offsets, tuple("abcde"), sizes, tuple("edcba")))
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,13 @@ class Recorder:
 
 def store(lengths):
     offsets = np.cumsum([0, *lengths])
-    return data.TokenStore(np.arange(offsets[-1] + 1, dtype=np.int32), offsets, ("",) * len(lengths))
+    return data.TokenStore(
+        np.arange(offsets[-1] + 1, dtype=np.int32),
+        offsets,
+        ("",) * len(lengths),
+        np.array(lengths),
+        ("",) * len(lengths),
+    )
 
 
 def test_final_block_is_the_same_for_every_context():

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx.evals import evaluate, perplexity, provenance, report
+from longctx import provenance
+from longctx.evals import evaluate, perplexity, report
 
 TRAINING = {"finished": True, "steps": 8, "tokens": 2048, "seconds": 1.5, "tokens_per_second": 1365.3, "loss": 5.1}
 

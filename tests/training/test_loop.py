@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import longctx
 from longctx import config
 from longctx.data.synthetic import SelectiveCopying
 from longctx.errors import RunError, UsageError
-from longctx.training import loop, metrics
+from longctx.training import checkpoints, loop, metrics, start
 from longctx.training import workdir as workdirs
 from longctx.training.step import Program
 
@@ -39,7 +40,26 @@ def steps(workdir):
 def straight(tmp_path_factory, parse, corpus, cache):
     """The workdir of a run that nothing interrupted, and what `train` returned."""
     workdir = tmp_path_factory.mktemp("straight")
-    return workdir, loop.train(parse(), workdir, corpus)
+    experiment = parse()
+    measured = dataclasses.replace(experiment.evaluation, every=4)
+    return workdir, loop.train(
+        dataclasses.replace(experiment, evaluation=measured), workdir, corpus, lambda *given: HeldOut(given)
+    )
+
+
+class HeldOut:
+    """In place of `evals.HeldOut`: the sum of the embedding, and a second of time."""
+
+    def __init__(self, given):
+        assert [type(each).__name__ for each in given] == ["GraphDef", "Experiment", "Corpus"]
+
+    def __call__(self, params):
+        time.sleep(1)
+        self.found = float(np.abs(params["embedding"]).sum())
+        return self
+
+    def scalars(self):
+        return {"heldout_loss": self.found, "heldout_bits_per_byte": 2.0}
 
 
 @pytest.fixture
@@ -69,6 +89,40 @@ def test_a_run(straight):
     assert [row["stage"] for row in metrics.read(workdir)] == [0] * 4 + [1] * 5
     assert sum(row["answers"] for row in metrics.read(workdir)) > 0
     assert json.loads((workdir / "config.json").read_text())["training"]["log_every"] == 3
+
+
+def test_held_out_loss_is_of_the_step_that_it_follows(straight, tmp_path, parse, corpus):
+    """After steps 4 and 8, of the parameters that a stop right after step 4 saves, and in nobody's time."""
+    rows = metrics.read(straight[0])
+    assert [row["step"] for row in rows if "heldout_loss" in row] == [4, 8]
+    assert all(row["seconds"] < 0.9 for row in rows)
+    assert rows[3]["heldout_bits_per_byte"] == 2.0
+    run = workdirs.open_run(straight[0])
+    shapes = loop.Program.make(run.experiment, run.tokenizer.vocab_size, loop.make_mesh(run.experiment)).abstract.params
+    saved, _ = checkpoints.load_params(straight[0], shapes)
+    assert rows[7]["heldout_loss"] != pytest.approx(float(np.abs(saved["embedding"]).sum()), rel=1e-6)  # of step 9
+    (tmp_path / "run").mkdir()
+    shutil.copytree(straight[0] / "checkpoints" / "8", tmp_path / "run" / "checkpoints" / "8")
+    saved, _ = checkpoints.load_params(tmp_path / "run", shapes)
+    assert rows[7]["heldout_loss"] == pytest.approx(float(np.abs(saved["embedding"]).sum()), rel=1e-6)
+
+
+def test_a_start_says_what_the_run_is(straight, parse, corpus):
+    """Parameters, devices, memory, corpus and epochs, in start.json and in lines."""
+    found = json.loads((straight[0] / "start.json").read_text())
+    assert found["run"]["name"] == straight[0].name
+    assert found["parameters"] == straight[1]["parameters"]
+    assert found["devices"] == 1
+    assert found["mesh"] == {"data": 1, "context": 1, "model": 1}
+    assert found["state_bytes"] == pytest.approx(3 * 4 * found["parameters"], rel=0.01)  # and two moments
+    assert found["corpus"]["training_tokens"] == corpus.train.size
+    assert found["corpus"]["heldout_documents"] == len(corpus.heldout)
+    assert found["epochs"] == pytest.approx(straight[1]["tokens"] / corpus.train.size)
+    text = "\n".join(start.lines(found))
+    assert f"{found['parameters']:,} parameters" in text
+    assert f"{found['epochs']:.2f} epochs" in text
+    del found["corpus"], found["epochs"]
+    assert "made anew" in "\n".join(start.lines(found))
 
 
 def test_a_finished_run_is_left_as_it_is(straight, parse, corpus, monkeypatch):

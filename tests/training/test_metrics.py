@@ -73,3 +73,14 @@ def test_summary(tmp_path):
     write(tmp_path, 5, 7)
     assert summarise(tmp_path, TRAINING)["finished"]
     assert not summarise(tmp_path / "nothing", TRAINING)["finished"]
+
+
+def test_held_out_loss_is_logged_where_it_was_measured(tmp_path):
+    with Metrics(tmp_path, TRAINING, 0, chief=True) as metrics:
+        for step in range(1, 6):
+            measured = {"heldout_loss": 2.0 + step, "heldout_bits_per_byte": 1.5} if step == 4 else {}
+            metrics.record(row(step) | measured)
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    for name, value in (("heldout/loss", 6.0), ("heldout/bits_per_byte", 1.5)):
+        assert [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors(name)] == [(4, value)]
+    assert read(tmp_path)[3]["heldout_loss"] == 6.0

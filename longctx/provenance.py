@@ -1,10 +1,9 @@
-"""Where a report comes from: the run, the command, the code, the machine."""
+"""Where what is measured comes from: the run, the command, the code, the machine."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -36,7 +35,7 @@ def command() -> str:
     return shlex.join([Path(interpreter).name, *arguments])
 
 
-def commit(package: Path = Path(__file__).parents[1]) -> str | None:
+def commit(package: Path = Path(__file__).parent) -> str | None:
     """The commit of the checkout that `package` is part of, "+" behind it where files differ; None if of none."""
 
     def git(*arguments: str) -> str | None:
@@ -76,9 +75,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:  # run from its folder, not installed
             found[name] = "not installed"
     return found
-
-
-def config(workdir: Path) -> dict[str, Any]:
-    """The experiment, as the run wrote it down."""
-    file = workdir / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
