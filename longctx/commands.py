@@ -109,6 +109,8 @@ def workdir() -> Path:
 def run(main: Callable[[], int | None]) -> None:
     """Parses the flags, calls `main`, and exits with what it returns or raises."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides XLA's notes
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # of consoles that cannot show every character
     app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 

@@ -8,12 +8,11 @@ attention that sees all of the document.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 from absl import flags
 
 from longctx import commands, config
+from longctx.data import files
 from longctx.errors import UsageError
 from longctx.inference import Request, Sampling, complete
 from longctx.parallel import mesh as meshes
@@ -24,6 +23,7 @@ _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A file with the text to
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "Tokens to write at most; fewer where the model ends the text.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the most likely token.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws from the most likely tokens that have this mass together.")
+_LARGEST = 2**28  # bytes of a prompt file
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws; equal seeds write equal texts.")
 
 
@@ -49,17 +49,8 @@ def _prompt() -> str:
         raise UsageError(f"{given} given; give one of them")
     if file is None:
         return text
-    try:
-        text = Path(file).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UsageError(f"the prompt file '{file}' cannot be read ({error.strerror}); give a file of text") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"the prompt file '{file}' is not UTF-8 text (byte {error.start:,}); give a file of text"
-        ) from error
-    if "\0" in text:
-        raise UsageError(f"the prompt file '{file}' is not text: it has a NUL; give a file of text")
-    return text
+    name = f"the prompt file '{file if len(file) <= 120 else file[:120] + '...'}'"
+    return files.decode(files.read(files.find(file, "--prompt_file"), name, _LARGEST), name)
 
 
 if __name__ == "__main__":

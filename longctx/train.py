@@ -9,7 +9,6 @@ overrides a field of the file. On several machines, each starts the command with
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import jax
@@ -30,9 +29,6 @@ def _train(experiment: config.Experiment, workdir: Path) -> None:
     workdirs.check(workdir, experiment)
     started = (workdir / "config.json").exists()
     source = data.prepare(experiment.data, experiment.seed, workdir if started else None)
-    if jax.process_index() == 0:
-        for line in data.notes(source, experiment.data, experiment.training.stages):
-            print(line, file=sys.stderr, flush=True)
     summary = loop.train(experiment, workdir, source, evals.HeldOut)
     if not summary["finished"]:
         return

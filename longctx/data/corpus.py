@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from longctx.data import files
 from longctx.errors import UsageError
 
 SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl")  # each also with .gz
@@ -22,6 +23,9 @@ SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl")  # each also with .gz
 # Left out of the standard library: installed packages; its tests, which not every distribution ships; and generated
 # files (tables of character sets, the help's topics as strings), which are not written text.
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"})
+
+
+_WRITTEN = ("checkpoints", "damaged", "logs", "metrics", "processes", "report")  # by a run, names begin so
 
 
 class Document(NamedTuple):
@@ -34,38 +38,39 @@ class Document(NamedTuple):
 def read(path: str) -> list[Document]:
     """The documents of a file or folder, in the order of their names; those without any text are left out.
 
-    A folder is read recursively; hidden files and folders, and files of another kind, are passed over.
+    A folder is read recursively, through links too. Hidden files and folders, files of another kind, and working
+    directories of runs are passed over.
 
     Args:
       path: a file or a folder; empty for the sources of the running interpreter's standard library.
 
     Raises:
-      UsageError: when there is nothing there, no file of a kind that can be read, or no text in any; when a file
-        is not UTF-8 text, or a line of a `.jsonl` file is not a document.
+      UsageError: when there is nothing there, no file of a kind that can be read, or no text in any; when a file or
+        folder cannot be read, a file is not UTF-8 text, or a line of a `.jsonl` file is not a document.
     """
     if not path:
         return _standard_library()
-    root = Path(path).expanduser()
+    root = files.find(path, "data.path")
     if root.is_dir():
-        files = [file for file in _walk(root) if _suffix(file) in SUFFIXES]
-        if not files:
+        found = [file for file in _walk(root) if _suffix(file) in SUFFIXES]
+        if not found:
             raise UsageError(
                 f"data.path is the folder '{root}', which holds no documents; "
                 f"put files there that end in {_kinds()}, or name another folder"
             )
-    elif root.is_file():
+    elif root.exists():
         if _suffix(root) not in SUFFIXES:
             raise UsageError(
                 f"data.path is '{root}', not a kind of file that can be read; give one ending in {_kinds()}"
             )
-        files = [root]
+        found = [root]
     else:
         raise UsageError(
             f"data.path is '{root}', which does not exist; "
             "give a file or folder of documents, or leave it empty for the standard library's sources"
         )
     base = root if root.is_dir() else root.parent
-    documents = [document for file in files for document in _documents(file, file.relative_to(base).as_posix())]
+    documents = [document for file in found for document in _documents(file, file.relative_to(base).as_posix())]
     documents = [document for document in documents if document.text.strip()]
     if not documents:
         raise UsageError(f"data.path is '{root}', whose documents are all empty; give documents with text in them")
@@ -147,12 +152,37 @@ def _standard_library() -> list[Document]:
 
 
 def _walk(root: Path) -> list[Path]:
-    """Files under `root`, hidden ones left out, sorted by name."""
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(files, key=lambda file: file.relative_to(root).as_posix())
+    """Files under `root`, hidden ones and those of runs left out, sorted by name.
+
+    Links to folders are followed; a folder that is met again is passed over.
+    """
+    found, seen, folders = [], set(), [root]
+    while folders:
+        folder = folders.pop()
+        try:
+            status, names = folder.stat(), sorted(os.listdir(folder))
+        except OSError as error:
+            raise UsageError(f"'{folder}' cannot be read ({error.strerror}); mend it or take it away") from error
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        if _is_run(folder, names):
+            names = [name for name in names if folder == root and not name.startswith(_WRITTEN)]
+        inside = [folder / name for name in names if not name.startswith(".") and name != "lost+found"]
+        found += [file for file in inside if not os.path.isdir(file)]
+        folders += [file for file in reversed(inside) if os.path.isdir(file)]
+    return sorted(found, key=lambda file: file.relative_to(root).as_posix())
+
+
+def _is_run(folder: Path, names: list[str]) -> bool:
+    """Whether `folder` is the working directory of a run: what it writes is no text to train on."""
+    if not {"config.json", "data.json"} <= set(names):
+        return False
+    try:
+        config = json.loads(files.read(folder / "config.json", "it", 2**24))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and {"model", "training"} <= config.keys()
 
 
 def _suffix(file: Path) -> str:
@@ -165,6 +195,7 @@ def _kinds() -> str:
 
 def _documents(file: Path, name: str) -> list[Document]:
     text = _text(file)
+    name = name.encode(errors="backslashreplace").decode()  # a file's name may be no text
     if _suffix(file) != ".jsonl":
         return [Document(name, text)]
     lines = enumerate(text.split("\n"), start=1)  # not splitlines: JSON strings may hold other line separators
@@ -175,14 +206,16 @@ def _line(line: str, file: Path, number: int) -> str:
     """The text of one line of a `.jsonl` file."""
     expected = 'each line must be a string or an object with a "text" string; mend or delete it'
     try:
-        value = json.loads(line)
+        value = json.loads(line, parse_int=float)  # a number may have more digits than an int is read from
     except json.JSONDecodeError as error:
         raise UsageError(
             f"'{file}', line {number}, is not JSON ({error.msg} at character {error.colno}); {expected}"
         ) from error
+    except RecursionError as error:
+        raise UsageError(f"'{file}', line {number}, is nested too deeply to be read; {expected}") from error
     text = value.get("text") if isinstance(value, dict) else value
     if not isinstance(text, str):
-        given = f"an object with {sorted(value)}" if isinstance(value, dict) else json.dumps(value)[:40]
+        given = f"an object with {sorted(value)[:8]}" if isinstance(value, dict) else line.strip()[:40]
         raise UsageError(f"'{file}', line {number}, is {given}; {expected}")
     try:
         text.encode()
@@ -192,19 +225,10 @@ def _line(line: str, file: Path, number: int) -> str:
 
 
 def _text(file: Path) -> str:
-    try:
-        content = file.read_bytes()
-        if file.name.lower().endswith(".gz"):
+    content = files.read(file, f"'{file}'")
+    if file.name.lower().endswith(".gz"):
+        try:
             content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UsageError(f"'{file}' cannot be read ({error}); mend it or take it away") from error
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"'{file}' is not UTF-8 text (byte {content[error.start]:#04x} at {error.start}); "
-            "convert it or take it away"
-        ) from error
-    if "\0" in text:
-        raise UsageError(f"'{file}' is not text: it holds a NUL at character {text.index(chr(0))}; take it away")
-    return text
+        except (OSError, EOFError, zlib.error) as error:
+            raise UsageError(f"'{file}' cannot be read ({error}); mend it or take it away") from error
+    return files.decode(content, f"'{file}'")

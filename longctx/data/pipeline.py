@@ -247,7 +247,7 @@ def notes(source: Source, data: config.Data | Task, stages: Sequence[config.Stag
     for index, stage in enumerate(stages if data.needles.rows else ()):
         room = Rows(source.train, stage.length).longest() // ROOM
         planted = np.minimum(room, data.needles.facts)
-        if planted.mean() < 0.95 * data.needles.facts:
+        if len(room) and planted.mean() < 0.95 * data.needles.facts:
             told.append(
                 f"Facts fit in {np.mean(room > 0):.1%} of the rows of training.stages[{index}], and "
                 f"{planted.mean():.1f} of the {data.needles.facts} asked for on average: its documents are short."

@@ -22,6 +22,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from longctx.data import files
 from longctx.errors import UsageError
 from longctx.progress import Progress
 
@@ -93,7 +94,7 @@ class Tokenizer:
         Raises:
           UsageError: when there is no such file, or it holds no tokenizer.
         """
-        path = Path(path).expanduser()
+        path = files.find(os.fspath(path), "the tokenizer")
         if not path.is_file():
             raise UsageError(
                 f"the tokenizer '{path}' is not a file; give 'bpe', 'bytes', or the path of a tokenizer.json"

@@ -87,7 +87,7 @@ def train(
             if jax.process_index() == 0 and step < training.steps:
                 facts = start.facts(program, source, workdir)
                 start.write(workdir, facts)
-                metrics.say("\n".join(start.lines(facts)))
+                metrics.say("\n".join([*start.lines(facts), *data.notes(source, experiment.data, training.stages)]))
             measure = heldout(program.graphdef, experiment, source) if heldout and experiment.evaluation.every else None
             run = _Run(experiment, program, checkpoints, metrics, measure)
             step = run.steps(step, state, iterators, Votes(stop, mesh))

@@ -1,12 +1,14 @@
 """Documents are read whole and in order, split for good, and refused in a sentence."""
 
+import errno
 import gzip
 import json
+import os
 
 import numpy as np
 import pytest
 
-from longctx.data import corpus
+from longctx.data import Tokenizer, corpus
 from longctx.errors import UsageError
 
 
@@ -31,6 +33,86 @@ def test_folder_is_read_recursively_in_order(tmp_path):
         ("d.jsonl:1", "four"),
         ("d.jsonl:3", "five\u2028"),
     ]
+
+
+def test_numbers_of_any_length_are_passed_over(tmp_path):
+    """Fails when they are read as integers, which Python does up to 4,300 digits only."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "id": ' + "1" * 5000 + "}\n")
+    assert corpus.read(str(tmp_path)) == [("a.jsonl:1", "one")]
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    """Fails when they are left out in silence, or when one that leads upwards is followed for ever."""
+    outside, root = tmp_path / "outside", tmp_path / "root"
+    (outside / "deep").mkdir(parents=True)
+    root.mkdir()
+    (outside / "deep" / "a.txt").write_text("one")
+    (root / "b.txt").write_text("two")
+    (root / "linked").symlink_to(outside)
+    (root / "loop").symlink_to(root)
+    (outside / "back").symlink_to(root)
+    (root / "itself").symlink_to(root / "itself")
+    assert corpus.read(str(root)) == [("b.txt", "two"), ("linked/deep/a.txt", "one")]
+    (root / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"gone.txt' cannot be read"):
+        corpus.read(str(root))
+
+
+def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("one")
+    listdir = os.listdir
+
+    def refusing(folder):
+        if "closed" in str(folder):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", refusing)
+    with pytest.raises(UsageError, match="closed' cannot be read \\(Permission denied\\)"):
+        corpus.read(str(tmp_path))
+
+
+def test_runs_among_the_documents_are_left_out(tmp_path):
+    """Fails when a run's own log of steps and reports are text of its second start."""
+    (tmp_path / "a.txt").write_text("one")
+    for run in (tmp_path / "runs" / "first", tmp_path):
+        (run / "report").mkdir(parents=True)
+        (run / "config.json").write_text('{"model": {}, "training": {}}')
+        (run / "data.json").write_text("{}")
+        (run / "metrics.jsonl").write_text('{"step": 1}\n')
+        (run / "report" / "notes.md").write_text("a report")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"of": "somebody else"}')
+    (tmp_path / "other" / "data.json").write_text("{}")
+    (tmp_path / "other" / "b.txt").write_text("two")
+    assert corpus.read(str(tmp_path)) == [("a.txt", "one"), ("other/b.txt", "two")]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_is_no_regular_file_is_refused(tmp_path, folder):
+    """Fails when it is read: a device has no end, and a pipe waits for a writer."""
+    (tmp_path / "endless.txt").symlink_to("/dev/zero")
+    (tmp_path / "pipes").mkdir()
+    os.mkfifo(tmp_path / "pipes" / "pipe.txt")
+    for file in (tmp_path / "endless.txt", tmp_path / "pipes" / "pipe.txt"):
+        with pytest.raises(UsageError, match=f"{file.name}' cannot be read .*no regular file"):
+            corpus.read(str(file.parent if folder else file))
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "/".join("x" * 5000), "~nobody_of_this_name/a.txt", "a\0b"])
+def test_paths_that_no_file_has_are_refused(path):
+    with pytest.raises(UsageError, match=r"data.path is '.*(cannot be read|no file can be)") as error:
+        corpus.read(path)
+    assert len(str(error.value)) < 400
+    with pytest.raises(UsageError, match="the tokenizer is '"):
+        Tokenizer.load(path)
+
+
+def test_names_that_are_no_text_can_be_shown(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("one")
+    ((name, _),) = corpus.read(str(tmp_path))
+    assert name.encode() == b"caf\\udce9.txt"
 
 
 def test_standard_library_is_the_default():
@@ -140,6 +222,9 @@ def test_a_lone_document_is_cut():
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["line 2", "not JSON"]),
         ("a.jsonl", b'"a"\n\n{"content": "a"}', ["line 3", "an object with ['content']", '"text"']),
         ("a.jsonl", b"[1, 2]", ["line 1", "is [1, 2]"]),
+        ("a.jsonl", b"1" * 4301, ["line 1", "is 1111"]),
+        ("a.jsonl", b"[" * 100_000, ["line 1", "nested too deeply"]),
+        ("a.jsonl", b'{"text": ' * 100_000, ["line 1", "nested too deeply"]),
         ("a.jsonl", json.dumps("\ud800").encode(), ["line 1", "surrogate"]),
     ],
 )

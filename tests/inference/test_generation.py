@@ -1,6 +1,7 @@
 """Text in, text out, and the command around it."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -139,6 +140,43 @@ def test_prompt_flags(command, tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             command(*arguments)
+
+
+def test_prompt_files(command, tmp_path, monkeypatch):
+    """A byte order mark is no text; what has no end, or is too long, is not read."""
+    prompts = []
+    monkeypatch.setattr(generate, "Request", lambda prompt, *_: prompts.append(prompt) or Request(prompt))
+    (tmp_path / "marked").write_bytes(b"\xef\xbb\xbfhello")
+    with pytest.raises(UsageError, match="does not exist"):
+        command(f"--prompt_file={tmp_path / 'marked'}")
+    assert prompts == ["hello"]
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(2**28 + 1)
+    for path, message in (
+        ("/dev/zero", "no regular file"),
+        (tmp_path / "pipe", "no regular file"),
+        (tmp_path / "large", "has 268,435,457 bytes; give a file of at most 268,435,456"),
+        ("x" * 5000, "cannot be read"),
+        ("~nobody_of_this_name/prompt", "no file can be"),
+    ):
+        with pytest.raises(UsageError, match=message) as error:
+            command(f"--prompt_file={path}")
+        assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_consoles_that_cannot_show_a_character(monkeypatch, encoding):
+    """Fails with a traceback when the text written has a character that the console has not."""
+    console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", console)
+    monkeypatch.setattr(sys, "argv", ["generate"])
+    with pytest.raises(SystemExit) as end:
+        commands.run(lambda: print("né 漢"))
+    assert not end.value.code
+    console.flush()
+    shown = {"ascii": b"n\\xe9 \\u6f22\n", "latin-1": b"n\xe9 \\u6f22\n"}
+    assert console.buffer.getvalue() == shown[encoding]
 
 
 @pytest.mark.parametrize("module", ["generate", "evaluate"])
