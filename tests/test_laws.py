@@ -87,7 +87,10 @@ VARIANTS = {
     "delta_net/relu": ("delta_net", {"activation": "relu"}),
     "inplace_ttt/clip+decay": ("inplace_ttt", {"minibatch": 5, "clip": 0.5, "decay": 0.9}),
     "titans/gate": ("titans", {"mode": "gate", "depth": 1, "minibatch": 7}),
-    "lact/momentum+orthogonal": ("lact", {"momentum": True, "orthogonal": True, "minibatch": 40}),
+    "lact/orthogonal": (
+        "lact",
+        {"momentum": False, "orthogonal": True, "minibatch": 40, "rank": 0, "fast_width": 32, "rope_base": 0.0},
+    ),
     "swiglu/chunk": ("swiglu", {"chunk": 5}),
 }
 LAYERS = {name: (name, {}) for name in (*MIXERS, *MLPS)} | VARIANTS

@@ -27,7 +27,7 @@ TABLE = pathlib.Path(__file__).parent / "weight_decay.txt"
 KINDS = {**MIXERS, **MLPS}
 # The options that the size of an axis of a name follows: at least one of these, and no other axis follows those.
 WIDTHS, HEADS, HIDDEN = {"width"}, {"heads", "kv_heads", "index_heads", "groups", "inner"}, {"hidden"}
-CHANNELS = {"head_width", "key_width", "value_width", "index_width", "state"}
+CHANNELS = {"head_width", "fast_width", "key_width", "value_width", "index_width", "state"}
 FOLLOWS = {
     "embed": WIDTHS,
     "width": WIDTHS,

@@ -88,6 +88,20 @@ class RMSNorm(nnx.Module):
         return scaled(y, self.scale[...]).astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """`(x - mean) / sqrt(variance + ε) · scale + shift` over the last axis, in float32 (Ba et al., 2016)."""
+
+    def __init__(self, width: int, axes: tuple[str, ...] = ("embed",)):
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes=axes)
+        self.shift = nnx.Param(jnp.zeros(width, jnp.float32), axes=axes)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        y = x.astype(jnp.float32)
+        y -= jnp.mean(y, axis=-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
+        return (scaled(y, self.scale[...]) + self.shift[...]).astype(x.dtype)
+
+
 @jax.checkpoint
 def scaled(x: Float[Array, "... D"], scale: Float[Array, " D"]) -> Float[Array, "... D"]:
     """`x · scale`, float32. Spread over the tokens by a matrix product, the scale gets its gradient by one too: on a

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, ShortConv, l2_normalise, like_queries, undo_values
+from longctx.layers.basic import LayerNorm, Linear, ShortConv, undo_values
+from longctx.layers.rotary import rotate
 from longctx.ops import ttt_linear as ops
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -22,17 +23,25 @@ class TTTLinearState:
     """What the heads' models have learned from the document, float32, and the last inputs of the convolution."""
 
     model: ops.State
-    conv: Float[Array, "B W-1 C"]
+    conv: Float[Array, "B W-1 H*K"]
 
 
 class TTTLinear(nnx.Module):
     """Each head is a linear model with a norm that is trained on the document, C tokens at a time.
 
     f(x) = x + LN(x W + b) is trained to map k to v, by gradients at the weights the mini-batch starts from, at the rate
-    r = η σ(x W_r) / K; q is put to the weights that have seen the mini-batch up to q's token. q, k, v come from a
-    projection and a short convolution; q and k are normalised. The output is normalised per head and gated by
-    gelu(x W_g). State: the change of (W, b) and the sum of the mini-batch in progress, `[B, H, K+1, K]` each, and
-    W-1 inputs of the convolution.
+    r = η σ(x W_r + b_r) / K; q is put to the weights that have seen the mini-batch up to q's token, the t-th, times
+    max(1/t + o_t, 0) of what it learned. q and k are one projection after two convolutions, turned by their places in
+    the mini-batch; v is a projection. The output is LN over all heads, gated by gelu(x W_g), and projected.
+    State: the change of (W, b) and the sum of the mini-batch in progress, `[B, H, K+1, K]` each, and W-1 inputs of the
+    convolutions.
+
+    As the authors' TTT-Linear in the Mamba backbone, whose results on the same weights are a golden of the tests. Not
+    as theirs: the initial values of projections and convolutions (`layers/basic.py`), and a rotation of the two halves
+    of a head in place of neighbouring channels, which is the same up to an order of channels.
+
+    Source: Sun et al., "Learning to (Learn at Test Time): RNNs with Expressive Hidden States", 2024; section 2.7 and
+    the authors' program.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -41,29 +50,32 @@ class TTTLinear(nnx.Module):
         head_width: int = 16  # K, of keys and values
         minibatch: int = 16  # C, tokens per update
         rate: float = 1.0  # η
-        conv_width: int = 4  # taps of the convolution
+        conv_width: int = 4  # taps of the convolutions
+        rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions
 
         def problems(self):
             if min(self.heads, self.head_width, self.minibatch, self.conv_width) < 1:
                 yield f"heads, head_width, minibatch and conv_width must be at least 1, given {self}"
             if self.rate < 0:
                 yield f"rate is {self.rate}; it must not be negative"
+            if self.rope_base < 0 or (self.rope_base and self.head_width % 2):
+                yield f"rope_base is {self.rope_base}; give 0, or more than 0 and an even head_width"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options
         heads, size = options.heads, options.head_width
         channels = heads * size
-        self.query = Linear(width, channels, ("embed", "heads"), rngs)
-        self.key = Linear(width, channels, ("embed", "heads"), rngs, initial=like_queries(self.query, heads, size))
+        self.query_key = Linear(width, channels, ("embed", "heads"), rngs)
         self.value = Linear(width, channels, ("embed", "heads"), rngs)
-        self.conv = ShortConv(options.conv_width, [0] * channels + [1] * channels + [0] * channels, rngs)
-        self.rate = Linear(width, heads, ("embed", "heads"), rngs)
+        self.conv = ShortConv(options.conv_width, [0] * channels + [1] * channels, rngs)
+        self.conv_bias = nnx.Param(jnp.zeros(2 * channels, jnp.float32), axes=("heads",))
+        self.rate = Linear(width, heads, ("embed", "heads"), rngs, bias=0.0)
         initial = 0.02 * jax.random.normal(rngs.params(), (heads, size + 1, size), jnp.float32)
         self.initial = nnx.Param(initial.at[:, -1].set(0), axes=("heads", "head", None))
         self.scale = nnx.Param(jnp.ones((heads, size), jnp.float32), axes=("heads", "head"))
         self.shift = nnx.Param(jnp.zeros((heads, size), jnp.float32), axes=("heads", "head"))
-        self.discount = nnx.Param(1 / (1 + jnp.arange(options.minibatch, dtype=jnp.float32)), axes=(None,))
-        self.norm = RMSNorm(size, ("head",))
+        self.discount = nnx.Param(jnp.zeros(options.minibatch, jnp.float32), axes=(None,))  # o
+        self.norm = LayerNorm(channels, ("heads",))
         self.gate = Linear(width, channels, ("embed", "heads"), rngs)
         self.out = Linear(channels, width, ("heads", "embed"), rngs, initial=undo_values(self.value, heads, size))
 
@@ -71,20 +83,25 @@ class TTTLinear(nnx.Module):
         """Returns `(y[B, T, D], TTTLinearState)`."""
         options = self.options
         batch, length, _ = x.shape
-        parts = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
-        parts, tail = self.conv(parts, segments, None if state is None else state.conv)
-        q, k, v = jnp.split(parts.reshape(batch, length, 3 * options.heads, -1), 3, axis=2)
+        tail = None if state is None else jnp.concatenate([state.conv] * 2, axis=-1)
+        both, tail = self.conv(jnp.concatenate([self.query_key(x)] * 2, axis=-1), segments, tail)
+        both = (both + self.conv_bias[...].astype(x.dtype)).reshape(batch, length, 2 * options.heads, -1)
+        if options.rope_base:
+            both = rotate(both, segments.positions % options.minibatch, options.rope_base)
+        q, k = jnp.split(both, 2, axis=2)
         rate = options.rate / options.head_width * jax.nn.sigmoid(self.rate(x).astype(jnp.float32))
-        parameters = (self.initial[...], self.scale[...], self.shift[...], jnp.maximum(self.discount[...], 0))
+        discount = 1 / jnp.arange(1, options.minibatch + 1, dtype=jnp.float32) + self.discount[...]
         y, model = sequence.recurrence(
-            ops, l2_normalise(q), l2_normalise(k), v, rate,
-            parameters=parameters, state=None if state is None else state.model, segments=segments,
+            ops, q, k, self.value(x).reshape(q.shape), rate,
+            parameters=(self.initial[...], self.scale[...], self.shift[...], jnp.maximum(discount, 0)),
+            state=None if state is None else state.model, segments=segments,
         )  # fmt: skip
-        y = self.norm(y).reshape(batch, length, -1) * jax.nn.gelu(self.gate(x))
-        return self.out(y), TTTLinearState(model, tail)
+        y = self.norm(y.reshape(batch, length, -1)) * jax.nn.gelu(self.gate(x))
+        return self.out(y), TTTLinearState(model, jnp.split(tail, 2, axis=-1)[0])
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> TTTLinearState:
         """Nothing learned; `capacity` does not matter."""
         options = self.options
-        zeros = jnp.zeros((batch, options.heads, options.head_width + 1, options.head_width), jnp.float32)
-        return TTTLinearState(ops.State(zeros, zeros), self.conv.init_state(batch))
+        heads, size = options.heads, options.head_width
+        zeros = jnp.zeros((batch, heads, size + 1, size), jnp.float32)
+        return TTTLinearState(ops.State(zeros, zeros), self.conv.init_state(batch)[..., : heads * size])

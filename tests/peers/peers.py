@@ -41,7 +41,22 @@ class Peer:
     weights: Callable
 
 
-def ours(peer: Peer, weights: dict[str, np.ndarray]):
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """A layer of ours beside a program that is in no package: the golden holds what it gave, and cannot be made again.
+
+    Attributes:
+      kind: of our mixer.
+      options: of our mixer.
+      source: the program; its ε are ours, where they would show.
+    """
+
+    kind: str
+    options: dict
+    source: str
+
+
+def ours(peer: Peer | Recorded, weights: dict[str, np.ndarray]):
     """`f(weights, x) -> y` of our layer, and its parameters."""
     cls = MIXERS[peer.kind]
     graph, params = nnx.split(cls(WIDTH, cls.Config(**peer.options), nnx.Rngs(params=0)))
@@ -103,7 +118,7 @@ def run_peer(peer: Peer) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(value, np.float32) for name, value in found.items()}
 
 
-def compare(peer: Peer, golden) -> dict[str, float]:
+def compare(peer: Peer | Recorded, golden) -> dict[str, float]:
     """The largest difference between ours and the golden, relative to the largest entry, by array."""
     weights = {name.removeprefix("weight "): golden[name] for name in golden if name.startswith("weight ")}
     y, by_x, by_weights = gradients(ours(peer, weights), weights, golden["x"])
@@ -337,6 +352,18 @@ PEERS = {
     "qwen3_next": Peer("gated_delta", _DELTA, _qwen3_next, _qwen3_next_weights),
     "recurrent_gemma": Peer("rglru", {"hidden": 24, "heads": 4}, _recurrent_gemma, _recurrent_gemma_weights),
     "xlstm": Peer("mlstm", {"heads": 2, "key_width": 4, "value_width": 8}, _xlstm, _xlstm_weights),
+}
+
+_LACT = {"heads": 4, "head_width": 4, "fast_width": 8, "hidden": 8, "minibatch": 12, "window": 12}
+
+RECORDED = {
+    "lact": Recorded("lact", _LACT | {"rank": 3}, "github.com/a1600012888/LaCT"),
+    "lact_muon": Recorded(
+        "lact", _LACT | {"rank": 0, "orthogonal": True, "minibatch": 24}, "github.com/a1600012888/LaCT"
+    ),
+    "ttt_linear": Recorded(
+        "ttt_linear", {"heads": 2, "head_width": 8, "minibatch": 8}, "github.com/test-time-training/ttt-lm-pytorch"
+    ),
 }
 
 
