@@ -43,8 +43,9 @@ class Mesh(Options):
         for name, size in sizes.items():
             if size < 1 and size != -1:
                 yield f"{name} is {size}; give a number of devices, or -1 for all that the other axes leave"
-        if list(sizes.values()).count(-1) > 1:
-            yield f"{sizes} leaves more than one axis open; give all but one a number"
+        *others, last = [name for name, size in sizes.items() if size == -1] or [None]
+        if others:
+            yield f"{last} is -1 as {' and '.join(others)}: more than one axis open; give all but one a number"
 
 
 @dataclasses.dataclass(frozen=True)
