@@ -9,34 +9,32 @@ then). Of several processes, each has written its name in WORKDIR/processes befo
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import difflib
 import errno
 import os
 import re
-import runpy
 import sys
 import traceback
-import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from longctx import config, schema
 from longctx.data import TASKS
 from longctx.errors import RunError, UsageError
 from longctx.folder import path as paths
 from longctx.layers import MIXERS, MLPS
+from longctx.models import checks
+from longctx.overrides import ExperimentParser
 from longctx.parallel import processes
 
 
 def define_config() -> None:
     """Defines `--config=FILE.py[:ARGUMENT]` and its overrides, `--config.a.b=VALUE`."""
     config_flags.DEFINE_config_file("config", None, "The experiment file, as FILE.py or FILE.py:ARGUMENT.")
-    flags.FLAGS["config"].parser = _ExperimentParser(name="config")
+    flags.FLAGS["config"].parser = ExperimentParser(name="config")
 
 
 def define_workdir() -> None:
@@ -92,7 +90,9 @@ def experiment() -> config.Experiment:
     """
     if flags.FLAGS.config is None:
         raise UsageError("--config is missing; give an experiment file, such as --config=experiments/quickstart.py.")
-    return config.parse(flags.FLAGS.config, MIXERS, MLPS, TASKS)
+    found = config.parse(flags.FLAGS.config, MIXERS, MLPS, TASKS)
+    checks.check(found.model)
+    return found
 
 
 def workdir() -> Path:
@@ -168,83 +168,3 @@ def _parse(arguments: Sequence[str]) -> Sequence[str]:
         flags.FLAGS.verbosity = logging.WARNING  # absl would tell every library's progress
     logging.get_absl_handler().setFormatter(None)
     return rest
-
-
-class _ExperimentParser(config_flags.config_flags.ConfigFileFlagParser):
-    """Loads an experiment file, and makes every field that an experiment can have open to overrides."""
-
-    def parse(self, path: str) -> ConfigDict:
-        name, *argument = path.split(":", 1)
-        experiment = _load(name, argument)
-        with experiment.unlocked():
-            if "data" not in experiment:
-                experiment.data = ConfigDict()
-            _fill(experiment, config.Experiment)
-            if isinstance(experiment.data, ConfigDict):
-                kind = experiment.data.kind = experiment.data.get("kind", config.Data.kind)
-                if kind in (config.Data.kind, *TASKS):
-                    _fill(experiment.data, TASKS.get(kind, config.Data))
-            for block in _dicts(experiment.get("model", {}).get("blocks", {})):
-                for part, registry in (("mixer", MIXERS), ("mlp", MLPS)):
-                    options = block.get(part)
-                    if isinstance(options, ConfigDict) and options.get("kind") in registry:
-                        _fill(options, registry[options.kind].Config)
-        for override in self._overrides():
-            _find(experiment, override)
-        return experiment.lock()
-
-    def _overrides(self) -> Iterator[str]:
-        """The names a.b of all --config.a.b on the command line."""
-        for argument in sys.argv[1:]:
-            if found := re.match(r"--?(?:no)?config\.([^=]+)", argument):
-                yield found[1]
-
-
-def _load(name: str, argument: list[str]) -> ConfigDict:
-    """What `get_config` of an experiment file returns."""
-    if not Path(name).is_file():
-        raise UsageError("there is no such file.")
-    try:
-        found = runpy.run_path(name)
-        if "get_config" not in found:
-            raise UsageError("the file defines no function get_config().")
-        experiment = found["get_config"](*argument)
-    except ValueError:
-        raise
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
-        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
-        where = f"line {line}: " if line else ""
-        raise UsageError(f"{where}{type(error).__name__}: {error}") from error
-    if not isinstance(experiment, ConfigDict):
-        raise UsageError(f"get_config() returned a {type(experiment).__name__}; it must return a ConfigDict.")
-    return experiment
-
-
-def _fill(tree: ConfigDict, cls: type) -> None:
-    """Sets what `tree` leaves to the defaults of the dataclass `cls`."""
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            if field.name not in tree:
-                tree[field.name] = ConfigDict()
-            if isinstance(tree[field.name], ConfigDict):
-                _fill(tree[field.name], hints[field.name])
-        elif field.name not in tree and field.default not in (None, dataclasses.MISSING):
-            tree[field.name] = field.default
-
-
-def _find(tree: ConfigDict, name: str) -> None:
-    """Raises UsageError if `tree` has no field of this dotted name."""
-    path = ""
-    for part in name.split("."):
-        if not isinstance(tree, ConfigDict) or part not in tree:
-            known = list(tree) if isinstance(tree, ConfigDict) else []
-            close = difflib.get_close_matches(part, known, n=1)
-            advice = f"did you mean '{path}{close[0]}'?" if close else f"the fields there are {', '.join(known)}"
-            raise UsageError(f"'{path}{part}' is not a field; {advice if known else f'{path[:-1]} has none'}")
-        tree, path = tree[part], f"{path}{part}."
-
-
-def _dicts(tree: ConfigDict) -> list[ConfigDict]:
-    return [value for value in tree.values() if isinstance(value, ConfigDict)]

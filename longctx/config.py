@@ -12,7 +12,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from longctx import schema
+from longctx import plugins, schema
 from longctx.schema import Chosen, Options, Seed, Tokens
 
 
@@ -28,6 +28,9 @@ class Source(Chosen):
     """Where rows come from: `Data`, or one of `longctx.data.TASKS`."""
 
     kind_by_default = "corpus"
+
+
+MOST_TOKENS, LONGEST = 2**30, 2**27  # tokens of a training step, and of a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +80,8 @@ class Data(Options):
     def problems(self):
         if not 0 < self.heldout < 1:
             yield f"heldout is {self.heldout}; it is a fraction of the text, give a number between 0 and 1"
-        if self.tokenizer == "bpe" and self.vocab_size < 300:
-            yield f"vocab_size is {self.vocab_size}; byte-pair encoding needs at least 300 entries"
+        if self.vocab_size < (300 if self.tokenizer == "bpe" else 1):
+            yield f"vocab_size is {self.vocab_size}; byte-pair encoding needs at least 300 entries, and any other 1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +139,10 @@ class Stage(Options):
         for name, value in dataclasses.asdict(self).items():
             if value < 1:
                 yield f"{name} is {value}; it must be at least 1"
+        if self.length > LONGEST:
+            yield f"length is {self.length:,}; a row has at most {LONGEST:,} tokens"
+        elif self.batch * self.length > MOST_TOKENS:
+            yield f"batch is {self.batch:,} and length is {self.length:,}; a step has at most {MOST_TOKENS:,} tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,14 +177,16 @@ class Training(Options):
         for name in ("learning_rate", "clip_norm"):
             if getattr(self, name) <= 0:
                 yield f"{name} is {getattr(self, name)}; it must be above 0"
-        for name in ("warmup_steps", "weight_decay", "final_learning_rate", "answer_weight"):
+        if self.steps > 2**31 - 1:
+            yield f"stages has {self.steps:,} steps; at most {2**31 - 1:,} are possible"
+        if not 1e-6 <= self.answer_weight <= 1e6:
+            yield f"answer_weight is {self.answer_weight}; give a number from 1e-6 to 1e6, 1 for that of other tokens"
+        for name in ("warmup_steps", "weight_decay", "final_learning_rate"):
             if getattr(self, name) < 0:
                 yield f"{name} is {getattr(self, name)}; it must not be negative"
-        if not 0 <= self.label_smoothing < 1:
-            yield f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1"
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"{name} is {getattr(self, name)}; it must be at least 0 and below 1"
+        for name in ("beta1", "beta2", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1 - 1e-7:  # what is nearer to 1 is 1 in float32
+                yield f"{name} is {getattr(self, name)}; it must be at least 0 and below 1, at most 0.9999999"
 
     @property
     def steps(self) -> int:
@@ -231,6 +240,7 @@ class Experiment(Options):
     checkpoints: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
     seed: Seed = 0  # of the parameters, the order of the rows and what is planted in them
+    plugins: tuple[str, ...] = ()  # modules and files that register layers of your own; those used are added
 
     def problems(self):
         context = self.mesh.context
@@ -248,6 +258,14 @@ class Experiment(Options):
                 yield (
                     f"training.stages has rows of {stage.length} tokens, which mesh.context={context} does not divide; "
                     "change one of the two"
+                )
+
+        if self.training.stages and self.evaluation.factors:
+            length, factor = self.training.stages[-1].length, max(self.evaluation.factors)
+            if length * factor > LONGEST:
+                yield (
+                    f"evaluation.factors has {factor:,}, of rows of {length:,} tokens; rows of at most {LONGEST:,} "
+                    "tokens are possible"
                 )
 
     def _crowded(self):
@@ -276,7 +294,12 @@ def parse(
     Raises:
       UsageError: with everything that is wrong, one line each.
     """
-    return schema.build(Experiment, _resolved(config), {Mixer: mixers, MLP: mlps, Source: {Data.kind: Data, **tasks}})
+    tree = _resolved(config)
+    if isinstance(tree, Mapping) and isinstance(named := tree.get("plugins", ()), tuple | list):
+        tree = tree | {"plugins": (*plugins.load(name for name in named if isinstance(name, str)),)}
+    experiment = schema.build(Experiment, tree, {Mixer: mixers, MLP: mlps, Source: {Data.kind: Data, **tasks}})
+    needed = sorted(plugins.of(experiment) - set(experiment.plugins))
+    return dataclasses.replace(experiment, plugins=(*experiment.plugins, *needed)) if needed else experiment
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import difflib
 import functools
-import math
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +30,7 @@ class Bound(NamedTuple):
 SIZE = Bound(-(2**20), 2**20)  # of a whole number without another: sizes of arrays, and how many there are of something
 Tokens = Annotated[int, Bound(-(2**31) + 1, 2**31 - 1)]  # of a row or a document, and steps of training
 Seed = Annotated[int, Bound(0, 2**32 - 1)]
+SMALLEST, LARGEST = 1e-37, 1e37  # of a number that float32 holds, and some products of it
 LETTERS = 4096  # of a text
 ITEMS = 4096  # of a tuple or a mapping
 CHANNELS = 2**20  # of all heads together
@@ -39,7 +40,7 @@ class Refused(UsageError):
     """Options that cannot be; `problems` has a sentence for each reason."""
 
     def __init__(self, problems: Iterable[str], name: str = ""):
-        self.problems = list(problems)
+        self.problems = [cut(problem, 600) for problem in problems]
         super().__init__("\n".join(f"{name}: {problem}" if name else problem for problem in self.problems))
 
 
@@ -58,29 +59,36 @@ class Options:
 
     def __post_init__(self):
         problems: list[str] = []
-        for field, hint in zip(dataclasses.fields(self), _hints(type(self)).values(), strict=True):
+        for field, hint in zip(dataclasses.fields(self), hints(type(self)).values(), strict=True):
             object.__setattr__(self, field.name, _Builder(problems).value(hint, getattr(self, field.name), field.name))
         if problems := problems or _together(self):
             raise Refused(problems, getattr(type(self), "kind", type(self).__name__))
 
 
 class Kinds(collections.UserDict):
-    """Classes by the kind that files give; the options of each, its `Config` or itself, have it as `kind`."""
+    """Classes by the kind that experiment files give; the options of each, its `Config` or itself, have it as `kind`.
+
+    They also know the `modules` without which they would not be there: of the class, and of who registers it.
+    """
 
     def __setitem__(self, kind: str, cls: type) -> None:
+        self._refuse(kind, cls)
         options = options_of(cls)
+        if vars(options).get("kind", kind) != kind:  # a class that took over the options of another
+            names = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}
+            cls.Config = options = type("Config", (options,), names | {"__doc__": options.__doc__})
+        options.kind = kind
+        options.modules = (cls.__module__, _caller())
+        super().__setitem__(kind, cls)
+
+    def _refuse(self, kind: str, cls: type) -> None:
+        taken, options = self.data.get(kind, cls), options_of(cls)
+        if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"'{kind}' is {taken.__module__}.{taken.__qualname__} already; choose another name.")
         if other := next((name for name, known in self.data.items() if known is cls and name != kind), None):
             raise ValueError(f"{cls.__name__} is '{other}' already; derive a class from it for '{kind}'.")
         if dataclasses.is_dataclass(options) and "kind" in (field.name for field in dataclasses.fields(options)):
             raise ValueError(f"the options of {cls.__name__} have a field 'kind', which is their name in a registry.")
-        known = vars(options).get("kind", kind)
-        if known != kind:  # a class that took over the options of another
-            cls.Config = options = type(
-                "Config", (options,), {"__module__": cls.__module__, "__doc__": options.__doc__}
-            )
-            options.__qualname__ = f"{cls.__qualname__}.Config"
-        options.kind = kind
-        super().__setitem__(kind, cls)
 
 
 class Chosen:
@@ -88,6 +96,14 @@ class Chosen:
 
     kinds: ClassVar[Mapping[str, type] | None] = None
     kind_by_default: ClassVar[str | None] = None
+
+
+def _caller() -> str:
+    """The module that registers a class."""
+    frame = sys._getframe(2)
+    while frame.f_globals["__name__"] in (__name__, "collections", "collections.abc", "_collections_abc"):
+        frame = frame.f_back
+    return frame.f_globals["__name__"]
 
 
 def options_of(cls: type) -> type:
@@ -161,7 +177,7 @@ class _Builder:
         before, values = len(self._problems), {}
         for name, value in tree.items():
             if name in fields:
-                values[name] = self.value(_hints(cls)[name], value, _joined(path, name))
+                values[name] = self.value(hints(cls)[name], value, _joined(path, name))
             else:
                 close = difflib.get_close_matches(name, fields, n=1) if isinstance(name, str) else ()
                 advice = f"did you mean '{close[0]}'?" if close else f"known fields are {', '.join(fields)}"
@@ -191,7 +207,7 @@ class _Builder:
         options = dict(tree)
         kind = options.pop("kind", base.kind_by_default)
         if not isinstance(kind, str) or kind not in kinds:
-            given = f"'{_cut(kind)}'" if isinstance(kind, str) else show(kind)
+            given = f"'{cut(kind)}'" if isinstance(kind, str) else show(kind)
             return self._refuse(f"{path}.kind", f"is {given}; choose one of {', '.join(sorted(kinds))}")
         return self.options(options_of(kinds[kind]), options, path)
 
@@ -222,8 +238,8 @@ class _Builder:
             value = float(value)
         if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
             return self._refuse(path, f"is {show(value)}, of type {type(value).__name__}; expected {hint.__name__}")
-        if hint is float and not math.isfinite(value):
-            return self._refuse(path, f"is {value}; give a finite number")
+        if hint is float and not (value == 0 or SMALLEST <= abs(value) <= LARGEST):  # nan is neither
+            return self._refuse(path, f"is {value}; give 0, or a number from {SMALLEST} to {LARGEST}")
         if hint is int and not bound.least <= value <= bound.most:
             return self._refuse(path, f"is {show(value)}; give a whole number from {bound.least:,} to {bound.most:,}")
         if hint is str and (len(value) > LETTERS or "\0" in value or not _encodes(value)):
@@ -238,12 +254,13 @@ def show(value: Any) -> str:
     """`repr`, of a length that fits in a line."""
     if isinstance(value, int) and abs(value) >= 10**30:
         return "a number of more than 30 digits"
-    return _cut(repr(value))
+    return cut(repr(value))
 
 
-def _cut(text: str) -> str:
+def cut(text: str, most: int = 100) -> str:
+    """In one line, of so many letters at most."""
     text = " ".join(text.split())
-    return text if len(text) <= 100 else f"{text[:80]}... ({len(text):,} letters)"
+    return text if len(text) <= most else f"{text[: most - 20]}... ({len(text):,} letters)"
 
 
 def _encodes(text: str) -> bool:
@@ -269,8 +286,17 @@ def _together(options: Any) -> list[str]:
     return problems
 
 
+def bare(hint: Any) -> Any:
+    """An annotation without its bound, and without the None that it may allow."""
+    if typing.get_origin(hint) is Annotated:
+        return bare(typing.get_args(hint)[0])
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return bare(*(set(typing.get_args(hint)) - {types.NoneType}))
+    return hint
+
+
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def hints(cls: type) -> dict[str, Any]:
     """The annotations of a dataclass's fields."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    found = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: found[field.name] for field in dataclasses.fields(cls)}

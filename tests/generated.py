@@ -1,7 +1,9 @@
 """Random options of every kind, for properties that hold for all of them."""
 
+import copy
 import dataclasses
 import random
+import re
 import types
 import typing
 
@@ -58,7 +60,7 @@ def tree(rng: random.Random) -> dict:
     }
     for name, hint in typing.get_type_hints(config.Experiment, include_extras=True).items():
         if name not in found and rng.random() < 0.5:
-            found[name] = value(rng, hint, None)
+            found[name] = ["string", "json"] if name == "plugins" else value(rng, hint, None)
     found["training"]["stages"] = [(rng.randint(1, 9), 4, 512)]
     return found
 
@@ -79,14 +81,77 @@ def repaired(given: dict) -> config.Experiment:
 
 def _leave_out(given: dict, path: str) -> None:
     """Leaves out the field of this dotted name, or, where it is one of several, all options beside it."""
-    parents, leaf = path.replace("[", ".").split(".")[:-1], path.split(".")[-1].split("[")[0].rstrip(",:")
-    node = given
+    if path.startswith("training.stages"):  # what does not fit them
+        for name in {"mesh", "data", "evaluation"} & set(given):
+            del given[name]
+        return
+    nodes, (*parents, leaf) = [given], re.sub(r"[\[,:].*", "", path).split(".")
     for name in parents:
-        if not isinstance(node, dict) or not isinstance(node.get(name), dict):
-            break
-        node = node[name]
-    if leaf in node and leaf not in ("kind", "mixer", "mlp"):
-        del node[leaf]
-    else:
-        for name in set(node) - {"kind", "mixer", "mlp", "model", "training", "pattern", "blocks", "stages"}:
-            del node[name]
+        if isinstance(nodes[-1].get(name), dict):
+            nodes.append(nodes[-1][name])
+    if leaf in nodes[-1] and (leaf not in NEEDED or len(parents) > 2):
+        del nodes[-1][leaf]
+        return
+    for node in reversed(nodes[1:]):
+        if others := set(node) - NEEDED:
+            for name in others:
+                del node[name]
+            return
+
+
+NEEDED = {"kind", "mixer", "mlp", "pattern", "blocks", "stages", "b0", "b1", "b2"}
+NUMBERS = [0, 1, -1, 2, 3, 7, 64, 2**16, 2**20, 2**20 + 1, 2**31 - 1, 2**31, 2**32, 2**63, 10**30, -(10**20), 10**400]
+NUMBERS += [0.0, -0.0, 0.5, 1.5, -1.0, 1e-300, 1e-38, 1e38, 1e300, float("nan"), float("inf"), -float("inf"), 1 - 1e-12]
+WORDS = ["", " ", "a", "attention", "Causal()", "Window(1.5)", "~" * 10_000 + "Causal()", "~" * 3000 + "Causal()"]
+WORDS += ["Global(1000000000)", "Window(99999999999)", "(" * 200, "(Window(1)|Sinks(1))&" * 30 + "Causal()", "x" * 5000]
+WORDS += ["~nobody/x", "/proc/self/mem", "/dev/zero", "a\0b", "\ud800", "line\nline", "1e999", "Heads()", "Window(),"]
+SIMILAR = {
+    int: [0, 1, 2, 3, 5, 7, 17, 33, 64, 100, 1000, 4096, 65_536, 2**20, -1],
+    float: [0.0, 0.5, 1.0, 1.5, 1e-6, 1e-37, 1e37, 1e6, 0.999, -0.5, -1e30],
+    bool: [True, False],
+    str: WORDS,
+}
+OTHERS = [None, True, False, (), [], {}, (1,), [[]], {"kind": None}, {"kind": []}, {"kind": {}}, {"kind": "gla"}]
+OTHERS += [
+    {1: 2},
+    {None: 1},
+    {"a.b": 1},
+    {"": 1},
+    object(),
+    int,
+    b"bytes",
+    1j,
+    {1, 2},
+    range(3),
+    [None] * 5000,
+    lambda: 1,
+]
+
+
+def mutated(rng: random.Random) -> dict:
+    """An experiment that someone, or some program, has damaged in up to three places."""
+    given = config.to_dict(repaired(tree(rng)))
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        parent, key = rng.choice(list(_places(given)))
+        way = rng.randrange(8)
+        if way == 0 and isinstance(parent, dict):
+            del parent[key]
+        elif way == 1 and isinstance(parent, dict):
+            parent[rng.choice(["knid", "kind", 1, None, "x.y", "", ("a",), str(key)[::-1]])] = parent[key]
+        elif way == 2:
+            parent[key] = options(rng, rng.choice([config.Training, config.Data, config.Mesh, config.Evaluation]))
+        elif way < 6:  # of the right type, at least
+            parent[key] = copy.deepcopy(rng.choice(SIMILAR.get(type(parent[key]), OTHERS)))
+        else:
+            parent[key] = copy.deepcopy(rng.choice(rng.choice([NUMBERS, NUMBERS, WORDS, OTHERS])))
+    return given
+
+
+def _places(node):
+    """(container, key) of everything within, tuples made lists on the way."""
+    for key in list(node) if isinstance(node, dict) else range(len(node)):
+        if isinstance(node[key], tuple):
+            node[key] = list(node[key])
+        yield node, key
+        if isinstance(node[key], dict | list):
+            yield from _places(node[key])

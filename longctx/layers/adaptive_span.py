@@ -12,7 +12,7 @@ from longctx.layers.attention import Attention, AttentionState
 from longctx.layers.positions import ROPE, Positions
 from longctx.ops.attach import attach
 from longctx.ops.biases import AdaptiveSpan as Span
-from longctx.schema import Options
+from longctx.schema import Options, Refused
 from longctx.typing import Segments
 
 
@@ -41,9 +41,12 @@ class AdaptiveSpan(nnx.Module):
                 yield f"longest is {self.longest} and ramp is {self.ramp}; both must be at least 1"
             if not 0 <= self.initial <= 1:
                 yield f"initial is {self.initial}; give a share from 0 to 1"
-            if self.positions.bias(jnp.zeros((1, 2)), 1) is not None or self.positions.kind == "cope":
+            if type(self.positions).bias is not Positions.bias or self.positions.kind == "cope":
                 yield f"positions '{self.positions.kind}' are a bias of their own; choose rotary ones, or 'nope'"
-            yield from self.attention.problems()
+            try:
+                self.attention  # noqa: B018
+            except Refused as error:
+                yield from error.problems
 
         @property
         def attention(self) -> Attention.Config:

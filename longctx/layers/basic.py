@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -132,7 +133,7 @@ class ShortConv(nnx.Module):
     """
 
     def __init__(self, width: int, lags: Sequence[int], rngs: nnx.Rngs, axis: str = "heads"):
-        lags = jnp.minimum(jnp.asarray(lags), width - 1)
+        lags = jnp.asarray(np.minimum(np.asarray(lags, np.int32), width - 1))
         shown = jnp.arange(width)[:, None] == width - 1 - lags
         noise = 0.1 * jax.random.normal(rngs.params(), shown.shape, jnp.float32)
         self.kernel = nnx.Param(shown + noise, axes=("taps", axis))

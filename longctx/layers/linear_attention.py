@@ -13,7 +13,7 @@ from longctx.layers.basic import Linear, RMSNorm, ShortConv, like_queries, undo_
 from longctx.ops import feature_maps
 from longctx.ops import gated_linear as ops
 from longctx.parallel import sequence
-from longctx.schema import Options
+from longctx.schema import Options, Seed
 from longctx.typing import Segments
 
 _MAPS = ("elu", "hedgehog", "performer", "relu2", "taylor")
@@ -44,7 +44,7 @@ class LinearAttention(nnx.Module):
         value_width: int = 32  # V
         feature_map: str = "elu"  # of ops/feature_maps.py: elu, hedgehog, performer, relu2 or taylor
         features: int = 64  # performer: F; the others' follows from K
-        seed: int = 0  # performer: of its random directions, which are not trained and shared by heads and layers
+        seed: Seed = 0  # performer: of its random directions, which are not trained and shared by heads and layers
         normalise: bool = True  # divide by the sum of the kernel; otherwise by the output's norm
         conv_width: int = 0  # taps of a causal convolution on queries, keys and values; 0: none
 

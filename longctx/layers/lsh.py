@@ -17,7 +17,7 @@ from longctx.memory.cache import KVCache
 from longctx.ops import lsh
 from longctx.ops.attach import attach
 from longctx.parallel import sequence
-from longctx.schema import Options
+from longctx.schema import Options, Seed
 from longctx.typing import Segments
 
 
@@ -52,7 +52,7 @@ class LSH(nnx.Module):
         rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions (NoPE)
         rounds: int = 2  # R, of hashing
         buckets: int = 8  # N, a round; work is about T² / N
-        seed: int = 0  # of the random directions
+        seed: Seed = 0  # of the random directions
         scale: float = 0.0  # of the logits; 0: 1 / √K
         centroid_weight: float = 0.0  # of Σ (1 - cosine) to the nearest centroid in the training loss; 0: no centroids
 

@@ -19,6 +19,7 @@ from longctx.schema import Options
 from longctx.typing import Segments
 
 _INNER = GatedDelta.Config()  # the default
+_LAYERS = 16  # at most: they are no scan, and each is compiled
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +51,13 @@ class MultiResolution(nnx.Module):
         def problems(self):
             if min(self.factor, self.layers, self.hidden) < 1:
                 yield f"factor, layers and hidden must be at least 1, given {self.factor}, {self.layers}, {self.hidden}"
+            if self.all_layers > _LAYERS:
+                yield f"layers is {self.layers}; with those of layers within, at most {_LAYERS} are possible"
+
+        @property
+        def all_layers(self) -> int:
+            """Those inside, and inside those."""
+            return self.layers * getattr(self.inner, "all_layers", 1)
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options

@@ -27,7 +27,7 @@ from longctx.ops import biases, positions
 from longctx.ops.attention import Part
 from longctx.ops.patterns import Chunked, Heads, Pattern, Window
 from longctx.ops.positions import Rotation, rotate
-from longctx.schema import Chosen, Kinds, Options
+from longctx.schema import Chosen, Kinds, Options, Seed
 from longctx.typing import Segments
 
 
@@ -323,7 +323,7 @@ class RandomPositions(ByLength, kind="random"):
 
     span: int = 65_536  # tokens of the range
     trained: int = 2048  # L
-    seed: int = 0  # of the draws
+    seed: Seed = 0  # of the draws
 
     def refusals(self, width):
         if min(self.span, self.trained) < 1:

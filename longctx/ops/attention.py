@@ -34,7 +34,7 @@ from longctx.ops.backend import platform
 from longctx.ops.biases import Bias
 from longctx.ops.kernels import cudnn, splash
 from longctx.ops.partial import Partial, add_sinks, merge
-from longctx.ops.patterns import Causal, Heads, Pattern
+from longctx.ops.patterns import Causal, Heads, Pattern, parse
 from longctx.typing import Segments, checked
 
 _CAUSAL = Causal()
@@ -46,7 +46,7 @@ def attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G V"],
-    pattern: Pattern | Heads = _CAUSAL,
+    pattern: Pattern | Heads | str = _CAUSAL,
     segment_ids: Int[Array, "B T"] | Segments | None = None,
     kv_segment_ids: Int[Array, "B S"] | Segments | None = None,
     *,
@@ -65,7 +65,8 @@ def attention(
       q: queries. Head h reads the keys and values of group h // (H // G).
       k: keys.
       v: values.
-      pattern: which keys of its document a query may see, and how many times; `Heads` for heads that differ.
+      pattern: which keys of its document a query may see, and how many times; `Heads` for heads that differ; or a text,
+        as `patterns.parse` reads it.
       segment_ids: document of each query, 0 for padding; ids differ between the documents of a row. None: the
         row is one document. Plain ids are taken for whole documents, positions counted from the row's start.
       kv_segment_ids: the same for keys that are not the queries' own tokens (a cache and then the span: S != T);
@@ -86,9 +87,10 @@ def attention(
       see no key. First derivatives only, except with "dense".
 
     Raises:
-      ValueError: shapes that do not fit together, an unknown implementation.
+      ValueError: shapes that do not fit together, no pattern, an unknown implementation.
       NotImplementedError: the named implementation cannot compute this case, or not on this platform.
     """
+    pattern = parse(pattern)
     if isinstance(pattern, Heads):
         options = {"scale": scale, "soft_cap": soft_cap, "implementation": implementation, "block": block}
         call = functools.partial(attention, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, **options)
@@ -157,7 +159,7 @@ def attention_partial(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G V"],
-    pattern: Pattern = _CAUSAL,
+    pattern: Pattern | str = _CAUSAL,
     segment_ids: Int[Array, "B T"] | Segments | None = None,
     kv_segment_ids: Int[Array, "B S"] | Segments | None = None,
     *,
@@ -173,7 +175,7 @@ def attention_partial(
     Differentiable once in both parts of the result. Sinks are not a part of it: see `add_sinks`.
     """
     queries, keys = _tokens(q, k, segment_ids, kv_segment_ids)
-    plan = blockwise.Plan(pattern, q.shape[-1] ** -0.5 if scale is None else scale, soft_cap, block, block)
+    plan = blockwise.Plan(parse(pattern), q.shape[-1] ** -0.5 if scale is None else scale, soft_cap, block, block)
     kv_decay = decay if kv_decay is None else kv_decay
     return thinned.attend(q, k, v, queries, keys, plan, decay, kv_decay, bias, own=kv_segment_ids is None)
 

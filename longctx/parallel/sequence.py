@@ -43,7 +43,7 @@ from longctx.ops import attention as attention_ops
 from longctx.ops import causal_conv, cope, lsh, path_attention, resolution
 from longctx.ops.attention import Part
 from longctx.ops.biases import Bias
-from longctx.ops.patterns import Heads, Pattern
+from longctx.ops.patterns import Heads, Pattern, parse
 from longctx.parallel import attention as sharded
 from longctx.parallel import chosen, halo, mesh, path, prefix
 from longctx.parallel import cope as cope_ring
@@ -105,7 +105,7 @@ def attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G V"],
-    pattern: Pattern | Heads,
+    pattern: Pattern | Heads | str,
     segments: Segments | None,
     **options,
 ) -> Float[Array, "B T H V"]:
@@ -113,14 +113,14 @@ def attention(
 
     Args:
       q, k, v: queries, keys, values.
-      pattern: which keys a query may see within its document.
+      pattern: which keys a query may see within its document, or a text of `patterns.parse`.
       segments: the documents of the span; None is one document.
       options: of `attention_by_parts`.
 
     Raises:
       ValueError: as `attention_by_parts`.
     """
-    return attention_by_parts([Part(q, k, pattern)], v, segments, **options)
+    return attention_by_parts([Part(q, k, parse(pattern))], v, segments, **options)
 
 
 def attention_by_parts(

@@ -32,8 +32,8 @@ from longctx.parallel import mesh as meshes
 from longctx.training import checkpoints
 from longctx.training.step import abstract_model, placed
 
-# What may change between the starts of one run: where it runs, how often it saves, what the report measures.
-FREE = ("mesh", "checkpoints", "evaluation")
+# What may change between the starts of one run: where it runs and finds layers, how often it saves, what is measured.
+FREE = ("mesh", "checkpoints", "evaluation", "plugins")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from longctx.ops.patterns.algebra import Pattern, Range
 
 
@@ -71,8 +73,7 @@ class Chunked(Pattern):
 
     def __post_init__(self):
         at_least_one(self, "size")
-        if self.back < 0:
-            raise ValueError(f"{self} has back {self.back}; give 0 groups before the query's own, or more.")
+        whole_number(self, "back", self.back, most=MOST // self.size - 1)
 
     @property
     def reach(self) -> int:
@@ -118,12 +119,24 @@ class ShiftedGroups(Chunked):
         return self.size // 2
 
 
-def at_least_one(pattern: Pattern, *names: str) -> None:
-    """Refuses a pattern one of whose named fields is less than 1.
+MOST = 2**31 - 1  # positions are int32
+
+
+def at_least_one(pattern: Pattern, *names: str, most: int = MOST) -> None:
+    """Refuses a pattern one of whose named fields is no whole number, less than 1, or above `most`.
 
     Raises:
       ValueError: with the field, what it is, and what to give.
     """
     for name in names:
-        if getattr(pattern, name) < 1:
-            raise ValueError(f"{pattern} has {name} {getattr(pattern, name)}; give at least 1.")
+        whole_number(pattern, name, getattr(pattern, name), 1, most)
+
+
+def whole_number(pattern: Pattern, name: str, value: object, least: int = 0, most: int = MOST) -> None:
+    """Refuses what is no whole number from `least` to `most`, as `at_least_one` does."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise ValueError(f"{type(pattern).__name__} has {name} {value!r}; give a whole number of at least {least}.")
+    if value < least:
+        raise ValueError(f"{pattern} has {name} {value}; give at least {least}.")
+    if value > most:
+        raise ValueError(f"{type(pattern).__name__} has {name} above {most:,}; give at most that.")

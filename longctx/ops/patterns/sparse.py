@@ -10,7 +10,7 @@ import numpy as np
 
 from longctx.ops.patterns.algebra import Everything, Pattern
 from longctx.ops.patterns.arrays import known, larger, smaller, take
-from longctx.ops.patterns.bands import Chunked, at_least_one
+from longctx.ops.patterns.bands import Chunked, at_least_one, whole_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Dilated(Pattern):
 
     def __post_init__(self):
         at_least_one(self, "segment", "dilation")
+        whole_number(self, "offset", self.offset)
         if not 0 <= self.offset < self.dilation <= self.segment:
             raise ValueError(f"{self}: give an offset from 0 to dilation - 1, and a dilation of at most the segment.")
 
@@ -180,7 +181,7 @@ class Sinks(_SeenFromEverywhere):
     tokens: int
 
     def __post_init__(self):
-        at_least_one(self, "tokens")
+        at_least_one(self, "tokens", most=_CHOSEN)
 
     @property
     def chosen(self):
@@ -235,7 +236,7 @@ def Global(tokens: int | tuple[int, ...]) -> Pattern:
       tokens: how many of the document's first tokens, as in Zaheer et al., arXiv:2007.14062 (BigBird), or the positions
         of the chosen ones, as in Beltagy et al., arXiv:2004.05150 (Longformer).
     """
-    chosen = Sinks(tokens).chosen if isinstance(tokens, int) else tuple(sorted(tokens))
+    chosen = tuple(sorted(tokens)) if isinstance(tokens, tuple | list) else Sinks(tokens).chosen
     return Keys(chosen) | Queries(chosen)
 
 
@@ -255,7 +256,9 @@ class RandomBlocks(Pattern):
     exact = False
 
     def __post_init__(self):
-        at_least_one(self, "block", "number")
+        at_least_one(self, "block")
+        at_least_one(self, "number", most=_DRAWN)
+        whole_number(self, "seed", self.seed, most=2**32 - 1)
 
     @property
     def scattered(self) -> int:
@@ -351,11 +354,17 @@ class Blocks(Pattern):
         return self._count(q, k) == rows * columns
 
 
+_CHOSEN = 2**16  # tokens that are seen from everywhere, at most: each is an anchor of a cache
+_DRAWN = 1024  # random blocks of a query, at most: each is an operation
 _ROWS = 4  # rows of random blocks that `touches` asks one by one
 
 
 def _in_order(pattern):
     chosen = pattern.chosen
+    if len(chosen) > _CHOSEN:
+        raise ValueError(f"{type(pattern).__name__} has {len(chosen):,} positions; give at most {_CHOSEN:,}.")
+    for one in chosen:
+        whole_number(pattern, "a position", one)
     if not chosen or min(chosen) < 0 or any(b <= a for a, b in itertools.pairwise(chosen)):
         raise ValueError(f"{pattern} has positions {chosen}; give at least one, from 0 on, in ascending order.")
 

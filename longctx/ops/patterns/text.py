@@ -22,11 +22,14 @@ NAMES: dict[str, Callable[..., Pattern]] = {
     "RandomBlocks": sparse.RandomBlocks,
     "Blocks": sparse.Blocks,
 }
+_LETTERS = 4096  # of a text
+# Names and signs of one head's pattern: what is distributed over unions doubles with each.
+_PARTS, _COUNTED = 32, (ast.Call, ast.BinOp, ast.UnaryOp)
 _OPERATORS = {ast.BitAnd: operator.and_, ast.BitOr: operator.or_, ast.Add: operator.add}
 
 
-def parse(text: str) -> Pattern | Heads:
-    """The pattern that a text describes: `Window(512) | Sinks(4)`.
+def parse(text: str | Pattern | Heads) -> Pattern | Heads:
+    """The pattern that a text describes: `Window(512) | Sinks(4)`; a pattern is returned as it is.
 
     Args:
       text: names of patterns with numbers, `&`, `|`, `+`, `~` and parentheses, with Python's precedence. Several,
@@ -35,13 +38,21 @@ def parse(text: str) -> Pattern | Heads:
     Raises:
       ValueError: the text is not of this form, or a pattern in it cannot be.
     """
+    if isinstance(text, Pattern | Heads):
+        return text
+    if not isinstance(text, str):
+        raise ValueError(f"{text!r} is not a pattern; give one, or a text such as 'Window(512) | Sinks(4)'.")
+    if len(text) > _LETTERS:
+        raise ValueError(f"a pattern of {len(text):,} letters is too long; write at most {_LETTERS:,}.")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError as error:
-        raise ValueError(f"'{text}' is not a pattern: {error.msg}; write such as 'Window(512) | Sinks(4)'.") from error
-    if isinstance(tree, ast.Tuple):
-        return Heads(tuple(_pattern(one, text) for one in tree.elts))
-    return _pattern(tree, text)
+        parts = max(sum(isinstance(node, _COUNTED) for node in ast.walk(one)) for one in _heads(tree) or [tree])
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        why = getattr(error, "msg", None) or str(error) or "it is too deep"
+        raise ValueError(f"'{_cut(text)}' is not a pattern: {why}; write such as 'Window(512) | Sinks(4)'.") from error
+    if parts > _PARTS:
+        raise ValueError(f"a pattern of {parts} names and signs is too large; write at most {_PARTS} for a head.")
+    return Heads(tuple(_pattern(one, text) for one in _heads(tree))) if _heads(tree) else _pattern(tree, text)
 
 
 def causal(pattern: Pattern | Heads) -> Pattern | Heads:
@@ -51,6 +62,22 @@ def causal(pattern: Pattern | Heads) -> Pattern | Heads:
     return pattern if isinstance(pattern, bands.Causal) else bands.Causal() & pattern
 
 
+def _heads(tree: ast.expr) -> list[ast.expr]:
+    """The patterns that are separated by commas; none if there is no comma."""
+    return tree.elts if isinstance(tree, ast.Tuple) else []
+
+
+def _number(tree: ast.expr) -> object:
+    try:
+        return ast.literal_eval(tree)
+    except ValueError as error:
+        raise ValueError(f"'{_cut(ast.unparse(tree))}' is no number") from error
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:100]}..."
+
+
 def _pattern(tree: ast.expr, text: str) -> Pattern:
     if isinstance(tree, ast.BinOp) and type(tree.op) in _OPERATORS:
         return _OPERATORS[type(tree.op)](_pattern(tree.left, text), _pattern(tree.right, text))
@@ -58,11 +85,10 @@ def _pattern(tree: ast.expr, text: str) -> Pattern:
         return ~_pattern(tree.operand, text)
     if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id in NAMES:
         try:
-            values = [ast.literal_eval(one) for one in tree.args]
-            return NAMES[tree.func.id](*values, **{one.arg: ast.literal_eval(one.value) for one in tree.keywords})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"'{ast.unparse(tree)}' is not a pattern: {error}") from error
+            return NAMES[tree.func.id](*map(_number, tree.args), **{k.arg: _number(k.value) for k in tree.keywords})
+        except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            raise ValueError(f"'{_cut(ast.unparse(tree))}' is not a pattern: {error}") from error
     raise ValueError(
-        f"'{text}' is not a pattern at '{ast.unparse(tree)}'; write {', '.join(NAMES)} with their numbers, "
+        f"'{_cut(text)}' is not a pattern at '{_cut(ast.unparse(tree))}'; write {', '.join(NAMES)} with their numbers, "
         "joined by &, |, + or ~."
     )
