@@ -85,13 +85,15 @@ class _Filler:
         if value is dataclasses.MISSING:
             return
         nested = isinstance(hint, type) and (issubclass(hint, Chosen) or dataclasses.is_dataclass(hint))
-        if nested and dataclasses.is_dataclass(value):
-            tree[name] = ConfigDict(schema.plain(value))
+        if name not in tree and path in self._kinds:
+            tree[name] = ConfigDict({"kind": self._kinds[path]})
+        elif nested and dataclasses.is_dataclass(value):
+            tree[name] = ConfigDict(_dicts(value))
         elif name not in tree:
             tree[name] = value if value is not None else config_dict.placeholder(hint)
-        elif hint is float and type(value) is int:
-            with tree.ignore_type():
-                tree[name] = float(value)
+        elif (hint is float and type(value) is int) or (typing.get_origin(hint) is tuple and type(value) is list):
+            with tree.ignore_type():  # as it will be, so that an override may be too
+                tree[name] = float(value) if hint is float else tuple(value)
         node = tree[name]
         if not isinstance(node, ConfigDict):
             return
@@ -106,10 +108,10 @@ class _Filler:
     def _chosen(self, node: ConfigDict, base: type[Chosen], path: str) -> None:
         kinds = KINDS.get(base, base.kinds)
         kind = node.get("kind", base.kind_by_default)
-        wanted = self._kinds.get(path)
-        if wanted is not None and wanted != kind:
-            if wanted not in kinds:
-                raise UsageError(f"--config.{path}.kind={wanted}: choose one of {', '.join(sorted(kinds))}")
+        wanted = self._kinds.get(path, kind)
+        if path in self._kinds and wanted not in kinds:
+            raise UsageError(f"--config.{path}.kind={wanted}: choose one of {', '.join(sorted(kinds))}")
+        if wanted != kind:
             known = [field.name for field in dataclasses.fields(schema.options_of(kinds[wanted]))]
             others = [name for name in node if name not in (*known, "kind")]
             for name in others:
@@ -123,6 +125,14 @@ class _Filler:
 
 
 KINDS = {config.Source: {config.Data.kind: config.Data, **TASKS}}
+
+
+def _dicts(options: Any) -> Any:
+    """Options, and those within them, as dictionaries; tuples stay tuples, which an override must find."""
+    if not dataclasses.is_dataclass(options):
+        return options
+    kind = {"kind": options.kind} if hasattr(options, "kind") else {}
+    return kind | {field.name: _dicts(getattr(options, field.name)) for field in dataclasses.fields(options)}
 
 
 def _find(tree: ConfigDict, name: str) -> None:

@@ -50,11 +50,18 @@ for case in json.load(sys.stdin):
 json.dump(ends, sys.stdout)
 """
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+# A task, and a layer that is defined beside it.
 TASK = """
 from ml_collections import ConfigDict
 
+from longctx.layers import GLA, MIXERS
+
+class Mine(GLA): ...
+
+MIXERS["mine"] = Mine
+
 def get_config():
-    mixer = {"kind": "gla", "heads": 2, "key_width": 8, "value_width": 8}
+    mixer = {"kind": "mine", "heads": 2, "key_width": 8, "value_width": 8}
     blocks = {"only": {"mixer": mixer, "mlp": {"kind": "relu2"}}}
     return ConfigDict({
         "model": {"width": 16, "pattern": ("only",), "blocks": blocks},
@@ -119,6 +126,43 @@ CASES = {
         "--process_id=2 name no process",
     ),
     "no cluster": ([FILE, WORKDIR, "--coordinator=auto"], "--coordinator=auto found no cluster"),
+    "an experiment that leaves Python": (["--config=leaves.py", WORKDIR], "leaves.py: line 2: SystemExit: 3"),
+    "an experiment that raises anything": (["--config=anything.py", WORKDIR], "line 4: Odd: of no known kind"),
+    "a dictionary": (["--config=dictionary.py", WORKDIR], "returned a dict; it must return a ConfigDict"),
+    "a folder": (["--config=documents", WORKDIR], "there is no such file"),
+    "a long name": ([f"--config={'x' * 5000}.py", WORKDIR], "there is no such file"),
+    "a kind that is none": (
+        [FILE, WORKDIR, "--config.model.blocks.only.mixer.kind=mamba9"],
+        r"--config.model.blocks.only.mixer.kind=mamba9: choose one of adaptive_span, attention",
+    ),
+    "an option of the kind before": (
+        [FILE, WORKDIR, "--config.model.blocks.only.mixer.kind=gla", "--config.model.blocks.only.mixer.kv_heads=2"],
+        "'model.blocks.only.mixer.kv_heads' is not a field",
+    ),
+    "an option of a nested kind": (
+        [FILE, WORKDIR, "--config.model.blocks.only.mixer.positions.factor=2"],
+        "'model.blocks.only.mixer.positions.factor' is not a field; the fields there are base, kind, share",
+    ),
+    "not a number": (
+        [FILE, WORKDIR, "--config.training.learning_rate=nan"],
+        "learning_rate is nan; give 0, or a number",
+    ),
+    "a seed of 33 bits": (
+        [FILE, WORKDIR, "--config.seed=4294967296"],
+        "seed is 4294967296; give a whole number from 0",
+    ),
+    "a width that no machine has": (
+        [FILE, WORKDIR, "--config.model.width=2147483648"],
+        "model.width is 2147483648; give a whole number from .* to 1,048,576",
+    ),
+    "a model that no machine has": (
+        [FILE, WORKDIR, "--config.model.width=1048576", "--config.model.repeats=1048576"],
+        "the model has [0-9,]+ parameters, [0-9,]+ of them in each block 'only'",
+    ),
+    "a plugin that is gone": (
+        [FILE, WORKDIR, "--config.plugins=('gone.py',)"],
+        "plugins names '.*gone.py', where layers",
+    ),
     "no documents": (
         [FILE, WORKDIR, "--config.mesh.data=1", "--config.data.path=none"],
         "data.path is 'none', which does not exist",
@@ -137,6 +181,10 @@ def folder(tmp_path_factory):
     (folder / "task.py").write_text(TASK)
     (folder / "broken.py").write_text("def get_config():\n    return 1 +\n")
     (folder / "raises.py").write_text("def get_config():\n    return nothing\n")
+    (folder / "leaves.py").write_text("def get_config():\n    raise SystemExit(3)\n")
+    odd = "class Odd(BaseException): ...\n\ndef get_config():\n    raise Odd('of no known kind')\n"
+    (folder / "anything.py").write_text(odd)
+    (folder / "dictionary.py").write_text("def get_config():\n    return {}\n")
     (folder / "empty.py").write_text("config = 1\n")
     (folder / "documents").mkdir()
     for i in range(20):
@@ -187,7 +235,7 @@ def test_train(folder, tmp_path):
 
 
 def test_a_synthetic_task(folder, tmp_path):
-    """Trained, evaluated and reported as a corpus is; there is no text to write."""
+    """Trained, evaluated and reported as a corpus is; its config tells another process where the layer is."""
     environment = ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
 
     def run(command, *arguments):

@@ -4,7 +4,10 @@ import copy
 import json
 import pathlib
 import random
+import re
+import resource
 import runpy
+import time
 
 import generated
 import pytest
@@ -13,6 +16,7 @@ from longctx import config
 from longctx.data import TASKS
 from longctx.errors import UsageError
 from longctx.layers import MIXERS, MLPS
+from longctx.models import checks
 
 
 def tree():
@@ -129,6 +133,123 @@ def test_saved_is_what_is_parsed(seed):
     again = config.parse(saved, MIXERS, MLPS, TASKS)
     assert again == experiment
     assert json.dumps(config.to_dict(again)) == json.dumps(saved)
+
+
+def checked(given):
+    """What is told of `given`, whose model is looked at too: nothing if it is accepted."""
+    try:
+        experiment = config.parse(given, MIXERS, MLPS, TASKS)
+        checks.check(experiment.model)
+    except UsageError as refused:
+        told = str(refused)
+    else:
+        assert config.parse(json.loads(json.dumps(config.to_dict(experiment))), MIXERS, MLPS, TASKS) == experiment
+        return None
+    assert all(0 < len(line) < 1000 for line in told.splitlines())
+    return told
+
+
+@pytest.mark.parametrize("seed", [range(n, n + 10) for n in range(0, 150, 10)], ids=lambda seeds: str(seeds[0]))
+def test_what_was_damaged_is_told(seed):
+    """In a sentence each, soon, and without much memory."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    told = [checked(generated.mutated(random.Random(each))) for each in seed]
+    assert time.process_time() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+    assert any(told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(150, 4150, 100))
+def test_whatever_was_damaged_is_told(first):
+    for seed in range(first, first + 100):
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+        checked(generated.mutated(random.Random(seed)))
+        assert time.process_time() - start < 5, seed
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024, seed
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"heads": 0}, "heads is 0"),
+        ({"heads": 2**31}, "heads is 2147483648; give a whole number from -1,048,576 to 1,048,576"),
+        ({"heads": 4.0}, "heads is 4.0, of type float; expected int"),
+        (
+            {"heads": 2**20, "kv_heads": 1, "head_width": 64},
+            "head_width is 64 of 1,048,576 heads; together they may have",
+        ),
+        ({"pattern": "Window(1.5)"}, "size 1.5; give a whole number"),
+        ({"pattern": "Global(1000000000)"}, "tokens above 65,536"),
+        ({"pattern": "~" * 10_000 + "Causal()"}, "pattern is .*; give at most 4,096 letters"),
+        ({"pattern": "~" * 3000 + "Causal()"}, "is not a pattern"),
+        ({"pattern": "&".join(["(Window(2)|Sinks(1))"] * 20)}, "a pattern of 79 names and signs is too large"),
+        ({"soft_cap": float("nan")}, "soft_cap is nan; give 0, or a number from 1e-37"),
+        ({"positions": {"kind": "yarn", "factor": float("inf")}}, "positions.factor is inf; give 0, or"),
+        ({"positions": None}, "positions is None; give a dictionary of its kind"),
+        ({"positions": {"kind": ["yarn"]}}, r"positions.kind is \['yarn'\]; choose one of"),
+    ],
+)
+def test_options_are_refused_where_they_are_made(options, told):
+    """In Python and in a file alike."""
+    with pytest.raises(UsageError, match=told):
+        MIXERS["attention"].Config(**options)
+    assert re.search(told, checked(tree() | {"model": _attention(options)}))
+
+
+def _attention(options):
+    block = {"mixer": {"kind": "attention", **options}, "mlp": {"kind": "relu2"}}
+    return {"pattern": ("a",), "width": 32, "blocks": {"a": block}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model": None}, "model is None; expected pattern, blocks"),
+        ({"training": 3}, "training is 3; expected stages"),
+        ({"model.blocks": {1: {}}}, "model.blocks has the name 1; a name is a text"),
+        ({1: 2}, "1 is not a field; known fields are model"),
+        (
+            {"evaluation": {"factors": (2**20,)}, "training.stages": ((1, 4, 256),)},
+            "factors has 1,048,576, of rows",
+        ),
+        ({"training.answer_weight": 0.0}, "answer_weight is 0.0; give a number from 1e-6"),
+        ({"training.beta2": 1 - 1e-12}, "beta2 is 0.999999999999; it must be at least 0 and below 1"),
+        ({"training.stages": ((10**20, 4, 64),)}, "steps is 100000000000000000000; give a whole number"),
+        ({"data": {"vocab_size": 0}}, "vocab_size is 0"),
+        ({"data": {"vocab_size": 0, "tokenizer": "bytes"}}, "vocab_size is 0"),
+        ({"data": {"path": "x" * 5000}}, "data.path is .* give at most 4,096 letters"),
+        ({"seed": True}, "seed is True, of type bool"),
+        ({"model.blocks.delta.mixer.inner": {"kind": "gla"}}, "inner is not a field"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_has_no_meaning_is_told(changes, told):
+    given = tree()
+    for path, value in changes.items():
+        *parents, leaf = path.split(".") if isinstance(path, str) else [path]
+        node = given
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[leaf] = value
+    assert re.search(told, checked(given) or "accepted")
+
+
+def test_a_block_that_cannot_be_built():
+    """Named, with what its layer says."""
+
+    class Broken(MIXERS["gla"]):
+        def __init__(self, width, options, rngs):
+            raise ValueError("the width does not suit it")
+
+    MIXERS["broken"] = Broken
+    try:
+        given = tree()
+        given["model"]["blocks"]["delta"]["mixer"] = {"kind": "broken"}
+        told = r"blocks.delta cannot be built: the width does not suit it \(mixer broken, mlp swiglu, model.width 32\)"
+        assert re.search(told, checked(given))
+    finally:
+        del MIXERS["broken"]
 
 
 @pytest.mark.parametrize("kind", [*MIXERS, *MLPS])

@@ -1,0 +1,170 @@
+"""What the command line changes of an experiment file, and how layers of one's own are found again."""
+
+import json
+import sys
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from longctx import config
+from longctx.data import TASKS
+from longctx.errors import UsageError
+from longctx.layers import MIXERS, MLPS
+from longctx.layers.positions import YaRN
+from longctx.overrides import ExperimentParser
+
+FILE = """
+from ml_collections import ConfigDict, FrozenConfigDict
+
+def get_config(arg=""):
+    attention = {"kind": "attention", "heads": 2, "kv_heads": 2, "pattern": "Window(8)"}
+    hourglass = {"kind": "multi_resolution", "inner": {"kind": "attention", "heads": 8}}
+    relu2 = {"kind": "relu2", "hidden": 8}
+    blocks = {"a": {"mixer": attention, "mlp": relu2}, "b": {"mixer": hourglass, "mlp": relu2}}
+    found = ConfigDict({
+        "model": {"pattern": ("a", "b"), "width": 16, "blocks": blocks},
+        "training": {"stages": ((1, 1, 256),), "clip_norm": 1},
+    })
+    return FrozenConfigDict(found) if arg else found
+"""
+# A layer that no one at longctx knows, and an experiment with it.
+OWN = """
+from __future__ import annotations
+
+import dataclasses
+
+from flax import nnx
+from ml_collections import ConfigDict
+
+from longctx.layers import MIXERS
+from longctx.layers.basic import Linear
+from longctx.schema import Options
+
+
+class Mine(nnx.Module):
+    @dataclasses.dataclass(frozen=True)
+    class Config(Options):
+        rank: int = 4  # of the projection
+
+    def __init__(self, width, options, rngs):
+        self.into = Linear(width, options.rank, ("embed", "heads"), rngs)
+        self.out = Linear(options.rank, width, ("heads", "embed"), rngs)
+
+    def __call__(self, x, segments, state=None):
+        return self.out(self.into(x)), None
+
+    def init_state(self, batch, capacity, dtype):
+        return None
+
+
+MIXERS["mine"] = Mine
+
+
+def get_config():
+    blocks = {"a": {"mixer": {"kind": "mine", "rank": 2}, "mlp": {"kind": "relu2", "hidden": 8}}}
+    return ConfigDict({
+        "model": {"pattern": ("a",), "width": 16, "blocks": blocks},
+        "training": {"stages": ((2, 2, 8),)},
+        "data": {"kind": "induction_heads", "lengths": (8,)},
+        "mesh": {"data": 1},
+        "evaluation": {"samples": 1},
+    })
+"""
+
+
+@pytest.fixture
+def given(tmp_path, monkeypatch):
+    """The experiment of a command line."""
+    (tmp_path / "file.py").write_text(FILE)
+
+    def experiment(*overrides, argument=""):
+        arguments = [f"--config={tmp_path / 'file.py'}{argument}", *(f"--config.{override}" for override in overrides)]
+        monkeypatch.setattr(sys, "argv", ["train", *arguments])
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+        values["config"].parser = ExperimentParser(name="config")
+        values(sys.argv)
+        found = config.parse(values.config, MIXERS, MLPS, TASKS)
+        assert config.parse(json.loads(json.dumps(config.to_dict(found))), MIXERS, MLPS, TASKS) == found
+        return found
+
+    return experiment
+
+
+def test_another_kind(given, capsys):
+    """What both have stays, what only the old one has goes and is told, and the rest is the new one's."""
+    found = given("model.blocks.a.mixer.kind=gla", "model.blocks.a.mixer.gate_rank=3").model.blocks["a"].mixer
+    assert found == MIXERS["gla"].Config(heads=2, gate_rank=3)
+    told = "note: with model.blocks.a.mixer.kind=gla the file's kv_heads, pattern are left out\n"
+    assert capsys.readouterr().err == told
+    assert given("data.kind=mqar").data == TASKS["mqar"]()
+    assert capsys.readouterr().err == ""
+    assert given("model.blocks.a.mlp.kind=swiglu").model.blocks["a"].mlp == MLPS["swiglu"].Config(hidden=8)
+
+
+def test_nested_kinds_and_their_options(given):
+    """Those that the file leaves out are open to the command line too."""
+    inner = "model.blocks.b.mixer.inner"
+    found = given(
+        f"{inner}.positions.kind=yarn", f"{inner}.positions.factor=8", "model.blocks.a.mixer.positions.base=5e5"
+    )
+    assert found.model.blocks["b"].mixer.inner == MIXERS["attention"].Config(heads=8, positions=YaRN(factor=8.0))
+    assert found.model.blocks["a"].mixer.positions.base == 5e5
+    assert given(f"{inner}.kind=gla").model.blocks["b"].mixer.inner == MIXERS["gla"].Config(heads=8)
+
+
+def test_every_field_is_open(given):
+    """Whole numbers where a float belongs can become floats; whatever the file leaves out can be set."""
+    found = given(
+        "training.clip_norm=0.5", "evaluation.depths=3", "data.needles.facts=2", "checkpoints.keep=4", "seed=7"
+    )
+    assert (found.training.clip_norm, found.evaluation.depths, found.data.needles.facts) == (0.5, 3, 2)
+    assert (found.checkpoints.keep, found.seed) == (4, 7)
+    assert given("evaluation.factors=(1,)", "model.pattern=('a',)").evaluation.factors == (1,)
+
+
+def test_a_frozen_config(given):
+    assert given(argument=":frozen") == given()
+
+
+def test_a_registered_class_has_its_kind():
+    """One that took over another's options too, and a kind is not taken twice."""
+    taken = dict(MIXERS)
+
+    class Other(MIXERS["gla"]):
+        pass
+
+    class Again(MIXERS["gla"]):
+        pass
+
+    try:
+        MIXERS["other"] = Other
+        assert (Other.Config(heads=2).kind, MIXERS["gla"].Config().kind) == ("other", "gla")
+        with pytest.raises(ValueError, match=r"'other' is .* already; choose another name"):
+            MIXERS["other"] = Again
+        with pytest.raises(ValueError, match="is 'other' already; derive a class"):
+            MIXERS["another"] = Other
+    finally:
+        del MIXERS["other"]
+    assert dict(MIXERS) == taken
+
+
+def test_a_layer_of_ones_own(tmp_path, given):
+    """The config says where it is: a process that knows nothing of it finds it, and a file that is gone is named."""
+    (tmp_path / "file.py").write_text(OWN)
+    saved = config.to_dict(given())
+    assert saved["plugins"] == [str(tmp_path / "file.py")]
+
+    def forgotten():
+        del MIXERS["mine"]
+        for name in [name for name in sys.modules if name.startswith("longctx_file_")]:
+            del sys.modules[name]
+
+    forgotten()
+    found = config.parse(saved, MIXERS, MLPS, TASKS)
+    assert found.model.blocks["a"].mixer == MIXERS["mine"].Config(rank=2)
+    forgotten()
+    (tmp_path / "file.py").unlink()
+    with pytest.raises(UsageError, match=r"plugins names '.*file.py', where layers are .*there is no such file"):
+        config.parse(saved, MIXERS, MLPS, TASKS)
