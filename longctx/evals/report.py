@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.evals.plots import Picture, pictures
+from longctx.folder import rows as log
 
 INTERVALS = "In brackets are intervals at 95 % (Wilson's) of what was counted."
 
@@ -34,7 +35,7 @@ def write(workdir: Path, summary: dict[str, Any], name: str = "report") -> Path:
     report, partial = workdir / name, workdir / f".{name}.partial"
     _remove(partial)
     partial.mkdir(parents=True)
-    drawn = list(pictures(summary, history(workdir)))
+    drawn = list(pictures(summary, log.read(workdir)))
     for picture in drawn:
         (partial / f"{picture.name}.png").write_bytes(picture.light)
     (partial / "summary.json").write_text(text, encoding="utf-8")
@@ -52,13 +53,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def history(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, those of whole steps; none if there is no such file."""
-    file = workdir / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-    return [json.loads(line) for line in lines]
 
 
 def rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import io
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from tensorboard.summary import Writer
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.plugins.scalar.summary import scalar_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from longctx import config
+from longctx.folder import files
+from longctx.folder.rows import FILE, Row, keep, line, read
 from longctx.progress import Progress
-
-FILE = "metrics.jsonl"
-
-Row = dict[str, Any]
 
 
 class Metrics:
@@ -25,6 +27,9 @@ class Metrics:
     A row has `step` (from 1), `stage`, `loss`, `retrieval_accuracy`, which is `hits` of `answers` (None without any),
     `gradient_norm`, `learning_rate`, and `tokens` and `seconds` of the step alone; `heldout_loss` and
     `heldout_bits_per_byte` where they were measured after the step. Reading gives the same bits.
+
+    The points past `step` are taken out of TensorBoard's files as well, so that a run that was interrupted has the
+    curves of one that was not.
 
     Args:
       workdir: of the run; lines past `step`, from before an interruption, are removed from its file.
@@ -38,27 +43,29 @@ class Metrics:
         self._window: list[Row] = []
         self._chief = chief
         if chief:
-            kept = [row for row in read(workdir) if row["step"] <= step]
-            _write(workdir / FILE, kept)
+            kept = keep(workdir, step)
+            self._window = [row for row in kept if row["step"] > step - step % training.log_every]
             self._file = (workdir / FILE).open("a", encoding="utf-8")
-            self._writer = Writer(str(workdir / "logs"))
+            _forget(workdir / "logs", step)
+            self._events = EventFileWriter(str(workdir / "logs"))
+            self._add(step + 1, session_log=SessionLog(status=SessionLog.START))  # for a TensorBoard that is open
         self._bar = Progress("training", "step", training.steps, done=step, shown=chief)
 
     def record(self, row: Row) -> None:
         """Writes the row of the next step."""
         if not self._chief:
             return
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(line(row))
         self._file.flush()
         for name in (name for name in row if name.startswith("heldout_")):
-            self._writer.add_scalar(name.replace("_", "/", 1), row[name], row["step"])
+            self._add(row["step"], summary=scalar_pb(name.replace("_", "/", 1), row[name]))
         self._window.append(row)
         means = mean(self._window)
         if row["step"] % self._training.log_every == 0 or row["step"] == self._training.steps:
             for name, value in means.items():
                 if value is not None:
-                    self._writer.add_scalar(f"train/{name}", value, row["step"])
-            self._writer.flush()
+                    self._add(row["step"], summary=scalar_pb(f"train/{name}", value))
+            self._events.flush()
             self._window = []
         found = means["retrieval_accuracy"]
         retrieval = "none asked" if found is None else f"{found:.0%}"
@@ -69,6 +76,10 @@ class Metrics:
         """A line above the bar."""
         self._bar.say(message)
 
+    def _add(self, step: int, **what) -> None:
+        """An event for TensorBoard."""
+        self._events.add_event(Event(wall_time=time.time(), step=step, **what))
+
     def __enter__(self) -> Metrics:
         return self
 
@@ -78,21 +89,7 @@ class Metrics:
             self._bar.close()
             if self._chief:
                 self._file.close()
-                self._writer.close()
-
-
-def read(workdir: Path) -> list[Row]:
-    """The rows of WORKDIR/metrics.jsonl; a last line that was cut short by a kill is left out."""
-    file = Path(workdir) / FILE
-    if not file.exists():
-        return []
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+                self._events.close()
 
 
 def mean(rows: Iterable[Row]) -> Row:
@@ -126,8 +123,15 @@ def summarise(workdir: Path, training: config.Training) -> Row:
     }
 
 
-def _write(file: Path, rows: list[Row]) -> None:
-    """Replaces the file in one move."""
-    temporary = file.with_suffix(".part")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, file)
+def _forget(folder: Path, step: int) -> None:
+    """Takes the points past `step` out of TensorBoard's files."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        files.set_aside(folder, "is no folder")
+    for file in folder.glob("events.out.tfevents.*"):
+        events = list(RawEventFileLoader(str(file)).Load()) if file.is_file() else []
+        kept = [event for event in events if Event.FromString(event).step <= step]
+        if len(kept) < len(events):
+            content = io.BytesIO()
+            for event in kept:
+                RecordWriter(content).write(event)
+            files.replace(file, content.getvalue())

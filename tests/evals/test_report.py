@@ -22,8 +22,10 @@ def run(tmp_path_factory, bigram, experiment, corpus):
     workdir = tmp_path_factory.mktemp("run")
     stages = [{"steps": 4, "batch": 8, "length": 32}, {"steps": 4, "batch": 4, "length": 64}]
     (workdir / "config.json").write_text(json.dumps({"training": {"stages": stages}, "name": "<script>"}))
+    rest = {"gradient_norm": 1.0, "learning_rate": 1e-3, "hits": 0.0, "answers": 0.0, "tokens": 256, "seconds": 0.1}
     lines = [
         {"step": step, "stage": step // 5, "loss": 6.0 - step / 8, "retrieval_accuracy": step / 8 if step % 2 else None}
+        | rest
         for step in range(1, 9)
     ]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9, "lo')

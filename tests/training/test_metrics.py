@@ -4,7 +4,9 @@ import json
 import math
 
 import numpy as np
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from longctx import config
 from longctx.training.metrics import Metrics, mean, read, summarise
@@ -84,3 +86,40 @@ def test_held_out_loss_is_logged_where_it_was_measured(tmp_path):
     for name, value in (("heldout/loss", 6.0), ("heldout/bits_per_byte", 1.5)):
         assert [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors(name)] == [(4, value)]
     assert read(tmp_path)[3]["heldout_loss"] == 6.0
+
+
+def test_tensorboard_shows_an_interrupted_run_as_one_that_was_not(tmp_path, monkeypatch):
+    """Killed after step 7, gone on with from 2 with other values, and again from 4: no point twice, none moved.
+
+    As a TensorBoard shows it that was open all along, and as one does that is opened then.
+    """
+
+    def curve(events):
+        return [(event.step, event.tensor_proto.float_val[0]) for event in events.Reload().Tensors("train/loss")]
+
+    for name in ("straight", "killed"):
+        (tmp_path / name).mkdir()
+    straight = EventAccumulator(str(tmp_path / "straight" / "logs"))
+    killed = plugin_event_accumulator.EventAccumulator(str(tmp_path / "killed" / "logs"))
+    write(tmp_path / "straight", 1, 7)
+    with Metrics(tmp_path / "killed", TRAINING, 0, chief=True) as metrics:
+        for step in range(1, 8):
+            metrics.record(row(step) | ({"loss": 99.0} if step > 2 else {}))
+    assert [step for step, _ in curve(killed)] == [3, 6, 7]
+    for second, (first, last) in enumerate([(3, 4), (5, 7)]):
+        monkeypatch.setattr(event_file_writer.time, "time", lambda second=second: 2e9 + second)  # orders its files
+        write(tmp_path / "killed", first, last)
+    expected = curve(straight)
+    assert [step for step, _ in expected] == [3, 6, 7]
+    assert curve(killed) == expected
+    assert curve(EventAccumulator(str(tmp_path / "killed" / "logs"))) == expected
+
+
+def test_what_is_no_event_file_hinders_nothing(tmp_path):
+    write(tmp_path, 1, 4)
+    (file,) = (tmp_path / "logs").iterdir()
+    (tmp_path / "logs" / "events.out.tfevents.1").mkdir()
+    (tmp_path / "logs" / "events.out.tfevents.2").write_bytes(b"")
+    (tmp_path / "logs" / "events.out.tfevents.3").write_bytes(bytes(range(256)))
+    file.write_bytes(file.read_bytes()[:-3])
+    write(tmp_path, 3, 7)
