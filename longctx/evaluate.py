@@ -12,6 +12,8 @@ import sys
 import jax
 
 from longctx import commands, data, evals
+from longctx.folder import lock
+from longctx.folder import path as paths
 from longctx.parallel import mesh as meshes
 from longctx.training import metrics
 from longctx.training import workdir as workdirs
@@ -19,7 +21,10 @@ from longctx.training import workdir as workdirs
 
 def main() -> None:
     with commands.joined():
-        _evaluate(workdirs.open_run(commands.workdir()))
+        run = workdirs.open_run(commands.workdir())
+        paths.writable(run.path)
+        with lock.held(run.path, "evaluating"):
+            _evaluate(run)
 
 
 def _evaluate(run: workdirs.Run) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 
 from longctx import commands, config, data, evals
+from longctx.folder import lock
 from longctx.training import loop
 from longctx.training import workdir as workdirs
 
@@ -27,13 +28,14 @@ def main() -> None:
 def _train(experiment: config.Experiment, workdir: Path) -> None:
     mesh = loop.make_mesh(experiment)  # here too, so that what does not fit is refused before the corpus is read
     workdirs.check(workdir, experiment)
+    lock.check(workdir, "training")
     started = (workdir / "config.json").exists()
     source = data.prepare(experiment.data, experiment.seed, workdir if started else None)
     summary = loop.train(experiment, workdir, source, evals.HeldOut)
     if not summary["finished"]:
         return
     model, _ = workdirs.load_model(workdirs.open_run(workdir), mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), lock.held(workdir, "evaluating"):
         evals.evaluate(model, experiment, source, workdir, training=summary)
     print(f"the report is {workdir / 'report' / 'report.html'}")
 

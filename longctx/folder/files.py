@@ -11,8 +11,13 @@ _log = logging.getLogger(__name__)
 
 
 def replace(file: Path, content: str | bytes) -> None:
-    """Writes a file so that readers find the old one or the new one, whole; text is UTF-8."""
+    """Writes a file so that readers find the old one or the new one, whole; text is UTF-8.
+
+    A folder in its place is set aside.
+    """
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    if file.is_dir() and not file.is_symlink():
+        set_aside(file, "is no file")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, file)

@@ -149,7 +149,13 @@ class _Watch:
 
     def __init__(self, folder: Path):
         index, count = jax.process_index(), jax.process_count()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"{folder}, where processes write their names, cannot be made ({error.strerror}); remove what is "
+                "there, or name another --workdir."
+            ) from error
         self._process = subprocess.Popen(
             [sys.executable, "-S", watchman.__file__, str(folder), str(index), str(count)],
             stdin=subprocess.PIPE,
@@ -163,7 +169,7 @@ class _Watch:
             other = all_found.index(watchman.TAKEN)
             self.leave("done")
             raise UsageError(
-                f"--workdir={folder.parent} is in use by another run: its {(folder / str(other)).read_text().strip()}; "
+                f"--workdir={folder.parent} is in use by another run: its {watchman.holder(folder / str(other))}; "
                 "wait for it to end, or name another folder."
             )
         held = [other for other in range(count) if all_found[other] == watchman.HELD]

@@ -38,15 +38,33 @@ FOLLOWED = "it could not go on without another"
 
 
 def hold(file: Path) -> IO[str]:
-    """Opens and locks a watchman's own file.
+    """Opens and locks a file, until it is closed or its holder ends, however that is.
 
     Raises:
-      BlockingIOError, PermissionError: another process holds it.
+      BlockingIOError: another holds it.
       OSError: the file system has no locks.
     """
-    own = file.open("a+", encoding="utf-8")
-    fcntl.lockf(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    own = file.open("a+", encoding="utf-8", errors="replace")
+    try:
+        fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        own.close()
+        raise
     return own
+
+
+def name_of(process: int) -> str:
+    """Of a process of this machine, for others to read."""
+    return f"pid {process} on {socket.gethostname()}"
+
+
+def holder(file: Path) -> str:
+    """Who holds a file, and since when, as it says."""
+    try:
+        who = file.read_text(encoding="utf-8", errors="replace").strip() or "process"
+        return f"{who} since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(file.stat().st_mtime))}"
+    except OSError:  # it has just ended
+        return "process"
 
 
 def write(own: IO[str], text: str) -> None:
@@ -63,7 +81,7 @@ def lost(folder: Path, indices: list[int]) -> list[tuple[int, str, str]]:
     for index in indices:
         try:
             with (folder / str(index)).open(encoding="utf-8") as file:
-                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 who, _, how = file.read().partition("\n")
         except OSError:  # removed at a good end, or held
             continue
@@ -88,14 +106,14 @@ def watch(folder: Path, index: int, count: int) -> int:
     """Until the process ends; returns the exit code."""
     try:
         own = hold(folder / str(index))
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
         print(TAKEN, flush=True)
         return 0
     except OSError:
         print(NO_LOCKS, flush=True)
         return 0
     process = os.getppid()
-    who = f"pid {process} on {socket.gethostname()}\n"
+    who = f"{name_of(process)}\n"
     write(own, who)
     print(HELD, flush=True)
     others = [other for other in range(count) if other != index]

@@ -15,7 +15,10 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import hashlib
+import itertools
 import logging
+import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +28,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from longctx.errors import RunError, UsageError
+from longctx.folder import path as paths
 from longctx.parallel.processes import from_first
 from longctx.training.step import TrainState
 
@@ -58,7 +62,7 @@ class Checkpoints:
         path = self.directory / str(step)
         parts = {"params": state.params, "optimizer": _rest(state)}
         with self._told(step):
-            self._prepare()
+            self._prepare(path)
             response = ocp.save_checkpointables_async(path, parts, overwrite=True)
         self._saving = step, self._background.submit(self._finish, path, response, _kinds(parts))
 
@@ -94,6 +98,12 @@ class Checkpoints:
         """Of the checkpoints on disk, oldest first."""
         return _steps(self.directory)
 
+    def check_room(self, abstract: TrainState) -> None:
+        """Raises UsageError where there is no room for one more checkpoint of such a state."""
+        if jax.process_index() == 0:
+            leaves = jax.tree.leaves(abstract)
+            paths.writable(self.directory, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves))
+
     def restore(self, abstract: TrainState) -> tuple[int, TrainState] | None:
         """The newest usable checkpoint, or None where there is no checkpoint.
 
@@ -119,17 +129,17 @@ class Checkpoints:
         step, state, damaged = found
         if jax.process_index() == 0:
             for path in damaged:
-                aside = path.with_name(f"damaged-{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+                path.rename(_damaged(path))
         return step, state
 
-    def _prepare(self) -> None:
-        """Makes the directory, free of what a killed run left half-written."""
+    def _prepare(self, path: Path) -> None:
+        """Makes the directory, free of what a killed run left half-written and of what is no checkpoint at `path`."""
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path)
+            for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                _remove(left)
+            if os.path.lexists(path) and not path.is_dir():
+                path.rename(_damaged(path))
 
     def _finish(self, path: Path, response: ocp.AsyncResponse, kinds: list[str]) -> None:
         """In the background: waits for the checkpoint, looks for its arrays, digests it, and removes the oldest."""
@@ -143,7 +153,7 @@ class Checkpoints:
             temporary.write_text("".join(lines), encoding="utf-8")
             temporary.rename(path / SUMS)
             for step in self.steps()[: -self._keep]:
-                shutil.rmtree(self.directory / str(step))
+                _remove(self.directory / str(step))
 
 
 def load_params(workdir: Path, abstract: Any) -> tuple[Any, int]:
@@ -179,7 +189,32 @@ def _kinds(parts: dict[str, Any]) -> list[str]:
 
 
 def _steps(directory: Path) -> list[int]:
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+    """Of the folders that are named as `save` names them: 0999, digits of other scripts and of 5,000 places are not."""
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UsageError(
+            f"{directory} cannot be read ({error.strerror}); mend that, or name another --workdir."
+        ) from error
+    steps = [int(name) for name in names if name.isascii() and name.isdecimal() and len(name) < 10]
+    return sorted(step for step in steps if str(step) in names and (directory / str(step)).is_dir())
+
+
+def _damaged(path: Path) -> Path:
+    """A free name for a damaged checkpoint: damaged-6, damaged-6-2, ..."""
+    name = f"damaged-{path.name}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(place for place in map(path.with_name, names) if not os.path.lexists(place))
+
+
+def _remove(path: Path) -> None:
+    """A folder, or a file or link in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _newest(directory: Path, load: Callable[[Path], _T]) -> tuple[int, _T, list[Path]] | None:
@@ -198,7 +233,8 @@ def _newest(directory: Path, load: Callable[[Path], _T]) -> tuple[int, _T, list[
             try:
                 loaded = load(path)
             except Exception as error:  # Orbax raises many kinds
-                problem = f"it cannot be loaded ({str(error).splitlines()[0][:200]})"
+                what = str(error).splitlines() or [type(error).__name__]
+                problem = f"it cannot be loaded ({what[0][:200]})"
                 if (path / SUMS).exists():
                     raise UsageError(
                         f"the checkpoint {path} is whole but {problem}; it was made by another model or another "
@@ -218,16 +254,20 @@ def _newest(directory: Path, load: Callable[[Path], _T]) -> tuple[int, _T, list[
 def _damage(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint. One without sums, killed before they were written, passes."""
     sums = path / SUMS
-    if not sums.exists():
+    if not os.path.lexists(sums):
         return None
-    for line in sums.read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if _digest(file) != digest:
-            return f"{name} is not as it was written"
-    return None
+    try:
+        listed = dict(line.split("  ", 1)[::-1] for line in sums.read_text(encoding="utf-8").splitlines())
+        present = {file.relative_to(path).as_posix(): file for file in _files(path)}
+        for name, digest in listed.items():
+            if name not in present:
+                return f"{name!r} is missing"
+            if _digest(present[name]) != digest:
+                return f"{name} is not as it was written"
+    except (OSError, ValueError) as error:
+        return f"its files cannot be read and compared with {SUMS} ({error})"
+    extra = sorted(name for name in present.keys() - listed.keys() if not Path(name).name.startswith((".", SUMS)))
+    return f"{extra[0]!r} is not in {SUMS}" if extra else None
 
 
 def _files(path: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from grain.experimental import set_next_index
 
 from longctx import config, data
 from longctx.errors import UsageError
+from longctx.folder import lock
 from longctx.parallel import mesh as meshes
 from longctx.parallel.processes import Votes
 from longctx.training import start
@@ -75,25 +76,40 @@ def train(
         program = Program.make(experiment, source.vocab_size, mesh)
         # Of all stages, so that a stage that the corpus cannot fill is refused now.
         iterators = [_batches(experiment, source, program, index) for index in range(len(training.stages))]
-        changes = workdirs.start(workdir, experiment, source)
-        checkpoints = Checkpoints(workdir, experiment.checkpoints.keep)
-        restored = checkpoints.restore(program.abstract)
-        step, state = (0, program.init()) if restored is None else restored
-        stage, done = _locate(training, step)
-        set_next_index(iterators[stage], done)
-        with Metrics(workdir, training, step, jax.process_index() == 0) as metrics, _stop_signals() as stop:
-            if step:
-                metrics.say("; ".join([f"going on from step {step}", *changes]))
-            if jax.process_index() == 0 and step < training.steps:
-                facts = start.facts(program, source, workdir)
-                start.write(workdir, facts)
-                metrics.say("\n".join([*start.lines(facts), *data.notes(source, experiment.data, training.stages)]))
-            measure = heldout(program.graphdef, experiment, source) if heldout and experiment.evaluation.every else None
-            run = _Run(experiment, program, checkpoints, metrics, measure)
-            step = run.steps(step, state, iterators, Votes(stop, mesh))
-        summary = summarise(workdir, training)
+        workdirs.agree(workdir, experiment, source)
+        with lock.held(workdir, "training"):
+            step, summary = _train(experiment, workdir, source, program, iterators, heldout)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract.params))
     return summary | {"finished": step == training.steps, "parameters": parameters, "devices": mesh.size}
+
+
+def _train(experiment, workdir, source, program, iterators, heldout) -> tuple[int, Row]:
+    """The part of `train` that writes: the steps done, and the summary."""
+    training = experiment.training
+    checkpoints = Checkpoints(workdir, experiment.checkpoints.keep)
+    restored = checkpoints.restore(program.abstract)
+    step, state = (0, program.init()) if restored is None else restored
+    if int(state.step) != step:
+        raise UsageError(
+            f"{checkpoints.directory / str(step)} holds the state after {int(state.step)} steps, which is not its "
+            "name; rename it, or remove it."
+        )
+    if step < training.steps:
+        checkpoints.check_room(program.abstract)
+    changes = workdirs.start(workdir, experiment, source)
+    stage, done = _locate(training, step)
+    set_next_index(iterators[stage], done)
+    with Metrics(workdir, training, step, jax.process_index() == 0) as metrics, _stop_signals() as stop:
+        if step:
+            metrics.say("; ".join([f"going on from step {step}", *changes]))
+        if jax.process_index() == 0 and step < training.steps:
+            facts = start.facts(program, source, workdir)
+            start.write(workdir, facts)
+            metrics.say("\n".join([*start.lines(facts), *data.notes(source, experiment.data, training.stages)]))
+        measure = heldout(program.graphdef, experiment, source) if heldout and experiment.evaluation.every else None
+        run = _Run(experiment, program, checkpoints, metrics, measure)
+        step = run.steps(step, state, iterators, Votes(stop, program.mesh))
+    return step, summarise(workdir, training)
 
 
 class _Pending(NamedTuple):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from longctx import data, provenance
+from longctx.folder import files
 from longctx.training.step import Program
 
 FILE = "start.json"
@@ -68,6 +68,4 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 def write(workdir: Path, found: dict[str, Any]) -> None:
     """Replaces WORKDIR/start.json in one move."""
-    temporary = workdir / f"{FILE}.part"
-    temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, workdir / FILE)
+    files.replace(workdir / FILE, json.dumps(found, indent=2, allow_nan=False) + "\n")

@@ -8,6 +8,7 @@ checkpoints/     see longctx.training.checkpoints
 metrics.jsonl    see longctx.training.metrics
 logs/            TensorBoard's
 report/          see longctx.evals
+training.lock    there while a run trains, evaluating.lock while a report is made, see longctx.folder.lock
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from flax import nnx
 from longctx import config
 from longctx.data import TASKS, Source, Task, Tokenizer
 from longctx.errors import UsageError
+from longctx.folder import files
 from longctx.folder import path as paths
 from longctx.layers import MIXERS, MLPS
 from longctx.models import LanguageModel
@@ -34,6 +36,8 @@ from longctx.training.step import abstract_model, placed
 
 # What may change between the starts of one run: where it runs and finds layers, how often it saves, what is measured.
 FREE = ("mesh", "checkpoints", "evaluation", "plugins")
+
+LARGEST = 2**24  # bytes of config.json and data.json; training writes thousands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +72,7 @@ def check(workdir: Path, experiment: config.Experiment) -> list[str]:
     workdir = Path(workdir)
     paths.check(workdir)
     paths.writable(workdir)
+    _check_forms(workdir)
     if not (workdir / "config.json").exists():
         if (workdir / "checkpoints").exists():
             raise UsageError(
@@ -87,31 +92,41 @@ def check(workdir: Path, experiment: config.Experiment) -> list[str]:
             f"--workdir={workdir} was started with another experiment ({'; '.join(refused)}); "
             f"give the same experiment, or another --workdir. Only {', '.join(FREE)} may change."
         )
+    if not isinstance(experiment.data, Task):
+        _check_tokenizer(workdir)
     return list(changed.values())
 
 
-def start(workdir: Path, experiment: config.Experiment, source: Source) -> list[str]:
-    """Writes what a first start writes. On a later one, makes sure that the corpus is the same.
-
-    Returns:
-      As `check`.
-
-    Raises:
-      UsageError: the corpus is not what this run was started with, or see `check`.
-    """
+def agree(workdir: Path, experiment: config.Experiment, source: Source) -> list[str]:
+    """As `check`, and whether the corpus is the one that the run was started with; nothing is written."""
     workdir = Path(workdir)
     changes = check(workdir, experiment)
     if (workdir / "config.json").exists():
         changes += compare_source(workdir, source)
-    elif jax.process_index() == 0:
-        given = {"tokenizer": None} | source.fingerprint()
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not isinstance(source, Task):
-            source.tokenizer.save(workdir / "tokenizer.json")
-            given["tokenizer"] = _digest(workdir / "tokenizer.json")
-        _write(workdir / "data.json", given)
+    return changes
+
+
+def start(workdir: Path, experiment: config.Experiment, source: Source) -> list[str]:
+    """Writes what a run begins with, or what may have changed since.
+
+    Returns:
+      As `agree`.
+
+    Raises:
+      UsageError: the corpus is not what this run was started with, or see `check`; nothing has been written then.
+    """
+    workdir = Path(workdir)
+    changes = agree(workdir, experiment, source)
     if jax.process_index() == 0:
-        _write(workdir / "config.json", config.to_dict(experiment))  # last: with it the workdir counts as started
+        if not (workdir / "config.json").exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            facts = {"tokenizer": None} | source.fingerprint()
+            if not isinstance(source, Task):
+                source.tokenizer.save(workdir / "tokenizer.json")
+                facts["tokenizer"] = _digest(workdir / "tokenizer.json")
+            files.replace(workdir / "data.json", _json(facts))
+        # Last: with it the workdir counts as started.
+        files.replace(workdir / "config.json", _json(config.to_dict(experiment)))
     return changes
 
 
@@ -149,21 +164,15 @@ def open_run(workdir: str | Path) -> Run:
     """
     workdir = Path(workdir)
     paths.check(workdir)
+    _check_forms(workdir)
     if not (workdir / "config.json").exists():
         what = "holds no config.json" if workdir.is_dir() else "does not exist"
         raise UsageError(f"--workdir={workdir} {what}; give the folder of a run that longctx.train started.")
     experiment = _read_config(workdir)
     if isinstance(experiment.data, Task):
         return Run(workdir, experiment, None)
-    tokenizer = workdir / "tokenizer.json"
-    if not tokenizer.exists():
-        raise UsageError(f"{tokenizer} is missing, without which the model's tokens have no meaning; put it back.")
-    if _digest(tokenizer) != _read_data(workdir).get("tokenizer"):
-        raise UsageError(
-            f"{tokenizer} is not the one that the model was trained with (data.json has its digest); "
-            "put the original back."
-        )
-    return Run(workdir, experiment, Tokenizer.load(tokenizer))
+    _check_tokenizer(workdir)
+    return Run(workdir, experiment, Tokenizer.load(workdir / "tokenizer.json"))
 
 
 def load_model(run: Run, mesh: jax.sharding.Mesh | None = None) -> tuple[LanguageModel, int]:
@@ -182,6 +191,27 @@ def load_model(run: Run, mesh: jax.sharding.Mesh | None = None) -> tuple[Languag
     return nnx.merge(graphdef, loaded), step
 
 
+def _check_forms(workdir: Path) -> None:
+    """Raises UsageError where something else stands in the place of what a run needs; a log is not needed."""
+    for name in ("config.json", "data.json", "tokenizer.json", "checkpoints"):
+        path = workdir / name
+        right, form = (path.is_dir(), "a folder") if name == "checkpoints" else (path.is_file(), "a file")
+        if os.path.lexists(path) and not right:
+            raise UsageError(f"{path} is not {form}; restore it from a copy, or name another --workdir.")
+
+
+def _check_tokenizer(workdir: Path) -> None:
+    """Raises UsageError unless the tokenizer is the one that the run was started with."""
+    tokenizer = workdir / "tokenizer.json"
+    if not tokenizer.exists():
+        raise UsageError(f"{tokenizer} is missing, without which the model's tokens have no meaning; put it back.")
+    if _digest(tokenizer) != _read_data(workdir).get("tokenizer"):
+        raise UsageError(
+            f"{tokenizer} is not the one that the model was trained with (data.json has its digest); "
+            "put the original back."
+        )
+
+
 def _read_config(workdir: Path) -> config.Experiment:
     try:
         return config.parse(_read_json(workdir / "config.json"), MIXERS, MLPS, TASKS)
@@ -197,19 +227,22 @@ def _read_data(workdir: Path) -> dict[str, Any]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if file.stat().st_size > LARGEST:
+            raise ValueError(f"it has more than {LARGEST:,} bytes")
+        value = json.loads(file.read_text(encoding="utf-8"), parse_constant=_not_json)
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} cannot be read ({error}); restore it from a copy.") from error
     if not isinstance(value, dict):
         raise UsageError(f"{file} holds a {type(value).__name__}, not an object; restore it from a copy.")
     return value
 
 
-def _write(file: Path, tree: dict[str, Any]) -> None:
-    """Replaces the file in one move."""
-    temporary = file.with_suffix(".part")
-    temporary.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+def _not_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _json(tree: dict[str, Any]) -> str:
+    return json.dumps(tree, indent=2, allow_nan=False) + "\n"
 
 
 def _flat(tree: Any, path: str = "") -> dict[str, Any]:
@@ -227,4 +260,5 @@ def _show(flat: dict[str, Any], name: str) -> str:
 
 
 def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

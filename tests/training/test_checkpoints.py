@@ -1,6 +1,8 @@
 """A checkpoint gives back the same bits; damage is found, told, and passed over; nothing is lost by it."""
 
+import hashlib
 import logging
+import os
 import shutil
 
 import jax
@@ -97,7 +99,44 @@ def unfinished_copy(folder):
             file.unlink()
 
 
-@pytest.mark.parametrize("harm", [truncate, flip, delete, unfinished_copy])
+def binary_sums(folder):
+    (folder / "SHA256SUMS").write_bytes(bytes(range(256)))
+
+
+def cut_sums(folder):
+    """Between two lines: what is not listed would not be looked at."""
+    (folder / "SHA256SUMS").write_text("".join((folder / "SHA256SUMS").read_text().splitlines(keepends=True)[:3]))
+
+
+def no_sums_listed(folder):
+    (folder / "SHA256SUMS").write_text("")
+
+
+def folder_of_sums(folder):
+    (folder / "SHA256SUMS").unlink()
+    (folder / "SHA256SUMS").mkdir()
+
+
+def sums_of_another_place(folder):
+    file = folder.parent / "outside"
+    file.write_text("x")
+    digest = hashlib.sha256(b"x").hexdigest()
+    (folder / "SHA256SUMS").write_text(f"{digest}  {file}\n{digest}  ../outside\n")
+
+
+def file_into_folder(folder):
+    largest(folder).unlink()
+    (folder / "params" / "_METADATA").unlink()
+    (folder / "params" / "_METADATA").mkdir()
+
+
+HARMS = [
+    *(truncate, flip, delete, unfinished_copy, binary_sums, cut_sums, no_sums_listed, folder_of_sums),
+    *(sums_of_another_place, file_into_folder),
+]
+
+
+@pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_newest_is_passed_over(saved, caplog, harm):
     """`flip` needs the check of SHA256SUMS: Orbax alone loads such a file as other numbers, without a word."""
     harm(saved / "checkpoints" / "6")
@@ -188,3 +227,63 @@ def test_a_save_that_does_not_read_back_is_no_save(saved, monkeypatch, lost):
         checkpoints.wait()
     assert checkpoints.steps() == [3, 6, 9]
     assert restore(checkpoints)[0] == 6
+
+
+def test_names_that_are_no_steps(saved):
+    """Copied there by hand, or by another program; they are neither read nor removed."""
+    directory = saved / "checkpoints"
+    names = ["0999", "٣٣", "²", "9" * 250, "1e3", "+7", " 8", "-9", "6 (copy)", "damaged-6", ".5"]
+    for name in names:
+        shutil.copytree(directory / "6", directory / name)
+    (directory / "77").write_text("a file")
+    (directory / "88").symlink_to("nowhere")
+    checkpoints = Checkpoints(saved, keep=1)
+    assert checkpoints.steps() == [3, 6]
+    assert restore(checkpoints)[0] == 6
+    checkpoints.save(77, new_state(77))
+    checkpoints.wait()
+    assert checkpoints.steps() == [77]
+    assert {path.name for path in directory.iterdir()} == {"77", "88", "damaged-77", *names}
+
+
+def test_links_and_files_are_removed_as_they_are(saved, tmp_path_factory):
+    """An old checkpoint that is a link to another disk, and what looks like one half-written and is a file."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "3"
+    shutil.move(saved / "checkpoints" / "3", elsewhere)
+    (saved / "checkpoints" / "3").symlink_to(elsewhere)
+    (saved / "checkpoints" / "9.orbax-checkpoint-tmp").touch()
+    checkpoints = Checkpoints(saved, keep=1)
+    checkpoints.save(9, new_state(9))
+    checkpoints.wait()
+    assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["9"]
+    assert elsewhere.is_dir()
+
+
+def test_what_was_damaged_before_is_kept(saved):
+    for name in ("damaged-6", "damaged-6-2"):
+        (saved / "checkpoints" / name).write_text(name)
+    flip(saved / "checkpoints" / "6")
+    restore(Checkpoints(saved, keep=2))
+    assert sorted(os.listdir(saved / "checkpoints")) == ["3", "damaged-6", "damaged-6-2", "damaged-6-3"]
+
+
+def test_a_folder_that_cannot_be_read(saved, monkeypatch):
+    """Without a look, a run would begin anew over its own checkpoints. No rights are taken: tests may have all."""
+
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    checkpoints = Checkpoints(saved, keep=2)
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(UsageError, match=r"checkpoints cannot be read \(Permission denied\)"):
+        restore(checkpoints)
+
+
+def test_room_for_one_more(saved, monkeypatch):
+    state = abstract(new_state(0))
+    usage = shutil.disk_usage(saved)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=8_000))
+    with pytest.raises(UsageError, match=r"needed to save anything; make room"):
+        Checkpoints(saved, keep=2).check_room(state)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=9_000))
+    Checkpoints(saved, keep=2).check_room(state)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -152,3 +153,68 @@ def test_checkpoints_of_an_unknown_experiment(tmp_path, parse):
 def test_no_checkpoint_to_load(started):
     with pytest.raises(UsageError, match="holds no checkpoint"):
         workdirs.load_model(workdirs.open_run(started))
+
+
+def test_a_bad_tokenizer_stops_training_too(started, parse):
+    """Training would make another one and write it there."""
+    for harm, told in ((harm_other_tokenizer, "is not the one that"), (harm_no_tokenizer, "tokenizer.json is missing")):
+        harm(started)
+        before = sorted(path.name for path in started.iterdir())
+        with pytest.raises(UsageError, match=told):
+            workdirs.check(started, parse())
+        assert sorted(path.name for path in started.iterdir()) == before
+
+
+DEEP = b'{"a":' * 20_000 + b"1" + b"}" * 20_000
+CONTENTS = {
+    "list": b"[]",
+    "empty": b"",
+    "nul": b"\0" * 500,
+    "deep": DEEP,
+    "nan": b'{"seed": NaN}',
+    "digits": b'{"seed": ' + b"9" * 5000 + b"}",
+    "utf-16": '{"seed": 0}'.encode("utf-16"),
+    "bom": b"\xef\xbb\xbf{}",
+    "latin-1": '{"seed": "é"}'.encode("latin-1"),
+    "large": b" " * (2**24 + 1),
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("name", ["config.json", "data.json"])
+def test_a_file_that_is_no_json(started, parse, name, content):
+    (started / name).write_bytes(CONTENTS[content])
+    for read in (lambda: workdirs.open_run(started), lambda: workdirs.check(started, parse())):
+        with pytest.raises(UsageError, match=name) as error:
+            read()
+        assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["config.json", "data.json", "tokenizer.json", "checkpoints"])
+@pytest.mark.parametrize("form", ["the other", "link to nothing", "pipe"])
+def test_something_else_in_its_place(started, parse, name, form):
+    """A pipe that is read would be waited for without end."""
+    path = started / name
+    path.unlink(missing_ok=True)
+    if form == "pipe":
+        os.mkfifo(path)
+    elif form == "link to nothing":
+        path.symlink_to("nowhere")
+    elif name == "checkpoints":
+        path.touch()
+    else:
+        path.mkdir()
+    before = sorted(started.iterdir())
+    for read in (lambda: workdirs.open_run(started), lambda: workdirs.check(started, parse())):
+        with pytest.raises(UsageError, match=rf"{name} is not a f(ile|older); restore it"):
+            read()
+    assert sorted(started.iterdir()) == before
+
+
+def test_leftovers_of_writing_hinder_nothing(started, parse, corpus):
+    for name in ("config.part", "data.part", "config.json.part"):
+        (started / name).mkdir()
+    workdirs.start(started, parse(), corpus)
+    (started / "config.json").unlink()
+    workdirs.start(started, parse(), corpus)
+    workdirs.open_run(started)
