@@ -213,8 +213,9 @@ def _check_tokenizer(workdir: Path) -> None:
 
 
 def _read_config(workdir: Path) -> config.Experiment:
+    tree = _read_json(workdir / "config.json")
     try:
-        return config.parse(_read_json(workdir / "config.json"), MIXERS, MLPS, TASKS)
+        return config.parse(tree, MIXERS, MLPS, TASKS)
     except UsageError as error:
         raise UsageError(f"{workdir / 'config.json'} cannot be used: {error}") from error
 
