@@ -87,6 +87,8 @@ def _train(experiment, workdir, source, program, iterators, heldout) -> tuple[in
     """The part of `train` that writes: the steps done, and the summary."""
     training = experiment.training
     checkpoints = Checkpoints(workdir, experiment.checkpoints.keep)
+    if max(checkpoints.steps(), default=0) < training.steps:
+        checkpoints.check_room(program.abstract)
     restored = checkpoints.restore(program.abstract)
     step, state = (0, program.init()) if restored is None else restored
     if int(state.step) != step:
@@ -94,8 +96,6 @@ def _train(experiment, workdir, source, program, iterators, heldout) -> tuple[in
             f"{checkpoints.directory / str(step)} holds the state after {int(state.step)} steps, which is not its "
             "name; rename it, or remove it."
         )
-    if step < training.steps:
-        checkpoints.check_room(program.abstract)
     changes = workdirs.start(workdir, experiment, source)
     stage, done = _locate(training, step)
     set_next_index(iterators[stage], done)
