@@ -30,10 +30,16 @@ from longctx.models import checks
 from longctx.overrides import ExperimentParser
 from longctx.parallel import processes
 
+_CONFIG = (
+    "The experiment file, as FILE.py or FILE.py:ARGUMENT; --config.a.b=VALUE overrides a field of it, or sets one that "
+    "it leaves out. `python -m longctx.options` lists them."
+)
+flags.disclaim_key_flags()  # so that `--help` of a command lists the flags that it has from here
+
 
 def define_config() -> None:
     """Defines `--config=FILE.py[:ARGUMENT]` and its overrides, `--config.a.b=VALUE`."""
-    config_flags.DEFINE_config_file("config", None, "The experiment file, as FILE.py or FILE.py:ARGUMENT.")
+    config_flags.DEFINE_config_file("config", None, _CONFIG)
     flags.FLAGS["config"].parser = ExperimentParser(name="config")
 
 
@@ -158,6 +164,8 @@ def _parse(arguments: Sequence[str]) -> Sequence[str]:
     """The flags parser of `app.run`: what is wrong is told as a UsageError is, where absl shows a traceback."""
     try:
         rest = flags.FLAGS(arguments)
+    except SystemExit:  # the help was asked for, and has been written
+        sys.exit(0)
     except (flags.Error, ValueError) as error:
         text = re.sub(r"invalid literal for int\(\).*", "expected a whole number", str(error).removeprefix("flag "))
         text = re.sub(r"could not convert string to float.*", "expected a number", text)

@@ -75,7 +75,7 @@ class Data(Options):
     tokenizer: str = "bpe"  # "bpe" (trained on the corpus), "bytes", or the path of a tokenizer.json
     vocab_size: int = 2048  # entries of the byte-pair vocabulary; "bytes" and a tokenizer.json have their own
     heldout: float = 0.05  # fraction of the text kept for evaluation: documents chosen by hash
-    needles: Needles = Needles()
+    needles: Needles = Needles()  # facts planted in the text, and asked for later
 
     def problems(self):
         if not 0 < self.heldout < 1:
@@ -131,7 +131,7 @@ class Model(Options):
 class Stage(Options):
     """A part of training at one length of rows."""
 
-    steps: Tokens
+    steps: Tokens  # of the optimiser
     batch: int  # rows a step, over all devices
     length: Tokens  # tokens a row
 
@@ -152,10 +152,10 @@ class Training(Options):
     stages: tuple[Stage, ...]  # short rows first; the last stage's length is the trained length
     learning_rate: float = 3e-3  # at its peak
     final_learning_rate: float = 0.1  # at the end, as a fraction of the peak
-    warmup_steps: Tokens = 100
+    warmup_steps: Tokens = 100  # over which the rate rises from 0
     weight_decay: float = 0.1  # on matrices that multiply activations, and on nothing else
-    beta1: float = 0.9
-    beta2: float = 0.95
+    beta1: float = 0.9  # of the running mean of gradients, what a step leaves
+    beta2: float = 0.95  # likewise of their squares
     clip_norm: float = 1.0  # of the global gradient
     accumulate: int = 1  # micro-batches a step
     answer_weight: float = 1.0  # weight of a retrieval answer in the loss; any other token weighs 1
@@ -233,12 +233,12 @@ class Evaluation(Options):
 class Experiment(Options):
     """Everything that a run is made from."""
 
-    model: Model
-    training: Training
+    model: Model  # what is trained
+    training: Training  # how it is trained
     data: Source = Data()  # or the options of a synthetic task, whose `kind` says which
-    mesh: Mesh = Mesh()
-    checkpoints: Checkpoints = Checkpoints()
-    evaluation: Evaluation = Evaluation()
+    mesh: Mesh = Mesh()  # devices, and what they split
+    checkpoints: Checkpoints = Checkpoints()  # when the state is saved
+    evaluation: Evaluation = Evaluation()  # what the report measures
     seed: Seed = 0  # of the parameters, the order of the rows and what is planted in them
     plugins: tuple[str, ...] = ()  # modules and files that register layers of your own; those used are added
 

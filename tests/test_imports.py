@@ -33,6 +33,7 @@ RANK = {
     "train": 10,
     "evaluate": 10,
     "generate": 10,
+    "options": 9,
     "plan": 10,
 }
 

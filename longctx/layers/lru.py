@@ -27,8 +27,8 @@ class LRU(nnx.Module):
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
         hidden: int = 64  # N, complex numbers
-        r_min: float = 0.9  # eigenvalues begin uniform on the ring between two radii,
-        r_max: float = 0.999
+        r_min: float = 0.9  # eigenvalues begin uniform on the ring between this radius
+        r_max: float = 0.999  # and this one
         max_phase: float = math.pi / 10  # and between the angles 0 and this
 
         def problems(self):

@@ -414,7 +414,7 @@ class T5(Positions, kind="t5"):
     """`longctx.ops.biases.T5`: a learned bias per head and bucket of distances."""
 
     axes = ("heads", None)
-    buckets: int = 32
+    buckets: int = 32  # of distances: the first half exact, the others ever wider
     max_distance: int = 128  # tokens from which on all distances share a bucket
 
     def refusals(self, width):

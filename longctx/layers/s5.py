@@ -31,7 +31,7 @@ class S5(nnx.Module):
         hidden: int = 64  # N, complex numbers: half the size of the state-space model
         discretisation: str = "zoh"  # zoh, for zero-order hold, or bilinear
         step_min: float = 1e-3  # the steps begin between these two, uniform in their logarithm
-        step_max: float = 1e-1
+        step_max: float = 1e-1  # the longest
 
         def problems(self):
             if self.hidden < 1:

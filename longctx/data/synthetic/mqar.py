@@ -48,7 +48,9 @@ class MQAR(Task):
     kind: ClassVar[str] = "mqar"
 
     vocab_size: int = 8192  # V: filler, keys in the lower half, values in the upper
+    # Documents trained on, (length, pairs) each; a row draws one of them and is filled with such.
     train: tuple[Setting, ...] = tuple(Setting(*each) for each in ((64, 4), (128, 8), (256, 16), (256, 32), (256, 64)))
+    # Documents tested, each length once.
     test: tuple[Setting, ...] = tuple(
         Setting(*each) for each in ((64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
     )
