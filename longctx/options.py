@@ -32,8 +32,8 @@ from longctx.ops.patterns.text import NAMES as PATTERNS
 from longctx.schema import options_of
 
 NOTATION = (
-    "H heads, G heads of keys and values, K and V their widths, D the model's width, F a hidden width, N a state's size, "
-    "T tokens of a row, C of a chunk or mini-batch, W of a window, L of the trained length."
+    "H heads, G heads of keys and values, K and V their widths, D the model's width, F a hidden width, N a state's "
+    "size, T tokens of a row, C of a chunk or mini-batch, W of a window, L of the trained length."
 )
 # Parts of an experiment that are there whatever is chosen.
 PARTS = {

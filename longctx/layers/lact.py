@@ -55,7 +55,7 @@ class LaCT(nnx.Module):
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
         heads: int = 4  # of the attention
-        head_width: int = 16
+        head_width: int = 16  # of its queries, keys and values
         fast_width: int = 16  # K, channels of an MLP, of all that there are; the paper has 4 MLPs beside 24 heads
         hidden: int = 16  # M, of each MLP
         rank: int = 4  # of what W0 and W2 begin as, beside the identity; the paper has 32. 0: matrices of full rank
