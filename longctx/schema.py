@@ -278,7 +278,13 @@ def _joined(path: str, name: Any) -> str:
 
 def _together(options: Any) -> list[str]:
     """What is wrong with values that are each of their type."""
-    problems = [] if not hasattr(options, "problems") else list(options.problems())
+    problems: list[str] = []
+    try:
+        problems.extend(options.problems() if hasattr(options, "problems") else ())
+    except Refused as error:  # of options that are made of these
+        problems.extend(error.problems)
+    except ArithmeticError as error:
+        problems.append(f"its values cannot be together: {error}, given {options}")
     sizes = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     for name, size in sizes.items():
         if name.endswith("_width") and isinstance(heads := sizes.get("heads"), int) and heads * size > CHANNELS:

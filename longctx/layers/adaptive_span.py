@@ -12,7 +12,7 @@ from longctx.layers.attention import Attention, AttentionState
 from longctx.layers.positions import ROPE, Positions
 from longctx.ops.attach import attach
 from longctx.ops.biases import AdaptiveSpan as Span
-from longctx.schema import Options, Refused
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -43,10 +43,7 @@ class AdaptiveSpan(nnx.Module):
                 yield f"initial is {self.initial}; give a share from 0 to 1"
             if type(self.positions).bias is not Positions.bias or self.positions.kind == "cope":
                 yield f"positions '{self.positions.kind}' are a bias of their own; choose rotary ones, or 'nope'"
-            try:
-                self.attention  # noqa: B018
-            except Refused as error:
-                yield from error.problems
+            yield from self.attention.problems()
 
         @property
         def attention(self) -> Attention.Config:
