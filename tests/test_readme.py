@@ -1,14 +1,22 @@
-"""The README's table of layers says what is there: every registered kind, its files, and the bytes of its state."""
+"""The README's table of layers says what is there: every registered kind, its files, and the bytes of its state; and
+CONTRIBUTING's layer is one."""
 
+import dataclasses
 import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from longctx.layers import MIXERS, MLPS
+from longctx.layers.basic import Linear
+from longctx.ops import linear_scan
+from longctx.parallel import sequence
+from longctx.schema import Options
+from longctx.typing import Segments
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,3 +46,22 @@ def test_files_exist():
     files = {file for row in ROWS for file in re.findall(r"`(\w+/\w+\.py)`", row[3])}
     assert files
     assert not [file for file in files if not (ROOT / "longctx" / file).exists()]
+
+
+def test_the_layer_of_the_contributing_page():
+    """Run as it stands there: two spans are one, and its parameters say what they are."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    names = {"dataclasses": dataclasses, "jax": jax, "jnp": jnp, "nnx": nnx, "Linear": Linear, "Options": Options}
+    names |= {"sequence": sequence, "linear_scan": linear_scan, "Segments": Segments}
+    exec(code, names)
+    cls = names["DecayedSum"]
+    layer = cls(8, cls.Config(hidden=6), nnx.Rngs(params=0))
+    x = jax.random.normal(jax.random.key(0), (2, 7, 8))
+
+    @jax.jit
+    def run(x):
+        y, state = layer(x[:, :4], state=layer.init_state(2, 7))
+        return layer(x)[0], jnp.concatenate([y, layer(x[:, 4:], state=state)[0]], axis=1)
+
+    np.testing.assert_allclose(*run(x), atol=1e-5)
+    assert [v.get_metadata().get("decays", False) for v in (layer.value.weight, layer.rate)] == [True, False]

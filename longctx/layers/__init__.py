@@ -3,10 +3,10 @@
 `MIXERS` and `MLPS` are the registries that experiment files name and that the laws run over. A mixer is
 
     mixer = Mixer(width, options: Mixer.Config, rngs)
-    y, state = mixer(x[B, T, D], segments, state=None)
+    y, state = mixer(x[B, T, D], segments=None, state=None)
     state = mixer.init_state(batch, capacity, dtype)
 
-and so is an MLP: most have no state, and return None for it.
+where no segments are one document, and so is an MLP: most have no state, and return None for it.
 """
 
 from longctx.config import MLP, Mixer

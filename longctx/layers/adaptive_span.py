@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import Attention, AttentionState
+from longctx.layers.basic import document
 from longctx.layers.positions import ROPE, Positions
 from longctx.ops.attach import attach
 from longctx.ops.biases import AdaptiveSpan as Span
@@ -57,8 +58,9 @@ class AdaptiveSpan(nnx.Module):
         self.attention = Attention(width, options.attention, rngs)
         self.span = nnx.Param(jnp.full(options.heads, options.initial, jnp.float32), axes=("heads",))
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: AttentionState | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: AttentionState | None = None):
         """Returns `(y[B, T, D], AttentionState)`."""
+        segments = document(segments, x, state)
         options = self.options
         span = options.longest * jnp.clip(self.span[...], 0.0, 1.0)
         y, state = self.attention(x, segments, state, bias=Span(span, options.ramp))

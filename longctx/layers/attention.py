@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Projections
+from longctx.layers.basic import Projections, document
 from longctx.layers.positions import ROPE, CoPE, Positions
 from longctx.memory.cache import KVCache
 from longctx.ops import attention as ops
@@ -87,11 +87,12 @@ class Attention(Projections):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        segments: Segments,
+        segments: Segments | None = None,
         state: AttentionState | None = None,
         bias: Bias | None = None,
     ):
         """Returns `(y[B, T, D], AttentionState)`; `bias` is added to logits, instead of that of the positions."""
+        segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
         q, k, v, tail = self.project(x, segments, None if state is None else state.conv)

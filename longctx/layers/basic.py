@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from longctx.memory.cache import KVCache
 from longctx.parallel import mesh, rules, sequence
 from longctx.typing import Segments
 
@@ -122,6 +123,33 @@ def merged(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     return x if mesh.context_size() > 1 else x.reshape(-1, x.shape[-1])
 
 
+def document(segments: Segments | None, x: Float[Array, "B T D"], state: Any) -> Segments:
+    """The segments of a span, for a layer that asks where in its document a token is.
+
+    Args:
+      segments: as they are given; None is one document.
+      x: inputs of the span.
+      state: before the span. None: the document begins with the span. With a `KVCache` in it, which knows the tokens
+        before the span, the document goes on.
+
+    Raises:
+      ValueError: there are no segments, and a state that does not say how many tokens came before.
+    """
+    if segments is not None:
+        return segments
+    batch, length, _ = x.shape
+    if state is None:
+        return Segments.single(batch, length)
+    leaves = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, KVCache))
+    known = [leaf.positions.max(axis=1) + 1 for leaf in leaves if isinstance(leaf, KVCache)]
+    if not known:
+        raise ValueError(
+            "the state does not say how many tokens of the document came before the span, which this layer must know; "
+            f"give segments, such as Segments.single({batch}, {length}, offset=tokens before)."
+        )
+    return Segments.single(batch, length, known[0][:, None])
+
+
 class ShortConv(nnx.Module):
     """A causal convolution of width W per channel, whose taps do not cross a document's start.
 
@@ -138,7 +166,7 @@ class ShortConv(nnx.Module):
         noise = 0.1 * jax.random.normal(rngs.params(), shown.shape, jnp.float32)
         self.kernel = nnx.Param(shown + noise, axes=("taps", axis))
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: Float[Array, "B W-1 D"] | None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None, state: Float[Array, "B W-1 D"] | None):
         """Returns `(y[B, T, D], the last W-1 inputs)`."""
         return sequence.convolution(x, self.kernel[...].astype(x.dtype), state, segments)
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import attend_with_cache
-from longctx.layers.basic import Linear, like_queries, undo_values
+from longctx.layers.basic import Linear, document, like_queries, undo_values
 from longctx.layers.rotary import rotate
 from longctx.memory.cache import KVCache
 from longctx.ops import block_recurrent as ops
@@ -77,8 +77,11 @@ class BlockRecurrent(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width), axes=("width",))
         self.gate = nnx.Param(jnp.full(width, 2.0), axes=("width",))  # a ninth is replaced at every update
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: BlockRecurrentState | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: BlockRecurrentState | None = None
+    ):
         """Returns `(y[B, T, D], BlockRecurrentState)`."""
+        segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
         parts = self.query(x), self.key(x), self.value(x), self.cell_query(x)

@@ -63,7 +63,7 @@ class DeltaNet(nnx.Module):
         back = undo_values(self.value, options.heads, options.value_width)
         self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: DeltaNetState | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: DeltaNetState | None = None):
         """Returns `(y[B, T, D], DeltaNetState)`."""
         options = self.options
         batch, length, _ = x.shape

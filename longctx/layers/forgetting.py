@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import attend_with_cache
-from longctx.layers.basic import Linear, RMSNorm, like_queries, undo_values
+from longctx.layers.basic import Linear, RMSNorm, document, like_queries, undo_values
 from longctx.memory.cache import KVCache
 from longctx.ops import linear_scan
 from longctx.ops.patterns import Causal, Window
@@ -69,8 +69,11 @@ class Forgetting(nnx.Module):
         back = undo_values(self.value, options.heads, options.head_width)
         self.out = Linear(queries, width, ("heads", "embed"), rngs, initial=back)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: ForgettingState | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: ForgettingState | None = None
+    ):
         """Returns `(y[B, T, D], ForgettingState)`."""
+        segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
         q, k, v = (

@@ -63,7 +63,9 @@ class GatedDelta(nnx.Module):
         back = undo_values(self.value, options.heads, options.value_width)
         self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: GatedDeltaState | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: GatedDeltaState | None = None
+    ):
         """Returns `(y[B, T, D], GatedDeltaState)`."""
         options = self.options
         batch, length, _ = x.shape

@@ -69,7 +69,9 @@ class GatedDeltaProduct(nnx.Module):
         back = undo_values(self.value, options.heads, options.value_width)
         self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: GatedDeltaProductState | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: GatedDeltaProductState | None = None
+    ):
         """Returns `(y[B, T, D], GatedDeltaProductState)`."""
         options = self.options
         batch, length, _ = x.shape

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Projections
+from longctx.layers.basic import Projections, document
 from longctx.ops import h_transformer as ops
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -58,8 +58,11 @@ class HTransformer(Projections):
         super().__init__(width, options, rngs)
         self.bias = nnx.Param(jnp.zeros((options.heads, options.levels - 1)), axes=("heads", None))
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: HTransformerState | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: HTransformerState | None = None
+    ):
         """Returns `(y[B, T, D], HTransformerState)`."""
+        segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
         q, k, v, tail = self.project(x, segments, None if state is None else state.conv)

@@ -51,7 +51,9 @@ class HGRN2(nnx.Module):
         back = undo_values(self.value, options.heads, options.value_width)
         self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: Float[Array, "B H K V"] | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: Float[Array, "B H K V"] | None = None
+    ):
         """Returns `(y[B, T, D], state[B, H, K, V])`."""
         batch, length, _ = x.shape
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, like_queries, undo_values
+from longctx.layers.basic import Linear, RMSNorm, document, like_queries, undo_values
 from longctx.layers.rotary import rotate
 from longctx.memory import row
 from longctx.memory.cache import KVCache
@@ -73,8 +73,9 @@ class IndexerTopK(nnx.Module):
         self.index_key = Linear(width, options.index_width, ("embed", "head"), rngs, initial=like_index)
         self.index_weight = Linear(width, options.index_heads, ("embed", "heads"), rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: KVCache | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: KVCache | None = None):
         """Returns `(y[B, T, D], KVCache)`."""
+        segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
         parts = self.query(x), self.key(x), self.value(x)

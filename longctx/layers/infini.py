@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import attend_with_cache
-from longctx.layers.basic import Linear, like_queries, undo_values
+from longctx.layers.basic import Linear, document, like_queries, undo_values
 from longctx.layers.rotary import rotate
 from longctx.memory.cache import KVCache
 from longctx.ops import infini as ops
@@ -64,8 +64,9 @@ class Infini(nnx.Module):
         back = undo_values(self.value, options.heads, options.head_width)
         self.out = Linear(keys, width, ("heads", "embed"), rngs, initial=back)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: InfiniState | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: InfiniState | None = None):
         """Returns `(y[B, T, D], InfiniState)`."""
+        segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
         parts = self.query(x), self.key(x), self.value(x)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from longctx.layers.basic import document
 from longctx.layers.mlp import SwiGLU
 from longctx.ops import inplace_ttt as ops
 from longctx.parallel import sequence
@@ -63,8 +64,9 @@ class InPlaceTTT(nnx.Module):
             getattr(layer, name).weight[...] = jnp.array(getattr(mlp, name).weight[...], copy=True)
         return layer
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: ops.State | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: ops.State | None = None):
         """Returns `(y[B, T, D], State)`."""
+        segments = document(segments, x, state)
         options = self.options
         z = jax.nn.silu(self.gate(x)) * self.up(x)
         static = {name: getattr(options, name) for name in ("minibatch", "rate", "clip", "decay")}

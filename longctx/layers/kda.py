@@ -66,7 +66,7 @@ class KDA(nnx.Module):
         back = undo_values(self.value, options.heads, options.value_width)
         self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: KDAState | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: KDAState | None = None):
         """Returns `(y[B, T, D], KDAState)`."""
         options = self.options
         batch, length, _ = x.shape

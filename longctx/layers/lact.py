@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import attend_with_cache
-from longctx.layers.basic import Linear, RMSNorm, l2_normalise, like_queries, undo_values
+from longctx.layers.basic import Linear, RMSNorm, document, l2_normalise, like_queries, undo_values
 from longctx.layers.rotary import rotate
 from longctx.memory.cache import KVCache
 from longctx.ops import lact as ops
@@ -112,8 +112,9 @@ class LaCT(nnx.Module):
         self.fast_up = FastWeight(fast, options.hidden, fast_width, options.rank, rngs)
         self.norm = RMSNorm(fast_width, ("head",))
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: LaCTState | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: LaCTState | None = None):
         """Returns `(y[B, T, D], LaCTState)`."""
+        segments = document(segments, x, state)
         options = self.options
         batch, length, _ = x.shape
         q, k, v = self.query(x), self.key(x), self.value(x)

@@ -76,7 +76,9 @@ class LinearAttention(nnx.Module):
         back = undo_values(self.value, options.heads, options.value_width)
         self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: LinearAttentionState | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: LinearAttentionState | None = None
+    ):
         """Returns `(y[B, T, D], LinearAttentionState)`."""
         options = self.options
         batch, length, _ = x.shape

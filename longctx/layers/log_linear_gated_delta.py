@@ -9,7 +9,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, ShortConv, delta_inputs, like_queries, slow_steps, undo_values
+from longctx.layers.basic import (
+    Linear,
+    RMSNorm,
+    ShortConv,
+    delta_inputs,
+    document,
+    like_queries,
+    slow_steps,
+    undo_values,
+)
 from longctx.ops import log_linear as ops
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -64,8 +73,11 @@ class LogLinearGatedDelta(nnx.Module):
         back = undo_values(self.value, options.heads, options.value_width)
         self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: LogLinearGatedDeltaState | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: LogLinearGatedDeltaState | None = None
+    ):
         """Returns `(y[B, T, D], LogLinearGatedDeltaState)`."""
+        segments = document(segments, x, state)
         options = self.options
         batch, length, _ = x.shape
         parts = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)

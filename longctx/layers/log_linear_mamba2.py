@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, ShortConv, like_queries, slow_steps, undo_values
+from longctx.layers.basic import Linear, RMSNorm, ShortConv, document, like_queries, slow_steps, undo_values
 from longctx.ops import log_linear as ops
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -67,8 +67,11 @@ class LogLinearMamba2(nnx.Module):
         back = undo_values(self.value, options.heads, options.value_width)
         self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: LogLinearMamba2State | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: LogLinearMamba2State | None = None
+    ):
         """Returns `(y[B, T, D], LogLinearMamba2State)`."""
+        segments = document(segments, x, state)
         options = self.options
         batch, length, _ = x.shape
         parts = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)

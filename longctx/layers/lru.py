@@ -53,7 +53,9 @@ class LRU(nnx.Module):
         self.out = Linear(width, width, ("embed", "width"), rngs)
         self.gate = Linear(width, width, ("embed", "width"), rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: Complex[Array, "B N"] | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: Complex[Array, "B N"] | None = None
+    ):
         """Returns `(y[B, T, D], state[B, N])`."""
         u = jax.lax.complex(*(w(x).astype(jnp.float32) for w in (self.write_real, self.write_imaginary)))
         log_decay = jax.lax.complex(-jnp.exp(self.log_rate[...]), jnp.exp(self.log_phase[...]))

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, l2_normalise, undo_values
+from longctx.layers.basic import Linear, document, l2_normalise, undo_values
 from longctx.layers.rotary import rotate
 from longctx.memory import row
 from longctx.memory.cache import KVCache
@@ -85,8 +85,9 @@ class LSH(nnx.Module):
         half /= np.linalg.norm(half, axis=-1, keepdims=True)
         return jnp.asarray(np.concatenate([half, -half], axis=2), jnp.float32)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: LSHState | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: LSHState | None = None):
         """Returns `(y[B, T, D], LSHState)`."""
+        segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
         # Float32, as rounding must not choose the bucket.

@@ -63,7 +63,7 @@ class Mamba(nnx.Module):
         self.skip = nnx.Param(jnp.ones(inner, jnp.float32), axes=("heads",))
         self.out = Linear(inner, width, ("heads", "embed"), rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: MambaState | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: MambaState | None = None):
         """Returns `(y[B, T, D], MambaState)`."""
         options = self.options
         u, tail = self.conv(self.input(x), segments, None if state is None else state.conv)

@@ -72,7 +72,7 @@ class Mamba2(nnx.Module):
         back = undo_values(self.value, options.heads, options.value_width)
         self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: Mamba2State | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: Mamba2State | None = None):
         """Returns `(y[B, T, D], Mamba2State)`."""
         options = self.options
         batch, length, _ = x.shape

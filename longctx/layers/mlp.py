@@ -44,7 +44,7 @@ class SwiGLU(nnx.Module):
         self.up = Linear(width, options.hidden, ("embed", "mlp"), rngs)
         self.down = _down(width, options, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: None = None):
         """Returns `(y[B, T, D], None)`."""
         return by_chunks(SwiGLU.tokens, self, x, self.options.chunk), None
 
@@ -66,7 +66,7 @@ class SquaredReLU(nnx.Module):
         self.up = Linear(width, options.hidden, ("embed", "mlp"), rngs)
         self.down = _down(width, options, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: None = None):
         """Returns `(y[B, T, D], None)`."""
         return by_chunks(SquaredReLU.tokens, self, x, self.options.chunk), None
 

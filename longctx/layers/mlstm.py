@@ -57,7 +57,7 @@ class MLSTM(nnx.Module):
         back = undo_values(self.value, heads, options.value_width)
         self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: ops.State | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: ops.State | None = None):
         """Returns `(y[B, T, D], ops.mlstm.State)`."""
         options = self.options
         batch, length, _ = x.shape

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import AttentionState
-from longctx.layers.basic import Projections
+from longctx.layers.basic import Projections, document
 from longctx.layers.rotary import rotate
 from longctx.memory import row
 from longctx.memory.cache import KVCache
@@ -51,8 +51,9 @@ class MoBA(Projections):
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         super().__init__(width, options, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: AttentionState | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: AttentionState | None = None):
         """Returns `(y[B, T, D], AttentionState)`."""
+        segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
         q, k, v, tail = self.project(x, segments, None if state is None else state.conv)

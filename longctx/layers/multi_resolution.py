@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.config import Mixer
-from longctx.layers.basic import Linear, RMSNorm, ShortConv
+from longctx.layers.basic import Linear, RMSNorm, ShortConv, document
 from longctx.layers.gated_delta import GatedDelta
 from longctx.layers.mlp import Hidden, SwiGLU
 from longctx.parallel import sequence
@@ -71,8 +71,11 @@ class MultiResolution(nnx.Module):
         self.up = Linear(width, options.factor * width, ("heads", "embed"), rngs)
         self.out = Linear(width, width, ("embed", "heads"), rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: MultiResolutionState | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: MultiResolutionState | None = None
+    ):
         """Returns `(y[B, T, D], MultiResolutionState)`."""
+        segments = document(segments, x, state)
         factor = self.options.factor
         pooled, tail = self.pool(x, segments, None if state is None else state.conv)
         z, coarse = sequence.coarsen(self.down(pooled), segments, factor)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, like_queries, undo_values
+from longctx.layers.basic import Linear, RMSNorm, document, like_queries, undo_values
 from longctx.layers.rotary import rotate
 from longctx.memory import row
 from longctx.memory.cache import KVCache
@@ -79,8 +79,9 @@ class NSA(nnx.Module):
         heads = weight.reshape(-1, options.kv_heads, 1, options.head_width)
         return jnp.tile(heads, (1, 1, 3, 1)).reshape(len(weight), -1)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: KVCache | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: KVCache | None = None):
         """Returns `(y[B, T, D], KVCache)`."""
+        segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
         q, k, v = (

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, ShortConv, l2_normalise, like_queries, undo_values
+from longctx.layers.basic import Linear, RMSNorm, ShortConv, document, l2_normalise, like_queries, undo_values
 from longctx.memory.cache import KVCache
 from longctx.ops.path_attention import Past
 from longctx.parallel import sequence
@@ -65,8 +65,9 @@ class Path(nnx.Module):
         back = undo_values(self.value, options.heads, options.head_width)
         self.out = Linear(keys, width, ("heads", "embed"), rngs, initial=back)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: PathState | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: PathState | None = None):
         """Returns `(y[B, T, D], PathState)`."""
+        segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
         tail = None if state is None else state.conv

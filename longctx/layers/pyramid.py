@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Projections
+from longctx.layers.basic import Projections, document
 from longctx.ops import pyramid as ops
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -65,8 +65,9 @@ class Pyramid(Projections):
         self.pool = nnx.Param(jnp.zeros((options.kv_heads, options.head_width)), axes=("heads", "head"))
         self.bias = nnx.Param(jnp.zeros((options.heads, options.levels - 1)), axes=("heads", None))
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: PyramidState | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: PyramidState | None = None):
         """Returns `(y[B, T, D], PyramidState)`."""
+        segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
         q, k, v, tail = self.project(x, segments, None if state is None else state.conv)

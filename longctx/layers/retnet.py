@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, like_queries, undo_values
+from longctx.layers.basic import Linear, RMSNorm, document, like_queries, undo_values
 from longctx.ops import gated_linear as ops
 from longctx.ops.positions import Rotation, rotate
 from longctx.parallel import sequence
@@ -57,8 +57,11 @@ class RetNet(nnx.Module):
         back = undo_values(self.value, options.heads, options.value_width)
         self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: Float[Array, "B H K V"] | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: Float[Array, "B H K V"] | None = None
+    ):
         """Returns `(y[B, T, D], state[B, H, K, V])`."""
+        segments = document(segments, x, state)
         options = self.options
         batch, length, _ = x.shape
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, ShortConv, scaled
+from longctx.layers.basic import Linear, ShortConv, document, scaled
 from longctx.ops import linear_scan as ops
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -63,8 +63,9 @@ class RGLRU(nnx.Module):
         self.rate = nnx.Param(jnp.log(jnp.expm1(-jnp.log(decay) / _RATE)), axes=("heads",))
         self.out = Linear(hidden, width, ("heads", "embed"), rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: RGLRUState | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: RGLRUState | None = None):
         """Returns `(y[B, T, D], RGLRUState)`."""
+        segments = document(segments, x, state)
         batch, length, _ = x.shape
         u, tail = self.conv(self.branch(x), segments, None if state is None else state.conv)
         u = u.astype(jnp.float32)

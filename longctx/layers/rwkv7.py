@@ -81,7 +81,7 @@ class RWKV7(nnx.Module):
         back = undo_values(self.value, heads, options.value_width)
         self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: RWKV7State | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: RWKV7State | None = None):
         """Returns `(y[B, T, D], RWKV7State)`."""
         batch, length, width = x.shape
         lag = jnp.ones((2, width), x.dtype).at[1].set(0)

@@ -62,7 +62,9 @@ class S5(nnx.Module):
         self.skip = nnx.Param(jax.random.normal(rngs.params(), (width,), jnp.float32), axes=("embed",))
         self.gate = Linear(width, width, ("embed", "width"), rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: Complex[Array, "B N"] | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: Complex[Array, "B N"] | None = None
+    ):
         """Returns `(y[B, T, D], state[B, N])`."""
         eigenvalues = jax.lax.complex(-jnp.exp(self.log_rate[...]), self.frequency[...])
         log_decay, scale = self._discrete(eigenvalues, jnp.exp(self.log_step[...]))

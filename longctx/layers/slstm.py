@@ -62,7 +62,7 @@ class SLSTM(nnx.Module):
         self.norm = RMSNorm(head, ("head",))
         self.out = Linear(heads * head, width, ("heads", "embed"), rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: SLSTMState | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: SLSTMState | None = None):
         """Returns `(y[B, T, D], SLSTMState)`."""
         batch, length, _ = x.shape
         u, tail = self.conv(x, segments, None if state is None else state.conv)

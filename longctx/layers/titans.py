@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import Attention, AttentionState
-from longctx.layers.basic import Linear, RMSNorm, ShortConv, l2_normalise, like_queries, undo_values
+from longctx.layers.basic import Linear, RMSNorm, ShortConv, document, l2_normalise, like_queries, undo_values
 from longctx.ops import titans as ops
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -95,8 +95,9 @@ class Titans(nnx.Module):
     def _initial(self) -> ops.Weights:
         return tuple(w[...] for w in (self.memory_in, self.memory_out) if w is not None)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: TitansState | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: TitansState | None = None):
         """Returns `(y[B, T, D], TitansState)`."""
+        segments = document(segments, x, state)
         options = self.options
         batch, length, _ = x.shape
         parts = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)

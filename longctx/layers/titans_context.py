@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, ShortConv, like_queries, undo_values
+from longctx.layers.basic import Linear, RMSNorm, ShortConv, document, like_queries, undo_values
 from longctx.ops import titans_context as ops
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -103,8 +103,11 @@ class TitansContext(nnx.Module):
     def _initial(self):
         return tuple(w[...] for w in (self.memory_in, self.memory_out) if w is not None)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: TitansContextState | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: TitansContextState | None = None
+    ):
         """Returns `(y[B, T, D], TitansContextState)`."""
+        segments = document(segments, x, state)
         options = self.options
         batch, length, width = x.shape
         parts = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import LayerNorm, Linear, ShortConv, undo_values
+from longctx.layers.basic import LayerNorm, Linear, ShortConv, document, undo_values
 from longctx.layers.rotary import rotate
 from longctx.ops import ttt_linear as ops
 from longctx.parallel import sequence
@@ -79,8 +79,9 @@ class TTTLinear(nnx.Module):
         self.gate = Linear(width, channels, ("embed", "heads"), rngs)
         self.out = Linear(channels, width, ("heads", "embed"), rngs, initial=undo_values(self.value, heads, size))
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: TTTLinearState | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: TTTLinearState | None = None):
         """Returns `(y[B, T, D], TTTLinearState)`."""
+        segments = document(segments, x, state)
         options = self.options
         batch, length, _ = x.shape
         tail = None if state is None else jnp.concatenate([state.conv] * 2, axis=-1)

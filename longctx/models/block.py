@@ -21,7 +21,7 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(width)
         self.mlp = MLPS[options.mlp.kind](width, options.mlp, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments, state: tuple | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: tuple | None = None):
         """Returns `(y[B, T, D], (state of the mixer, state of the MLP))`."""
         mixer_state, mlp_state = (None, None) if state is None else state
         with jax.named_scope(type(self.mixer).__name__):

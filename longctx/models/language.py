@@ -65,12 +65,12 @@ class LanguageModel(nnx.Module):
         """The matrix from hidden vectors to logits: the embedding itself, float32."""
         return self.embedding[...]
 
-    def __call__(self, tokens: Int[Array, "B T"], segments: Segments, state: Any = None):
+    def __call__(self, tokens: Int[Array, "B T"], segments: Segments | None = None, state: Any = None):
         """Hidden vectors of a span, and the state after it.
 
         Args:
           tokens: `[B, T]`.
-          segments: the documents of the span.
+          segments: the documents of the span; None is one document.
           state: what `init_state` or an earlier span returned. None: the empty state, and none is returned, so
             that training keeps no caches.
 

@@ -35,6 +35,8 @@ from jaxtyping import Array, Float, Int
 from longctx.ops.gated_linear import einsum
 from longctx.typing import Segments, checked
 
+transition = None  # states do not compose: devices take turns
+
 
 class Cell(NamedTuple):
     """Parameters, all float32."""

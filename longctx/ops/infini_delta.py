@@ -33,6 +33,8 @@ from longctx.ops.gated_linear import einsum
 from longctx.ops.infini import LEAST, State, features, zeros
 from longctx.typing import Segments, checked
 
+transition = None  # states do not compose: devices take turns
+
 
 @checked
 def recurrent(

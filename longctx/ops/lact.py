@@ -27,6 +27,8 @@ from longctx.ops import minibatch as grid
 from longctx.ops.gated_linear import einsum
 from longctx.typing import Segments, checked
 
+transition = None  # states do not compose: devices take turns
+
 _STEPS = (
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),

@@ -30,6 +30,8 @@ from longctx.ops.gated_linear import einsum
 from longctx.ops.linear_scan import cut, join
 from longctx.typing import Segments, checked
 
+transition = None  # states do not compose: devices take turns
+
 LARGEST = 1e30  # of pre-activations, either sign: differences of infinities are no numbers
 
 

@@ -35,6 +35,8 @@ from longctx.ops import minibatch as grid
 from longctx.ops.gated_linear import FLOOR, einsum
 from longctx.typing import Segments, checked
 
+transition = None  # states do not compose: devices take turns
+
 Weights = tuple[Float[Array, "... H I O"], ...]  # one per layer of the memory
 
 

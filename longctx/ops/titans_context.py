@@ -43,6 +43,8 @@ from longctx.ops import titans
 from longctx.ops.gated_linear import einsum
 from longctx.typing import Segments, checked
 
+transition = None  # states do not compose: devices take turns
+
 
 class Cell(NamedTuple):
     """Parameters, all float32."""

@@ -33,6 +33,8 @@ from longctx.ops import minibatch as grid
 from longctx.ops.gated_linear import einsum
 from longctx.typing import Segments, checked
 
+transition = None  # states do not compose: devices take turns
+
 _EPSILON = 1e-6
 
 

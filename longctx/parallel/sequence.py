@@ -45,7 +45,7 @@ from longctx.ops.attention import Part
 from longctx.ops.biases import Bias
 from longctx.ops.patterns import Heads, Pattern, parse
 from longctx.parallel import attention as sharded
-from longctx.parallel import chosen, halo, mesh, path, prefix
+from longctx.parallel import chosen, family, halo, mesh, path, prefix
 from longctx.parallel import cope as cope_ring
 from longctx.parallel import lsh as buckets_ring
 from longctx.typing import Segments
@@ -56,7 +56,7 @@ _WHOLE, _SHARD = PartitionSpec(), PartitionSpec(None, "context")
 def recurrence(op: types.ModuleType, *inputs, parameters: tuple = (), state=None, segments: Segments | None, **static):
     """A family of recurrences on a span.
 
-    Where the family has no `transition`, its states do not compose, and the devices take turns: each waits for the
+    Where the family's `transition` is None, its states do not compose, and the devices take turns: each waits for the
     state that the one before it leaves, so that the span takes as long as on one device. Where its `gathers` says that
     a shard's tokens are less to send than a transition, every device gathers them and runs those before its own. Where
     it has `deferred`, the tokens are gone through once, before the state is there, and not for the transition first.
@@ -73,8 +73,9 @@ def recurrence(op: types.ModuleType, *inputs, parameters: tuple = (), state=None
       `(y, state)`: the outputs `[B, T, ...]` and the state after the span.
 
     Raises:
-      ValueError: T is not a multiple of the devices along `context`.
+      ValueError: T is not a multiple of the devices along `context`, or the module is no family.
     """
+    family.check(op)
     return _scan(op, inputs, parameters, state, segments, static)
 
 
@@ -374,7 +375,7 @@ def _scan(op, inputs, parameters, state, segments: Segments | None, static):
             transition, outputs = op.deferred(*inputs, *parameters, segment_ids=segments, **static)
             entering = prefix.entering(op, transition, state, "context")
             y, after = outputs(entering), op.apply(transition, entering)
-        elif hasattr(op, "transition"):
+        elif op.transition is not None:
             transition = op.transition(*inputs, *parameters, segment_ids=segments, **static)
             y, after = run(prefix.entering(op, transition, state, "context"))
         else:
