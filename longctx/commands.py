@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import re
 import sys
@@ -116,7 +117,8 @@ def run(main: Callable[[], int | None]) -> None:
     """Parses the flags, calls `main`, and exits with what it returns or raises."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides XLA's notes
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # of consoles that cannot show every character
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is another, and shows every character
+            stream.reconfigure(errors="backslashreplace")
     app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 

@@ -59,7 +59,6 @@ class Tokenizer:
         self.special = frozenset(token["id"] for token in description["added_tokens"] if token["special"])
         self._unknown = _unknown(description["model"])
         self._complete = _is_complete(description)
-        self._reader = _reader(description)
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self.padding, self.document, self.fact, self.ask = (backend.token_to_id(token) for token in SPECIAL)
 
@@ -76,7 +75,7 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=sys.stderr.isatty(),
         )
-        backend.train_from_iterator(texts, trainer)
+        backend.train_from_iterator((part for text in texts for part in _between_words(text)), trainer)
         backend.pre_tokenizer = whole
         return cls(backend)
 
@@ -255,6 +254,10 @@ class Tokenizer:
         return self._encoded(self._checker.encode, text)
 
     @functools.cached_property
+    def _reader(self) -> tokenizers.Tokenizer:
+        return _reader(json.loads(self._backend.to_str()))
+
+    @functools.cached_property
     def _checker(self) -> tokenizers.Tokenizer:
         checker = tokenizers.Tokenizer.from_str(self._reader.to_str())
         checker.normalizer = None
@@ -316,6 +319,17 @@ class TextStream:
     def _rest(self) -> str:
         before = self._tokenizer.decode(self._ids[: self._before])
         return self._tokenizer.decode(self._ids)[len(before) :]
+
+
+def _between_words(text: str) -> Iterator[str]:
+    """A text in parts that begin with white space, as words of byte-pair encoding do."""
+    begin = 0
+    while len(text) - begin > _PART:
+        found = _PLACES[0].search(text, begin + _PART, begin + _LONGEST_PART)
+        end = found.start() if found else min(begin + _LONGEST_PART, len(text))
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
 
 
 def _groups(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:

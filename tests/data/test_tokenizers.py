@@ -188,6 +188,15 @@ def test_long_texts_are_encoded_in_parts(monkeypatch):
     assert max(given) <= 1400
 
 
+def test_long_texts_are_learnt_from_in_parts(monkeypatch, tmp_path):
+    """The merges are those of the whole, for which the library takes 100 bytes a character."""
+    for name, part in (("whole", 2**16), ("parts", 100)):
+        monkeypatch.setattr(module, "_PART", part)
+        assert len(list(module._between_words(PROSE))) >= len(PROSE) // (part + 200)
+        Tokenizer.train([PROSE, *CORPUS], 700).save(tmp_path / name)
+    assert (tmp_path / "whole").read_text() == (tmp_path / "parts").read_text()
+
+
 def test_learning_from_an_unbroken_run_takes_a_moment():
     """Fails when merges are learnt from the run as one word: 12 seconds, four times as many of twice the letters."""
     letters = "".join(np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), 150_000))
