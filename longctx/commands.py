@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import re
@@ -113,13 +114,26 @@ def workdir() -> Path:
     return paths.given(flags.FLAGS.workdir)
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parses the flags, calls `main`, and exits with what it returns or raises."""
+_words: list[str] = []
+
+
+def words() -> list[str]:
+    """What stands on the command line beside flags, for a command that takes such words."""
+    return list(_words)
+
+
+def run(main: Callable[[], int | None], words: bool = False) -> None:
+    """Parses the flags, calls `main`, and exits with what it returns or raises.
+
+    Args:
+      main: the command.
+      words: whether it takes words beside flags, which are refused otherwise.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides XLA's notes
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is another, and shows every character
             stream.reconfigure(errors="backslashreplace")
-    app.run(lambda _: _guarded(main), flags_parser=_parse)
+    app.run(lambda _: _guarded(main), flags_parser=functools.partial(_parse, words))
 
 
 def _guarded(main: Callable[[], int | None]) -> int | None:
@@ -162,7 +176,7 @@ def _tell(error: object, code: int) -> int:
     return code
 
 
-def _parse(arguments: Sequence[str]) -> Sequence[str]:
+def _parse(words: bool, arguments: Sequence[str]) -> Sequence[str]:
     """The flags parser of `app.run`: what is wrong is told as a UsageError is, where absl shows a traceback."""
     try:
         rest = flags.FLAGS(arguments)
@@ -172,7 +186,8 @@ def _parse(arguments: Sequence[str]) -> Sequence[str]:
         text = re.sub(r"invalid literal for int\(\).*", "expected a whole number", str(error).removeprefix("flag "))
         text = re.sub(r"could not convert string to float.*", "expected a number", text)
         sys.exit(_tell(text, 2))
-    if len(rest) > 1:
+    _words[:] = rest[1:]
+    if _words and not words:
         sys.exit(_tell(f"'{rest[1]}' is not a flag; flags are written --name=value.", 2))
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = logging.WARNING  # absl would tell every library's progress

@@ -35,6 +35,7 @@ RANK = {
     "generate": 10,
     "options": 9,
     "plan": 10,
+    "compare": 10,
 }
 
 

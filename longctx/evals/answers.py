@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -35,6 +36,7 @@ class Measured:
 
     Attributes:
       correct: `[N]`, the fraction of the row's answers that have the largest logit.
+      rows: a digest of the rows' tokens.
       loss: nats, mean over the answers.
       answers: in all rows.
       tokens_per_second: of reading, compilation and the making of rows not counted.
@@ -42,6 +44,7 @@ class Measured:
     """
 
     correct: Float[np.ndarray, " N"]
+    rows: str
     loss: float
     answers: int
     tokens_per_second: float
@@ -87,9 +90,10 @@ class Reader:
         batch = min(samples, max(1, self._tokens_per_call // span))
         capacity = -(-length // span) * span
         rng = data.heldout_rng(seed, length)
-        counts, seconds, peak = [], 0.0, 0
+        counts, seconds, peak, seen = [], 0.0, 0, hashlib.blake2b(digest_size=8)
         for first in range(0, samples, batch):
             row = task.test_rows(rng, batch, length)
+            seen.update(row["tokens"][: samples - first].tobytes())
             state = self._init(batch, capacity)
             sums = np.zeros((3, batch))
             for piece in _spans(row, span):
@@ -104,7 +108,7 @@ class Reader:
             peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
         hits, asked, loss = np.concatenate(counts, axis=1)
         speed = len(counts) * batch * length / seconds
-        return Measured(hits / asked, float(loss.sum() / asked.sum()), int(asked.sum()), speed, peak)
+        return Measured(hits / asked, seen.hexdigest(), float(loss.sum() / asked.sum()), int(asked.sum()), speed, peak)
 
     def _program(self, piece, state) -> jax.stages.Compiled:
         """Compiled once for all spans and states that are alike."""

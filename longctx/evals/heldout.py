@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,7 @@ class Measured:
       nats: `[documents]` float64, the sum of the losses.
       tokens: `[documents]` int64, that were predicted.
       bytes: `[documents]` float64, of their text; 0 of a task.
-      names: of the documents: digests of their text.
+      names: of the documents, digests of their text; of rows, of their tokens.
       whole: whether all held-out text was read.
     """
 
@@ -91,9 +92,10 @@ class HeldOut:
     def __init__(self, graphdef: nnx.GraphDef, experiment: config.Experiment, source: data.Source):
         stage = experiment.training.stages[-1]
         if isinstance(source, data.Task):
-            rows = source.rows(data.heldout_rng(experiment.seed, 0), TASK_ROWS, stage.length)
+            rows = source.rows(data.heldout_rng(0, 0), TASK_ROWS, stage.length)
             places = np.broadcast_to(np.arange(TASK_ROWS)[:, None], rows["tokens"].shape)
-            self._texts = ((), np.zeros(TASK_ROWS), True)
+            names = tuple(hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in rows["tokens"])
+            self._texts = (names, np.zeros(TASK_ROWS), True)
         else:
             rows, places, *self._texts = _rows(source.heldout, stage.length, experiment.evaluation.heldout_tokens)
         self._documents = np.where(rows["weights"] > 0, places, -1)

@@ -8,7 +8,10 @@ be right once in `facts` times: nothing below that shows retrieval.
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
+from jaxtyping import Bool
 
 from longctx import data
 from longctx.evals.scorer import Scorer
@@ -23,7 +26,7 @@ def depths(count: int) -> list[float]:
 def grid(
     scorer: Scorer, corpus, lengths: list[int], samples: int, facts: int, where: list[float], tail: int, seed: int
 ):
-    """Accuracies `[len(lengths), len(where)]`.
+    """Whether the answers are right, bool `[len(lengths), len(where), samples]`, and digests of the rows by length.
 
     Args:
       scorer: of the model.
@@ -35,7 +38,7 @@ def grid(
       tail: tokens the scorer's programs score; the answer is the last of them.
       seed: of the facts and their places.
     """
-    accuracy = np.zeros((len(lengths), len(where)))
+    hits, digests = np.zeros((len(lengths), len(where), samples), bool), []
     for i, length in enumerate(lengths):
         rows = []
         for j, depth in enumerate(where):
@@ -43,13 +46,17 @@ def grid(
                 corpus.heldout, corpus.tokenizer, length, depth, samples, facts, seed + len(where) * i + j
             )
             rows.append(np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1))
-        correct = scorer(np.concatenate(rows), length, tail).correct[:, -1]
-        accuracy[i] = correct.reshape(len(where), samples).mean(axis=1)
-    return accuracy
+        rows = np.concatenate(rows)
+        hits[i] = scorer(rows, length, tail).correct[:, -1].reshape(len(where), samples)
+        digests.append(hashlib.blake2b(rows.tobytes(), digest_size=8).hexdigest())
+    return hits, digests
 
 
-def summarise(accuracy: np.ndarray, lengths: list[int], where: list[float], samples: int, facts: int) -> dict:
+def summarise(
+    hits: Bool[np.ndarray, "lengths depths samples"], lengths: list[int], where: list[float], facts: int
+) -> dict:
     """Accuracy by length, averaged over depths, with its interval at 95 %; the grid; and what guessing would give."""
+    accuracy, samples = hits.mean(axis=2), hits.shape[2]
     mean, asked = accuracy.mean(axis=1), samples * len(where)
     keys = [str(length) for length in lengths]
     return {

@@ -199,7 +199,7 @@ def _training(figure, style: Style, summary, history) -> None:
     else:
         loss_axes = axes = figure.subplots()
     _curve(loss_axes, style.first, history, "loss")
-    heldout = [line for line in history if line.get("heldout_loss") is not None]
+    heldout = [line for line in history if isinstance(line.get("heldout_loss"), float)]
     if heldout:
         steps, losses = ([line[name] for line in heldout] for name in ("step", "heldout_loss"))
         loss_axes.plot(steps, losses, color=style.ink, marker="o", markersize=4, linewidth=1, label="held out")

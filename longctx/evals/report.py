@@ -1,4 +1,4 @@
-"""WORKDIR/report: summary.json, the pictures, a page that needs nothing else, and a table for the terminal."""
+"""WORKDIR/report: summary.json, windows.json, pictures, a page that needs nothing else, and a table for terminals."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from longctx.folder import rows as log
 INTERVALS = "In brackets are intervals at 95 % (Wilson's) of what was counted."
 
 
-def write(workdir: Path, summary: dict[str, Any], name: str = "report") -> Path:
+def write(workdir: Path, summary: dict[str, Any], windows: dict[str, Any], name: str = "report") -> Path:
     """Writes a report beside its place and moves it there: no reader finds half of one.
 
     Args:
       workdir: of the run; metrics.jsonl in it gives the curves of training.
       summary: what `evaluate` measured; numbers that are not finite have no place in it.
+      windows: what it measured of each piece of text, see `longctx.evals.pieces`; likewise.
       name: of the report's folder. What has that name already is kept as `name.1`, `name.2`, ..., the oldest first.
 
     Returns:
@@ -31,14 +32,18 @@ def write(workdir: Path, summary: dict[str, Any], name: str = "report") -> Path:
     Raises:
       ValueError: a number is not finite.
     """
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    texts = {
+        "summary.json": json.dumps(summary, indent=2, allow_nan=False) + "\n",
+        "windows.json": json.dumps(windows, allow_nan=False) + "\n",
+    }
     report, partial = workdir / name, workdir / f".{name}.partial"
     _remove(partial)
     partial.mkdir(parents=True)
     drawn = list(pictures(summary, log.read(workdir)))
     for picture in drawn:
         (partial / f"{picture.name}.png").write_bytes(picture.light)
-    (partial / "summary.json").write_text(text, encoding="utf-8")
+    for file, text in texts.items():
+        (partial / file).write_text(text, encoding="utf-8")
     (partial / "report.html").write_text(page(summary, drawn), encoding="utf-8")
     if os.path.lexists(report):
         number = next(n for n in itertools.count(1) if not os.path.lexists(workdir / f"{name}.{n}"))

@@ -13,12 +13,14 @@ import jax
 from flax import nnx
 
 from longctx import config, data, provenance
-from longctx.evals import answers, needle, perplexity, report
+from longctx.evals import answers, needle, perplexity, pieces, report
 from longctx.evals.heldout import HeldOut
 from longctx.evals.scorer import Scorer
 from longctx.evals.speed import speed
 from longctx.models import parameter_count
 from longctx.progress import Progress
+
+SEED = 0  # of what is planted and of new rows: the same for runs of whatever seed, so that they can be compared
 
 
 def evaluate(
@@ -27,8 +29,9 @@ def evaluate(
     source: data.Source,
     workdir: str | os.PathLike,
     training: dict[str, Any] | None = None,
+    name: str = "report",
 ) -> dict[str, Any]:
-    """Measures a model, writes WORKDIR/report and prints its table.
+    """Measures a model, writes a report into WORKDIR and prints its table.
 
     Args:
       model: the trained model; it runs where it is placed, under the ambient mesh.
@@ -36,6 +39,7 @@ def evaluate(
       source: a corpus, whose held-out documents are used, or a synthetic task, of which new rows are made.
       workdir: of the run; its config.json and metrics.jsonl are shown in the report.
       training: what `longctx.training` says of the run: seconds, tokens_per_second, loss, ...
+      name: of the report's folder in WORKDIR; see `report.write`.
 
     Returns:
       What report/summary.json holds.
@@ -51,6 +55,7 @@ def evaluate(
     with Progress("evaluating", "token", large=True, shown=jax.process_index() == 0) as bar:
         measured = measure(model, experiment, source, bar, notes)
     _require_losses(measured)
+    windows = _finite(measured.pop("windows"), [])
     lost: list[str] = []
     summary = {
         "run": provenance.run(workdir),
@@ -72,7 +77,7 @@ def evaluate(
         notes.append(f"Not finite, and left out therefore: {', '.join(lost[:8])}{more}.")
     summary["notes"] = notes
     if jax.process_index() == 0:
-        report.write(workdir, summary)
+        report.write(workdir, summary, windows, name)
         print(report.table(summary), flush=True)
     return summary
 
@@ -88,7 +93,7 @@ def _of_task(
     bar.begin(heldout.tokens + sum(length * count for length, count in rows.items()))
     loss = heldout(nnx.as_pure(params), bar.add)
     reader = answers.Reader(model, _tokens_at_once(experiment), bar.add)
-    measured = {length: reader.measure(task, length, count, experiment.seed) for length, count in rows.items()}
+    measured = {length: reader.measure(task, length, count, SEED) for length, count in rows.items()}
     speeds = {
         str(length): {
             "tokens_per_second": found.tokens_per_second,
@@ -104,6 +109,12 @@ def _of_task(
         "loss_by_position": [],
         "heldout": loss.summary(),
         "speed": speeds,
+        "windows": {
+            "final_block": pieces.EMPTY,
+            "heldout": pieces.heldout(loss),
+            "needle": {},
+            "task": pieces.task(measured),
+        },
     }
 
 
@@ -144,9 +155,11 @@ def _of_text(
         )
     scorer = Scorer(model, _tokens_at_once(experiment), bar.add)
     measured: dict[str, Any] = {"needle": {"accuracy": {}}, "perplexity": {"final_block": {}}}
+    found = {"final_block": pieces.EMPTY, "heldout": pieces.heldout(loss), "needle": {}, "task": {}}
     if where:
-        accuracy = needle.grid(scorer, corpus, lengths, options.samples, facts, where, tail=tail, seed=experiment.seed)
-        measured["needle"] = needle.summarise(accuracy, lengths, where, options.samples, facts)
+        hits, rows = needle.grid(scorer, corpus, lengths, options.samples, facts, where, tail=tail, seed=SEED)
+        measured["needle"] = needle.summarise(hits, lengths, where, facts)
+        found["needle"] = pieces.needles(lengths, hits, rows)
     measured["loss_by_position"] = []
     if windows:
         cut = [window.document for window in windows]
@@ -159,7 +172,8 @@ def _of_text(
         if len(set(cut)) == 1:
             notes.append("All windows are of one held-out document, so perplexity has no standard error.")
         measured["loss_by_position"] = perplexity.by_position(whole, cut)
-    measured["heldout"] = loss.summary()
+        found["final_block"] = pieces.final_block(corpus.heldout, windows, block, blocks)
+    measured |= {"heldout": loss.summary(), "windows": found}
     measured["speed"] = speed(scorer, corpus.heldout.tokens, lengths, tail=tail)
     return measured
 

@@ -76,27 +76,27 @@ def test_reports_are_whole_and_earlier_ones_kept(run, tmp_path, monkeypatch):
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "old.txt").write_text("from before")
     (tmp_path / ".report.partial").mkdir()  # what a killed run left
-    report.write(tmp_path, summary)
+    report.write(tmp_path, summary, {})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["report", "report.1"]
     assert not (tmp_path / "report" / "old.txt").exists()
     assert (tmp_path / "report.1" / "old.txt").exists()
     broken = copy.deepcopy(summary)
     broken["loss_by_position"] = [{"from": 1}]
     with pytest.raises(KeyError):
-        report.write(tmp_path, broken)
+        report.write(tmp_path, broken, {})
     assert json.loads((tmp_path / "report" / "summary.json").read_text()) == summary
     monkeypatch.setattr(report, "pictures", lambda summary, history: [])
     (tmp_path / ".report.partial").rename(tmp_path / "left")
     (tmp_path / ".report.partial").write_text("a file in its place")
-    report.write(tmp_path, summary)
-    report.write(tmp_path, summary, "other")
+    report.write(tmp_path, summary, {})
+    report.write(tmp_path, summary, {}, "other")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["left", "other", "report", "report.1", "report.2"]
 
 
 def test_report_is_strict_json(run, tmp_path):
     broken = run[1] | {"evaluation": {"seconds": float("nan"), "tokens": 1}}
     with pytest.raises(ValueError, match="not JSON compliant"):
-        report.write(tmp_path, broken)
+        report.write(tmp_path, broken, {})
     assert list(tmp_path.iterdir()) == []
 
 
