@@ -85,7 +85,10 @@ VARIANTS = {
     "s5/bilinear": ("s5", {"discretisation": "bilinear"}),
     "infini/short": ("infini", {"segment": 7, "rope_base": 0.0}),
     "infini/delta": ("infini", {"segment": 7, "delta": True}),
-    "forgetting/window": ("forgetting", {"window": 11, "kv_heads": 2, "qk_norm": False, "output_gate": False}),
+    "forgetting/window": (
+        "forgetting",
+        {"window": 11, "kv_heads": 2, "qk_norm": False, "output_gate": False, "shift": False},
+    ),
     "linear_attention/hedgehog": ("linear_attention", {"feature_map": "hedgehog", "normalise": False, "conv_width": 4}),
     "delta_net/relu": ("delta_net", {"activation": "relu"}),
     "inplace_ttt/clip+decay": ("inplace_ttt", {"minibatch": 5, "clip": 0.5, "decay": 0.9}),

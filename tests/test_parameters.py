@@ -34,7 +34,7 @@ FOLLOWS = {
     "heads": HEADS | HIDDEN,
     "mlp": HIDDEN,
     "head": CHANNELS | HIDDEN,
-    "block": CHANNELS | HIDDEN,
+    "block": CHANNELS | HIDDEN | WIDTHS,
     "block_out": CHANNELS | HIDDEN,
     "rank": {"rank", "gate_rank", "step_rank"},
     "taps": {"conv_width", "compressed", "factor", "persistent", "vectors"},
@@ -187,6 +187,6 @@ def test_axes_are_named_by_what_they_are(kind):
             assert axis not in ("heads", "mlp") or (axis == "mlp") == (kind in MLPS), (
                 f"{follows}; in a mixer such an axis is 'heads', in an MLP 'mlp'"
             )
-            for names, owned in ((("embed", "width"), WIDTHS), (("heads", "block", "block_out"), HEADS)):
+            for names, owned in ((("embed", "width", "block"), WIDTHS), (("heads", "block", "block_out"), HEADS)):
                 mine = axis in names or not options & owned or (kind in INNER_WIDTH and owned is WIDTHS)
                 assert mine, f"{follows}; such an axis is named {' or '.join(names)}"

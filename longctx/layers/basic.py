@@ -79,15 +79,22 @@ def undo_values(value: Linear, heads: int, width: int) -> Float[Array, "H*V D"]:
 
 
 class RMSNorm(nnx.Module):
-    """`x / sqrt(mean(x²) + ε) · scale` over the last axis, in float32 (Zhang and Sennrich, 2019)."""
+    """`x / sqrt(mean(x²) + ε) · scale` over the last axis, in float32 (Zhang and Sennrich, 2019).
 
-    def __init__(self, width: int, axes: tuple[str, ...] = ("embed",), initial: float = 1.0):
-        self.scale = nnx.Param(jnp.full(width, initial, jnp.float32), axes=axes)
+    Args:
+      shape: of the scale: the width, or `(heads, width)` for a scale of each head's own.
+      axes: logical names of the scale's axes.
+      initial: value of the scale.
+    """
+
+    def __init__(self, shape: int | tuple[int, int], axes: tuple[str, ...] = ("embed",), initial: float = 1.0):
+        self.scale = nnx.Param(jnp.full(shape, initial, jnp.float32), axes=axes)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         y = x.astype(jnp.float32)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
-        return scaled(y, self.scale[...]).astype(x.dtype)
+        flat = y.reshape(*y.shape[: y.ndim - self.scale.ndim], -1)
+        return scaled(flat, self.scale[...].reshape(-1)).reshape(x.shape).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -22,18 +22,26 @@ from longctx.typing import Segments
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ForgettingState:
-    """Keys, values and sums of log gates of the tokens so far, and the sum over the document in progress, float32."""
+    """Keys, values and sums of log gates of the tokens so far; the sum over the document in progress, float32; and the
+    last token's key and value before the shift (None without it), float32.
+    """
 
     cache: KVCache
     total: Float[Array, "B H"]
+    last: Float[Array, "B 1 2*G*K"] | None
 
 
 class Forgetting(nnx.Module):
     """Causal softmax attention whose logits decay by a gate that depends on the tokens passed over (section 3).
 
-    logit_ij = q_i · k_j / √K + Σ_{j < s <= i} log f_s with f = σ(x W_f + b) per head; no other positions. Of the
-    paper's Pro block it has the norms of queries and keys, and y = RMSNorm(o) σ(x W_g) per head; not the token shift.
-    State: keys and values [B, S, G, K], sums of log gates [B, S, H] and [B, H], with S = `window` or `capacity`.
+    logit_ij = q_i · k_j / √K + Σ_{j < s <= i} log f_s with f = σ(x W_f + b) per head; no other positions. The rest is
+    the paper's Pro block: keys become RMSNorm(α_t k_{t-1} + (1 - α_t) k_t) with α = σ(x W_α) per head, values the same
+    but for the norm, queries RMSNorm(q); the output is y = (RMSNorm(o) σ(x W_g)) W. Norms are per head, and so are
+    their scales. Without `qk_norm`, `output_gate` and `shift` it is the attention of the paper's block like LLaMA's.
+
+    What differs: keys and values may have fewer heads than queries; initial values.
+    State: keys and values [B, S, G, K], sums of log gates [B, S, H] and [B, H], with S = `window` or `capacity`; and
+    the last key and value before the shift, [B, 1, 2 G K].
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Forgetting(nnx.Module):
         window: int = 0  # tokens a query looks back on, itself included; 0: the whole document
         qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
         output_gate: bool = True  # RMS norm of the output per head, and a gate on it
+        shift: bool = True  # keys and values are mixed with those of the token before, by a gate per head
 
         def problems(self):
             if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
@@ -62,9 +71,12 @@ class Forgetting(nnx.Module):
         # The heads begin with log gates of -1/1,000 to -1/10.
         step = jnp.geomspace(1e-3, 1e-1, options.heads)
         self.forget_bias = nnx.Param(-jnp.log(jnp.expm1(step)), axes=("heads",))
-        self.query_norm = RMSNorm(options.head_width, ("head",), initial=1.5) if options.qk_norm else None
-        self.key_norm = RMSNorm(options.head_width, ("head",)) if options.qk_norm else None
-        self.norm = RMSNorm(options.head_width, ("head",)) if options.output_gate else None
+        per_query, per_key = (options.heads, options.head_width), (options.kv_heads, options.head_width)
+        self.query_norm = RMSNorm(per_query, ("heads", "head"), initial=1.5) if options.qk_norm else None
+        self.key_norm = RMSNorm(per_key, ("heads", "head")) if options.qk_norm else None
+        self.norm = RMSNorm(per_query, ("heads", "head")) if options.output_gate else None
+        half = jnp.zeros((width, 2 * options.kv_heads))
+        self.shift = Linear(width, half.shape[1], ("embed", "heads"), rngs, initial=half) if options.shift else None
         self.gate = Linear(width, queries, ("embed", "heads"), rngs) if options.output_gate else None
         back = undo_values(self.value, options.heads, options.head_width)
         self.out = Linear(queries, width, ("heads", "embed"), rngs, initial=back)
@@ -76,9 +88,10 @@ class Forgetting(nnx.Module):
         segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
-        q, k, v = (
-            y.reshape(batch, length, -1, options.head_width) for y in (self.query(x), self.key(x), self.value(x))
-        )
+        q, k, v, last = self.query(x), self.key(x), self.value(x), None
+        if options.shift:
+            (k, v), last = self._shifted(x, k, v, segments, None if state is None else state.last)
+        q, k, v = (y.reshape(batch, length, -1, options.head_width) for y in (q, k, v))
         if options.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         log_gate = jax.nn.log_sigmoid(self.forget(x).astype(jnp.float32) + self.forget_bias[...])
@@ -96,7 +109,16 @@ class Forgetting(nnx.Module):
             y = attend_with_cache(q, k, v, pattern, segments, state.cache, cache, decay)
         if options.output_gate:
             y = self.norm(y) * jax.nn.sigmoid(self.gate(x)).reshape(y.shape)
-        return self.out(y.reshape(batch, length, -1)), ForgettingState(cache, total)
+        return self.out(y.reshape(batch, length, -1)), ForgettingState(cache, total, last)
+
+    def _shifted(self, x, k, v, segments: Segments, last: Float[Array, "B 1 2*G*K"] | None):
+        """Keys and values mixed with those of the token before, and the last of them unmixed."""
+        both = jnp.concatenate([k, v], axis=-1)
+        lag = jnp.ones((2, both.shape[-1]), x.dtype).at[1].set(0)
+        before, last = sequence.convolution(both, lag, last, segments)
+        share = jnp.repeat(jax.nn.sigmoid(self.shift(x).astype(jnp.float32)), self.options.head_width, axis=-1)
+        mixed = both.astype(jnp.float32) + share * (before.astype(jnp.float32) - both)
+        return jnp.split(mixed.astype(x.dtype), 2, axis=-1), last
 
     def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
         options = self.options
@@ -110,4 +132,7 @@ class Forgetting(nnx.Module):
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> ForgettingState:
         """The state before any token, with room for `capacity` tokens (a window needs no more than itself)."""
-        return ForgettingState(self._empty(batch, capacity, dtype), jnp.zeros((batch, self.options.heads), jnp.float32))
+        options = self.options
+        total = jnp.zeros((batch, options.heads), jnp.float32)
+        last = jnp.zeros((batch, 1, 2 * options.kv_heads * options.head_width), jnp.float32) if options.shift else None
+        return ForgettingState(self._empty(batch, capacity, dtype), total, last)

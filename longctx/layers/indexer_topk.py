@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, document, like_queries, undo_values
-from longctx.layers.rotary import rotate
+from longctx.layers.basic import LayerNorm, Linear, RMSNorm, document, like_queries, undo_values
 from longctx.memory import row
 from longctx.memory.cache import KVCache
 from longctx.ops import indexer_topk
 from longctx.ops.attach import attach
+from longctx.ops.positions import rope, rotate
 from longctx.parallel import sequence
 from longctx.schema import Options
 from longctx.typing import Segments
@@ -25,7 +25,13 @@ class IndexerTopK(nnx.Module):
 
     DeepSeek-V3.2 has 64 index heads of width 128, and queries see 2,048 tokens; it trains the indexer alone first, with
     `stage="dense"` and all else frozen, then all of it with `stage="sparse"`. The indexer reads x but no gradient goes
-    back: it learns from a loss of its own, which is attached to the output (`longctx.ops.attach`).
+    back: it learns from a loss of its own, which is attached to the output (`longctx.ops.attach`). As in its authors'
+    code index keys go through a layer norm, positions turn a half of an index's channels, the first ones, and the
+    weights of the index heads are x W / √(J I).
+
+    What differs: index queries are made of x, there of the latent of multi-head latent attention that queries are made
+    of; attention is over grouped keys and values; the Hadamard rotation and the eight bits that scores are computed in
+    there are left out, as they change rounding alone.
 
     State: a `KVCache` of `capacity` tokens: the keys of all heads and the token's index side by side,
     [B, S, 1, G K + I], and the values, [B, S, 1, G K].
@@ -37,6 +43,7 @@ class IndexerTopK(nnx.Module):
         kv_heads: int = 4  # G, divides H
         head_width: int = 32  # K
         rope_base: float = 10_000.0  # of the rotary frequencies, of indices too; 0: no positions (NoPE)
+        index_share: float = 0.5  # of an index's channels that turn, the first ones
         qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
         index_heads: int = 4  # J
         index_width: int = 16  # I
@@ -49,13 +56,22 @@ class IndexerTopK(nnx.Module):
                 yield f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads"
             if min(self.index_heads, self.index_width, self.count) < 1:
                 yield f"index_heads, index_width and count must be at least 1, given {self}"
-            if self.rope_base and (self.head_width % 2 or self.index_width % 2):
-                widths = f"head_width is {self.head_width} and index_width is {self.index_width}"
-                yield f"{widths}; rotary positions need even ones"
+            if self.rope_base and self.head_width % 2:
+                yield f"head_width is {self.head_width}; rotary positions need an even one"
+            if self.rope_base and (not 0 < self.index_share <= 1 or self.index_turning % 2 or not self.index_turning):
+                yield (
+                    f"index_share is {self.index_share} of {self.index_width} channels; it must be an even number of "
+                    f"them, at least 2"
+                )
             if min(self.rope_base, self.kl_weight) < 0:
                 yield "rope_base and kl_weight must not be negative"
             if self.stage not in ("dense", "sparse"):
                 yield f"stage is '{self.stage}'; choose dense or sparse"
+
+        @property
+        def index_turning(self) -> int:
+            """Channels of an index that turn."""
+            return round(self.index_share * self.index_width)
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options
@@ -71,6 +87,7 @@ class IndexerTopK(nnx.Module):
         self.index_query = Linear(width, options.index_heads * options.index_width, ("embed", "heads"), rngs)
         like_index = like_queries(self.index_query, 1, options.index_width)
         self.index_key = Linear(width, options.index_width, ("embed", "head"), rngs, initial=like_index)
+        self.index_norm = LayerNorm(options.index_width, ("head",))
         self.index_weight = Linear(width, options.index_heads, ("embed", "heads"), rngs)
 
     def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: KVCache | None = None):
@@ -82,13 +99,15 @@ class IndexerTopK(nnx.Module):
         q, k, v = (part.reshape(batch, length, -1, options.head_width) for part in parts)
         if options.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
-        index_q, index_k, weights = self._index(jax.lax.stop_gradient(x))
+        # Float32, as rounding should not choose the keys.
+        index_q, index_k, weights = self._index(jax.lax.stop_gradient(x.astype(jnp.float32)))
         if options.rope_base:
-            turned = (q, k, index_q, index_k)
-            q, k, index_q, index_k = (rotate(part, segments.positions, options.rope_base) for part in turned)
+            q, k = (rotate(part, segments.positions, rope(options.head_width, options.rope_base)) for part in (q, k))
+            turn = rope(options.index_turning, options.rope_base)
+            index_q, index_k = (rotate(part, segments.positions, turn) for part in (index_q, index_k))
         count = None if options.stage == "dense" else options.count
         before = self.init_state(batch, length, x.dtype) if state is None else state
-        kept = jnp.concatenate([_flat(k), index_k], axis=-1)
+        kept = jnp.concatenate([_flat(k), index_k.astype(x.dtype)], axis=-1)
         after = before.append(kept, _flat(v), segments)
         if state is None:
             inputs = q, k, v, index_q, index_k[:, :, 0], weights
@@ -103,9 +122,9 @@ class IndexerTopK(nnx.Module):
     def _index(self, x):
         """Index queries `[B, T, J, I]`, keys `[B, T, 1, I]` and weights `[B, T, J]`."""
         options = self.options
-        parts = self.index_query(x), self.index_key(x)
+        parts = self.index_query(x), self.index_norm(self.index_key(x))
         q, k = (part.reshape(*x.shape[:2], -1, options.index_width) for part in parts)
-        return q, k, self.index_weight(x).astype(jnp.float32) * (options.index_heads * options.index_width) ** -0.5
+        return q, k, self.index_weight(x) * (options.index_heads * options.index_width) ** -0.5
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> KVCache:
         """The state before any token, with room for `capacity` tokens."""

@@ -31,7 +31,8 @@ class KDA(nnx.Module):
     S_t = (I - β_t k_t k_tᵀ) Diag(α_t) S_{t-1} + β_t k_t v_tᵀ, y_t = S_tᵀ q_t. q, k, v come from a projection, a short
     convolution and SiLU; q and k are normalised, q scaled by 1/√K; β = σ(x W_β);
     log α = -exp(A) softplus(x W₁ W₂ + b), with W₁ W₂ of low rank, A per head and b per channel; the output is
-    normalised per head and gated by σ(x W₃ W₄), of low rank too.
+    normalised per head and gated by σ(x W₃ W₄), of low rank too. The paper and Kimi Linear have no bias in that gate;
+    their layer in flash-linear-attention has one, `gate_bias`. What differs: initial values.
     State: `[B, H, K, V]` float32 and W-1 inputs of the convolution.
     """
 
@@ -42,6 +43,7 @@ class KDA(nnx.Module):
         value_width: int = 32  # V; the paper has K = V
         conv_width: int = 4  # taps of the convolution
         rank: int = 32  # of the projections to the decay and to the output's gate; the paper has K
+        gate_bias: bool = False  # a bias in the output's gate
 
         def problems(self):
             if min(self.heads, self.key_width, self.value_width, self.conv_width, self.rank) < 1:
@@ -62,7 +64,8 @@ class KDA(nnx.Module):
         self.step_bias = nnx.Param(jnp.tile(slow_steps(options.key_width), options.heads), axes=("heads",))
         self.norm = RMSNorm(options.value_width, ("head",))
         self.gate_in = Linear(width, options.rank, ("embed", "rank"), rngs)
-        self.gate_out = Linear(options.rank, values, ("rank", "heads"), rngs)
+        bias = 0.0 if options.gate_bias else None
+        self.gate_out = Linear(options.rank, values, ("rank", "heads"), rngs, bias=bias)
         back = undo_values(self.value, options.heads, options.value_width)
         self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
 

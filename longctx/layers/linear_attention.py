@@ -32,7 +32,8 @@ class LinearAttention(nnx.Module):
     """Attention by a kernel φ(q)·φ(k), whose sums over the document so far are the state.
 
     S_t = S_{t-1} + φ(k_t) v_tᵀ;  z_t = z_{t-1} + φ(k_t);  y_t = S_tᵀ φ(q_t) / max(z_t·φ(q_t), 1e-6).
-    Without the normaliser z, y = Sᵀ φ(q) normalised per head. z is one more column of S, written with ones.
+    Without the normaliser z, y = Sᵀ φ(q) normalised per head. z is one more column of S, written with ones. Hedgehog's
+    W are one per head for queries and one for keys, and begin as the identity; its losses of distillation are not here.
     State: `[B, H, F, V + 1]` float32 for F features, `[B, H, F, V]` without the normaliser; and W-1 inputs of the
     convolution, if there is one.
     """

@@ -34,8 +34,8 @@ class LSH(nnx.Module):
     """Causal softmax attention of each token to those that fell into its bucket, summed over rounds of hashing.
 
     Queries are x W; a key is its token's query, of norm 1, and the logit is q · k / √K: the query's norm times the
-    cosine, over √K (Reformer's section 2, which leaves 1/√K out of its second equation only). The authors' code (trax,
-    and transformers after it) divides keys of norm √K by √K, which is `scale=1`.
+    cosine, over √K (Reformer's section 2, which omits 1/√K from equation 2 on for clarity). The authors' code (trax,
+    and transformers after it) divides keys of norm √K by √K instead, which is `scale=1`.
     The bucket is the nearest of N directions by that cosine: of random ones and their opposites, or of centroids that
     begin there and are drawn to their members.
 

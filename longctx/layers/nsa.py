@@ -25,7 +25,10 @@ class NSA(nnx.Module):
     See `longctx.ops.nsa`; the paper has compressed blocks of 32 tokens every 16, of which 16 blocks of 64 tokens are
     selected, and a window of 512. Keys are turned by their positions before they are compressed. State: a `KVCache` of
     `capacity` tokens with the keys and values of all three, [B, S, 3 G, K] each; a decoding step compresses those of
-    the document again. What differs from the paper: compression is a weighted sum in place of an MLP.
+    the document again.
+
+    What differs: compression is a weighted sum, and the gates are linear in x before σ, where the paper has an MLP for
+    both.
     """
 
     @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, ShortConv
+from longctx.errors import UsageError
+from longctx.layers.basic import Linear, ShortConv, scaled
 from longctx.ops import slstm as ops
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -28,9 +29,14 @@ class SLSTMState:
 class SLSTM(nnx.Module):
     """A recurrence with memory mixing: the gates of a head see all its last outputs, by matrices R.
 
-    With u = silu(conv(x)), the pre-activations are i: u W_i, f: u W_f, z: x W_z, o: x W_o, each with a bias and
+    With u = silu(conv(x) + b), the pre-activations are i: u W_i, f: u W_f, z: x W_z, o: x W_o, each with a bias and
     h_{t-1} R added; i = exp, f = σ, z = tanh, o = σ of theirs;
-    c_t = f c_{t-1} + i z;  n_t = f n_{t-1} + i;  h_t = o c_t / n_t;  y = norm(h) W, normalised per head.
+    c_t = f c_{t-1} + i z;  n_t = f n_{t-1} + i;  h_t = o c_t / n_t;  y = norm(h) W. All W of the gates are
+    block-diagonal: head h reads the channels h D/H to (h+1) D/H. The norm is a layer norm per head without a shift, its
+    scale per channel.
+
+    What differs: the last W, as H K need not be D; the authors' layer, where it is, has none (the identity); and the
+    biases' initial values.
     Devices that share a sequence take turns. State: four `[B, H, K]` float32, and W-1 inputs of the convolution.
     """
 
@@ -47,11 +53,13 @@ class SLSTM(nnx.Module):
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options
         heads, head = options.heads, options.head_width
+        if width % heads:
+            raise UsageError(f"heads is {heads} and the model's width is {width}; heads must divide it.")
         self.conv = ShortConv(options.conv_width, [0] * width, rngs, axis="width")
-        self.write = Linear(width, heads * head, ("embed", "heads"), rngs)
-        self.keep = Linear(width, heads * head, ("embed", "heads"), rngs)
-        self.new = Linear(width, heads * head, ("embed", "heads"), rngs)
-        self.show = Linear(width, heads * head, ("embed", "heads"), rngs)
+        self.conv_bias = nnx.Param(jnp.zeros(width, jnp.float32), axes=("width",))
+        blocks = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=(0, 1))
+        blocks = blocks(rngs.params(), (4, heads, width // heads, head), jnp.float32)
+        self.input = nnx.Param(blocks, axes=(None, "heads", "block", "block_out"), decays=True)
         # The heads' memories begin with spans of 10 to 1,000 tokens.
         forget = jnp.geomspace(1e-3, 1e-1, heads)
         bias = jnp.zeros((4, heads, head)).at[1].set((jnp.log1p(-forget) - jnp.log(forget))[:, None])
@@ -59,24 +67,28 @@ class SLSTM(nnx.Module):
         self.recurrent = nnx.Param(
             jnp.zeros((4, heads, head, head)), axes=(None, "heads", "block", "block_out"), decays=True
         )
-        self.norm = RMSNorm(head, ("head",))
+        self.norm_scale = nnx.Param(jnp.ones(heads * head), axes=("heads",))
         self.out = Linear(heads * head, width, ("heads", "embed"), rngs)
 
     def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: SLSTMState | None = None):
         """Returns `(y[B, T, D], SLSTMState)`."""
         batch, length, _ = x.shape
         u, tail = self.conv(x, segments, None if state is None else state.conv)
-        u = jax.nn.silu(u)
-        parts = [self.write(u), self.keep(u), self.new(x), self.show(x)]
-        parts = [part.reshape(batch, length, self.options.heads, -1).astype(jnp.float32) for part in parts]
+        u = jax.nn.silu(u + self.conv_bias[...].astype(x.dtype))
+        blocks = (part.reshape(batch, length, self.options.heads, -1) for part in (u, u, x, x))
+        gates = [
+            jnp.einsum("bthi,hij->bthj", *pair) for pair in zip(blocks, self.input[...].astype(x.dtype), strict=True)
+        ]
         y, cell = sequence.recurrence(
             ops,
-            jnp.stack(parts, axis=2) + self.bias[...],
+            jnp.stack(gates, axis=2).astype(jnp.float32) + self.bias[...],
             parameters=(self.recurrent[...],),
             state=None if state is None else state.cell,
             segments=segments,
         )
-        y = self.norm(y - jnp.mean(y, axis=-1, keepdims=True)).reshape(batch, length, -1)
+        y -= jnp.mean(y, axis=-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-5)
+        y = scaled(y.reshape(batch, length, -1), self.norm_scale[...])
         return self.out(y.astype(x.dtype)), SLSTMState(cell, tail)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> SLSTMState:

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from longctx.layers.lsh import LSH
 from longctx.ops import lsh
 from longctx.typing import Segments
 
@@ -122,3 +124,15 @@ def test_work_follows_the_buckets(buckets, touched, monkeypatch):
     row = Segments.single(1, length)
     lsh.chunked(x, x, x, x, hashes, hashes, row, row, buckets=buckets)
     assert found == [touched]
+
+
+def test_the_layer_divides_logits_by_the_root_of_the_width():
+    """Unless told otherwise. Seen to fail: a scale of 1."""
+
+    def run(**options):
+        layer = LSH(16, LSH.Config(heads=2, head_width=8, **options), nnx.Rngs(params=0))
+        x = jax.random.normal(jax.random.key(0), (1, 20, 16))
+        return layer(x, Segments.single(1, 20))[0]
+
+    np.testing.assert_array_equal(run(), run(scale=8**-0.5))
+    assert not np.allclose(run(), run(scale=1.0), atol=1e-3)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from recorded import Recorded
 
 from longctx.layers import MIXERS
 from longctx.typing import Segments
@@ -39,21 +40,6 @@ class Peer:
     options: dict
     build: Callable
     weights: Callable
-
-
-@dataclasses.dataclass(frozen=True)
-class Recorded:
-    """A layer of ours beside a program that is in no package: the golden holds what it gave, and cannot be made again.
-
-    Attributes:
-      kind: of our mixer.
-      options: of our mixer.
-      source: the program; its ε are ours, where they would show.
-    """
-
-    kind: str
-    options: dict
-    source: str
 
 
 def ours(peer: Peer | Recorded, weights: dict[str, np.ndarray]):
@@ -352,18 +338,6 @@ PEERS = {
     "qwen3_next": Peer("gated_delta", _DELTA, _qwen3_next, _qwen3_next_weights),
     "recurrent_gemma": Peer("rglru", {"hidden": 24, "heads": 4}, _recurrent_gemma, _recurrent_gemma_weights),
     "xlstm": Peer("mlstm", {"heads": 2, "key_width": 4, "value_width": 8}, _xlstm, _xlstm_weights),
-}
-
-_LACT = {"heads": 4, "head_width": 4, "fast_width": 8, "hidden": 8, "minibatch": 12, "window": 12}
-
-RECORDED = {
-    "lact": Recorded("lact", _LACT | {"rank": 3}, "github.com/a1600012888/LaCT"),
-    "lact_muon": Recorded(
-        "lact", _LACT | {"rank": 0, "orthogonal": True, "minibatch": 24}, "github.com/a1600012888/LaCT"
-    ),
-    "ttt_linear": Recorded(
-        "ttt_linear", {"heads": 2, "head_width": 8, "minibatch": 8}, "github.com/test-time-training/ttt-lm-pytorch"
-    ),
 }
 
 

@@ -1,0 +1,71 @@
+"""Layers of ours beside programs that are in no package: the goldens hold what these gave, and cannot be made again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from longctx.layers.positions import CoPE
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """A layer of ours, and what it is compared with.
+
+    Attributes:
+      kind: of our mixer.
+      options: of our mixer.
+      source: the program; its ε are ours, where they would show.
+    """
+
+    kind: str
+    options: dict
+    source: str
+
+
+_LACT = {"heads": 4, "head_width": 4, "fast_width": 8, "hidden": 8, "minibatch": 12, "window": 12}
+
+RECORDED = {
+    "cope": Recorded(
+        "attention",
+        {"heads": 2, "kv_heads": 2, "head_width": 8, "qk_norm": False, "positions": CoPE(max_position=9)},
+        "github.com/facebookresearch/RAM, projects/cope, with --cope-nodiv",
+    ),
+    "forgetting": Recorded(
+        "forgetting",
+        {"heads": 2, "kv_heads": 2, "head_width": 8},
+        "github.com/zhixuan-lin/forgetting-transformer, its Pro layer; its Triton kernels as plain PyTorch",
+    ),
+    "hedgehog": Recorded(
+        "linear_attention",
+        {"heads": 2, "key_width": 8, "value_width": 6, "feature_map": "hedgehog"},
+        "github.com/HazyResearch/lolcats",
+    ),
+    "indexer": Recorded(
+        "indexer_topk",
+        {"heads": 2, "kv_heads": 2, "head_width": 8, "qk_norm": False, "index_heads": 16, "index_width": 8}
+        | {"count": 8, "kl_weight": 0.0},
+        "transformers' indexer of deepseek_v32, its queries made of x, and softmax attention to what it chooses",
+    ),
+    "lact": Recorded("lact", _LACT | {"rank": 3}, "github.com/a1600012888/LaCT"),
+    "lact_muon": Recorded(
+        "lact", _LACT | {"rank": 0, "orthogonal": True, "minibatch": 24}, "github.com/a1600012888/LaCT"
+    ),
+    "reformer": Recorded(
+        "lsh",
+        {"heads": 2, "head_width": 8, "rounds": 1, "buckets": 2, "rope_base": 0.0, "scale": 1.0}
+        | {"centroid_weight": 1e-30},  # equal centroids put all tokens into one bucket
+        "transformers' LSH self-attention of reformer, on a row that is one chunk",
+    ),
+    "retnet": Recorded(
+        "retnet", {"heads": 2, "key_width": 8, "value_width": 6}, "github.com/microsoft/torchscale, its parallel form"
+    ),
+    "rwkv7": Recorded(
+        "rwkv7",
+        {"heads": 2, "key_width": 64, "value_width": 64, "rank": 3},
+        "github.com/BlinkDL/RWKV-LM, rwkv_v7_numpy.py; gradients by the same in PyTorch",
+    ),
+    "slstm": Recorded("slstm", {"heads": 2, "head_width": 8}, "github.com/NX-AI/xlstm, its plain backend"),
+    "ttt_linear": Recorded(
+        "ttt_linear", {"heads": 2, "head_width": 8, "minibatch": 8}, "github.com/test-time-training/ttt-lm-pytorch"
+    ),
+}
