@@ -12,6 +12,7 @@ import os
 import sysconfig
 import zlib
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,21 +161,34 @@ def _walk(root: Path) -> list[Path]:
     while folders:
         folder = folders.pop()
         try:
-            status, names = folder.stat(), sorted(os.listdir(folder))
+            status = folder.stat()
+            with os.scandir(folder) as entries:
+                inside = {entry.name: entry for entry in entries}
         except OSError as error:
             raise UsageError(f"'{folder}' cannot be read ({error.strerror}); mend it or take it away") from error
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        if _is_run(folder, names):
-            names = [name for name in names if folder == root and not name.startswith(_WRITTEN)]
-        inside = [folder / name for name in names if not name.startswith(".") and name != "lost+found"]
-        found += [file for file in inside if not os.path.isdir(file)]
-        folders += [file for file in reversed(inside) if os.path.isdir(file)]
+        of_run = _is_run(folder, inside.keys())
+        for name in sorted(inside, reverse=True):
+            if (
+                name.startswith(".")
+                or name == "lost+found"
+                or (of_run and (folder != root or name.startswith(_WRITTEN)))
+            ):
+                continue
+            (folders if _is_folder(inside[name]) else found).append(folder / name)
     return sorted(found, key=lambda file: file.relative_to(root).as_posix())
 
 
-def _is_run(folder: Path, names: list[str]) -> bool:
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, which is told as a file that cannot be read
+        return False
+
+
+def _is_run(folder: Path, names: Collection[str]) -> bool:
     """Whether `folder` is the working directory of a run: what it writes is no text to train on."""
     if not {"config.json", "data.json"} <= set(names):
         return False

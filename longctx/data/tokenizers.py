@@ -46,7 +46,7 @@ class Tokenizer:
       padding: id that fills rows, which no model looks at; 0 unless a tokenizer.json puts it elsewhere.
       document: id that begins each document, and is predicted at its end.
       fact, ask: ids that begin the statements and the questions of the retrieval task.
-      special: ids that no text yields, these four among them.
+      special: ids that no text yields by their names, these four among them.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):

@@ -61,14 +61,14 @@ def test_links_to_folders_are_followed_once(tmp_path):
 def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     (tmp_path / "closed").mkdir()
     (tmp_path / "a.txt").write_text("one")
-    listdir = os.listdir
+    scandir = os.scandir
 
     def refusing(folder):
         if "closed" in str(folder):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return listdir(folder)
+        return scandir(folder)
 
-    monkeypatch.setattr(os, "listdir", refusing)
+    monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(UsageError, match="closed' cannot be read \\(Permission denied\\)"):
         corpus.read(str(tmp_path))
 
