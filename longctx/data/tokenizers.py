@@ -28,7 +28,6 @@ from longctx.progress import Progress
 
 SPECIAL = ("<|padding|>", "<|document|>", "<|fact|>", "<|ask|>")
 
-_SPACE = "\u2581"  # what stands for a space in vocabularies of pieces
 _WAITING = 6  # ids after the last text; three more than a character of four bytes can lack
 
 # Characters encoded as one and at once: the library takes some 150 bytes for each until the ids are arrays.
@@ -188,8 +187,8 @@ class Tokenizer:
         """Raises UsageError naming the first part of `text` that the vocabulary cannot represent.
 
         A byte-level vocabulary represents every text; a tokenizer.json of another kind may not. What counts is the
-        text as the tokenizer's own normalisation leaves it. White space, which such tokenizers drop between words, is
-        not looked at.
+        text as the tokenizer's own normalisation leaves it, without the white space that such tokenizers drop between
+        words.
         """
         try:
             text.encode()
@@ -217,7 +216,10 @@ class Tokenizer:
         )
 
     def count_lost(self, texts: Iterable[str]) -> tuple[int, int]:
-        """How many characters the vocabulary cannot represent, of how many; after normalisation, white space apart."""
+        """How many characters the vocabulary cannot represent, of how many.
+
+        They are counted after normalisation, white space only where it is lost.
+        """
         lost = total = 0
         for text in texts:
             if self._complete:
@@ -225,29 +227,29 @@ class Tokenizer:
                 continue
             for begin, end in self._parts(text):
                 normal = self._normalised(text[begin:end])
-                total += len("".join(normal.split()))
-                lost += int(self._is_lost(normal).sum())
+                is_lost = self._is_lost(normal)
+                lost += int(is_lost.sum())
+                total += sum(gone or not character.isspace() for gone, character in zip(is_lost, normal, strict=True))
         return lost, total
 
     def _normalised(self, text: str) -> str:
         return text if self._backend.normalizer is None else self._backend.normalizer.normalize_str(text)
 
     def _is_lost(self, text: str) -> np.ndarray:
-        """Which characters of a normalised text yield no token or the unknown one, white space apart; bool."""
+        """Which characters of a normalised text yield the unknown token, or none and are no white space; bool."""
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        blank = {ord(character) for character in set(text) if character.isspace()} | {ord(_SPACE)}
+        blank = {ord(character) for character in set(text) if character.isspace()}
         # Byte-pair encoding without an unknown token drops what it does not know, and the offsets of what follows
         # are then too small by as much.
         dropped = {code for code in set(codes.tolist()) - blank if not self._checked(chr(code)).ids}
         lost = np.isin(codes, list(dropped))
         rest = codes[~lost]
-        known = np.zeros(len(rest), bool)
+        rest_lost = ~np.isin(rest, list(blank))
         encoding = self._checked(rest.tobytes().decode("utf-32-le"))
         for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if index != self._unknown:
-                known[start:end] = True
-        lost[~lost] = ~known
-        return lost & ~np.isin(codes, list(blank))
+            rest_lost[start:end] = index == self._unknown
+        lost[~lost] = rest_lost
+        return lost
 
     def _checked(self, text: str) -> tokenizers.Encoding:
         """A normalised text, encoded as it is."""

@@ -100,6 +100,31 @@ def test_what_is_no_regular_file_is_refused(tmp_path, folder):
             corpus.read(str(file.parent if folder else file))
 
 
+CONTENTS = [b"text here", b"", bytes(range(256)), b'{"text": "a b"}\n"x"\n', b'{"text": 3}', b"null", b"[]", b"1e999"]
+CONTENTS += [b'\xef\xbb\xbf"x"', b'"\\ud800"', b'{"text": "a", "n": NaN}', b'{"text": "a"} and more', b'{"a": [[[]]]}']
+
+
+def test_any_folder_is_read_or_refused_in_a_sentence(tmp_path):
+    """Files of every kind with every content, some compressed, a bit flipped in some."""
+    rng, read = np.random.default_rng(0), 0
+    for i in range(300):
+        root = tmp_path / str(i)
+        root.mkdir()
+        for name in rng.choice(["a.txt", "b.jsonl", "c.txt.gz", "d.jsonl.gz", "e.md", "f.bin"], 3):
+            content = bytearray(CONTENTS[rng.integers(len(CONTENTS))])
+            if name.endswith("gz") and rng.random() < 0.8:
+                content = bytearray(gzip.compress(content))
+            if content and rng.random() < 0.2:
+                content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+            (root / name).write_bytes(content)
+        try:
+            corpus.split(corpus.read(str(root)), 0.3)
+            read += 1
+        except UsageError:
+            pass
+    assert 20 < read < 280
+
+
 @pytest.mark.parametrize("path", ["x" * 5000, "/".join("x" * 5000), "~nobody_of_this_name/a.txt", "a\0b"])
 def test_paths_that_no_file_has_are_refused(path):
     with pytest.raises(UsageError, match=r"data.path is '.*(cannot be read|no file can be)") as error:

@@ -140,7 +140,7 @@ def _llama(path):
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    _trained(backend, trainers.BpeTrainer(vocab_size=700, show_progress=False), path)
+    _trained(backend, trainers.BpeTrainer(vocab_size=700, show_progress=False, special_tokens=["<unk>"]), path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": None}))
     return Tokenizer.load(path)
 
@@ -170,6 +170,31 @@ def test_parts_of_a_text_have_the_ids_of_the_whole(monkeypatch, tmp_path, make):
         ends = [end for _, end in tokenizer._parts(PROSE)]
         assert len(PROSE) / part / 4 < len(ends) <= len(PROSE) / part
         np.testing.assert_array_equal(tokenizer.encode(PROSE), whole)
+
+
+ODD = ["a", " ", "\n", "\r\n", "é", "e\u0301", "漢", "\ufb01", "\u200d", "🧑", "</s>", "<unk>", "<|fact|>", "[UNK]"]
+ODD += ["\ud800", "\0", "\x01", "▁", "12", "'s", "\ufeff", "\ufffd"]
+
+
+@pytest.mark.parametrize("make", [_gpt2, _cl100k, _llama, _unigram, _bert, _existing])
+def test_any_text_is_encoded_or_refused_in_a_sentence(monkeypatch, tmp_path, make):
+    """No special token, no other error, and the stream of its ids is their text."""
+    tokenizer, rng = make(tmp_path / "tokenizer.json"), np.random.default_rng(0)
+    for i in range(300):
+        monkeypatch.setattr(module, "_PART", (5, 20, 2**16)[i % 3])
+        text = "".join(rng.choice(ODD, rng.integers(1, 20)))
+        try:
+            tokenizer.check_prompt(text)
+        except UsageError:
+            pass
+        else:
+            assert tokenizer._unknown not in tokenizer.encode(text)
+        if "\ud800" in text:
+            continue
+        ids = tokenizer.encode(text)
+        assert not (tokenizer.special - {tokenizer._unknown}).intersection(ids.tolist())
+        stream = tokenizer.stream()
+        assert "".join(stream.push(index) for index in ids) + stream.flush() == tokenizer.decode(ids)
 
 
 def test_long_texts_are_encoded_in_parts(monkeypatch):
