@@ -23,6 +23,9 @@ class Recorded:
 
 
 _LACT = {"heads": 4, "head_width": 4, "fast_width": 8, "hidden": 8, "minibatch": 12, "window": 12}
+_SMALL = {"heads": 2, "key_width": 8, "value_width": 6}
+# Written again in plain PyTorch with its naive recurrences, since its own are kernels for GPUs.
+_FLA = "github.com/fla-org/flash-linear-attention, fla/layers"
 
 RECORDED = {
     "cope": Recorded(
@@ -30,16 +33,16 @@ RECORDED = {
         {"heads": 2, "kv_heads": 2, "head_width": 8, "qk_norm": False, "positions": CoPE(max_position=9)},
         "github.com/facebookresearch/RAM, projects/cope, with --cope-nodiv",
     ),
+    "delta_net": Recorded("delta_net", _SMALL, f"{_FLA}/delta_net.py"),
     "forgetting": Recorded(
         "forgetting",
         {"heads": 2, "kv_heads": 2, "head_width": 8},
         "github.com/zhixuan-lin/forgetting-transformer, its Pro layer; its Triton kernels as plain PyTorch",
     ),
-    "hedgehog": Recorded(
-        "linear_attention",
-        {"heads": 2, "key_width": 8, "value_width": 6, "feature_map": "hedgehog"},
-        "github.com/HazyResearch/lolcats",
-    ),
+    "gated_delta_product": Recorded("gated_delta_product", _SMALL, f"{_FLA}/gated_deltaproduct.py"),
+    "gla": Recorded("gla", _SMALL | {"gate_rank": 4}, f"{_FLA}/gla.py"),
+    "hedgehog": Recorded("linear_attention", _SMALL | {"feature_map": "hedgehog"}, "github.com/HazyResearch/lolcats"),
+    "hgrn2": Recorded("hgrn2", _SMALL, f"{_FLA}/hgrn2.py"),
     "indexer": Recorded(
         "indexer_topk",
         {"heads": 2, "kv_heads": 2, "head_width": 8, "qk_norm": False, "index_heads": 16, "index_width": 8}
@@ -50,15 +53,15 @@ RECORDED = {
     "lact_muon": Recorded(
         "lact", _LACT | {"rank": 0, "orthogonal": True, "minibatch": 24}, "github.com/a1600012888/LaCT"
     ),
+    "log_linear_mamba2": Recorded("log_linear_mamba2", _SMALL | {"levels": 7}, f"{_FLA}/log_linear_mamba2.py"),
+    "path": Recorded("path", {"heads": 2, "head_width": 8, "rank": 4}, f"{_FLA}/path_attn.py"),
     "reformer": Recorded(
         "lsh",
         {"heads": 2, "head_width": 8, "rounds": 1, "buckets": 2, "rope_base": 0.0, "scale": 1.0}
         | {"centroid_weight": 1e-30},  # equal centroids put all tokens into one bucket
         "transformers' LSH self-attention of reformer, on a row that is one chunk",
     ),
-    "retnet": Recorded(
-        "retnet", {"heads": 2, "key_width": 8, "value_width": 6}, "github.com/microsoft/torchscale, its parallel form"
-    ),
+    "retnet": Recorded("retnet", _SMALL, "github.com/microsoft/torchscale, its parallel form"),
     "rwkv7": Recorded(
         "rwkv7",
         {"heads": 2, "key_width": 64, "value_width": 64, "rank": 3},
