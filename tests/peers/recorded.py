@@ -1,4 +1,4 @@
-"""Layers of ours beside programs that are in no package: the goldens hold what these gave, and cannot be made again."""
+"""Layers of ours beside programs that tests do not run: the goldens hold what these gave, by hand and once."""
 
 from __future__ import annotations
 
