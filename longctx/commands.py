@@ -159,15 +159,16 @@ def _ended(main: Callable[[], int | None]) -> int | None:
         return _tell(error, 2)
     except (RunError, FloatingPointError) as error:
         return _tell(error, 1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        return _tell(f"{error.filename or 'a file'} cannot be written: {error.strerror}. Make room and go on.", 1)
-    except KeyboardInterrupt:
-        return _tell("interrupted", 130)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        name = error.filename or "a file"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return _tell(f"{name} cannot be written: {error.strerror}. Make room and go on.", 1)
+        return _tell(f"{name} cannot be read or written: {error.strerror or error}.", 1)
+    except KeyboardInterrupt:
+        return _tell("interrupted", 130)
 
 
 def _tell(error: object, code: int) -> int:

@@ -30,11 +30,11 @@ def main() -> None:
 def _evaluate(run: workdirs.Run) -> None:
     experiment = run.experiment
     mesh = meshes.make(commands.mesh() or experiment.mesh)
-    model, _ = workdirs.load_model(run, mesh)
+    model, step = workdirs.load_model(run, mesh)
     source = data.prepare(experiment.data, experiment.seed, run.path)
     for line in workdirs.compare_source(run.path, source, trained=False):
         print(line, file=sys.stderr)
-    training = metrics.summarise(run.path, experiment.training)
+    training = metrics.summarise(run.path, experiment.training) | {"finished": step == experiment.training.steps}
     with jax.set_mesh(mesh):
         evals.evaluate(model, experiment, source, run.path, training)
     print(f"the report is {run.path / 'report' / 'report.html'}")

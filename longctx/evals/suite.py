@@ -68,7 +68,7 @@ def evaluate(
         "evaluation": {"seconds": time.perf_counter() - start, "tokens": bar.total},
         "device": provenance.device(),
         "versions": provenance.versions(),
-        "start": _json(workdir / "start.json"),
+        "start": _start(workdir / "start.json"),
         "config": _json(workdir / "config.json"),
     }
     summary = _finite(summary, lost)
@@ -213,8 +213,21 @@ def _training(training: dict[str, Any] | None) -> dict[str, Any]:
     return {names.get(key, key): value for key, value in (training or {}).items()}
 
 
+def _start(file: Path) -> dict[str, Any]:
+    """What the run said of itself as it started; without the corpus where its sizes are not there."""
+    found = _json(file)
+    corpus, epochs = found.get("corpus"), found.get("epochs")
+    sizes = [f"{part}_{unit}" for part in ("training", "heldout") for unit in ("tokens", "documents")]
+    whole = isinstance(corpus, dict) and all(type(corpus.get(name)) is int and corpus[name] > 0 for name in sizes)
+    if whole and type(epochs) in (int, float):
+        return found
+    return {name: value for name, value in found.items() if name not in ("corpus", "epochs")}
+
+
 def _json(file: Path) -> dict[str, Any]:
     """What the run wrote down; nothing where it is not there or cannot be read."""
+    if not file.is_file():
+        return {}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

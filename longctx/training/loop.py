@@ -77,18 +77,18 @@ def train(
         # Of all stages, so that a stage that the corpus cannot fill is refused now.
         iterators = [_batches(experiment, source, program, index) for index in range(len(training.stages))]
         workdirs.agree(workdir, experiment, source)
+        checkpoints = Checkpoints(workdir, experiment.checkpoints.keep)
+        if max(checkpoints.steps(), default=0) < training.steps:
+            checkpoints.check_room(program.abstract)
         with lock.held(workdir, "training"):
-            step, summary = _train(experiment, workdir, source, program, iterators, heldout)
+            step, summary = _train(experiment, workdir, source, program, checkpoints, iterators, heldout)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract.params))
     return summary | {"finished": step == training.steps, "parameters": parameters, "devices": mesh.size}
 
 
-def _train(experiment, workdir, source, program, iterators, heldout) -> tuple[int, Row]:
+def _train(experiment, workdir, source, program, checkpoints, iterators, heldout) -> tuple[int, Row]:
     """The part of `train` that writes: the steps done, and the summary."""
     training = experiment.training
-    checkpoints = Checkpoints(workdir, experiment.checkpoints.keep)
-    if max(checkpoints.steps(), default=0) < training.steps:
-        checkpoints.check_room(program.abstract)
     restored = checkpoints.restore(program.abstract)
     step, state = (0, program.init()) if restored is None else restored
     if int(state.step) != step:

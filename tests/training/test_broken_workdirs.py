@@ -4,6 +4,7 @@ A seeded generator makes them of one run: some by default, hundreds with `-m slo
 is done, but for the steps of training and the measurements themselves.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -219,6 +220,55 @@ def test_the_sound_one(sound, commands, tmp_path):
     """Otherwise the rest would say nothing."""
     shutil.copytree(sound[0], tmp_path / "run")
     assert [outcome(command, tmp_path / "run") for command in commands] == ["", ""]
+
+
+def unusable(workdir):
+    for step in ("8", "9"):
+        (workdir / "checkpoints" / step / "SHA256SUMS").write_text("?")
+
+
+def renamed(workdir):
+    (workdir / "checkpoints" / "9").rename(workdir / "checkpoints" / "7")
+    (workdir / "checkpoints" / "8").rename(workdir / "checkpoints" / "9")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(unusable, "no checkpoint is usable"), (renamed, "9 holds the state after 8 steps, which is not its name")],
+)
+def test_what_is_refused_late_changes_nothing(sound, commands, tmp_path, parse, change, told):
+    """Though the experiment differs in what may, which config.json would follow. Seen to fail with it written first."""
+    shutil.copytree(sound[0], tmp_path / "run")
+    change(tmp_path / "run")
+    tree = json.loads((tmp_path / "run" / "config.json").read_text())
+    tree["evaluation"]["samples"] += 1
+    (tmp_path / "run" / "config.json").write_text(json.dumps(tree))
+    before = everything(tmp_path / "run")
+    assert told in outcome(commands[0], tmp_path / "run")
+    assert everything(tmp_path / "run") == before
+
+
+def test_a_run_in_use_and_a_full_disk_are_refused(sound, commands, tmp_path, monkeypatch, parse, corpus):
+    """Of the first start as well, which leaves no folder behind."""
+    shutil.copytree(sound[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "9")  # a step is left
+    with lock.held(tmp_path / "run", "training"):
+        before = everything(tmp_path / "run")
+        for train in (commands[0], lambda workdir: loop.train(parse(), workdir, corpus)):
+            assert "is in use by another run: its pid" in outcome(train, tmp_path / "run")
+        assert not outcome(commands[1], tmp_path / "run")
+        assert everything(tmp_path / "run") == before
+    before = everything(tmp_path / "run")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20 + 1))
+    large = sound[1].abstract._replace(params=jax.ShapeDtypeStruct((2**20,), jnp.float32))
+    monkeypatch.setattr(loop.Program, "make", lambda *_: dataclasses.replace(sound[1], abstract=large))
+    assert " MiB are needed to save" in outcome(commands[0], tmp_path / "run")
+    assert everything(tmp_path / "run") == before
+    assert " MiB are needed to save" in outcome(commands[0], tmp_path / "new")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20 - 1))
+    assert "1.0 MiB are needed to save" in outcome(commands[0], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("seed", range(0, 40, 10))
