@@ -192,7 +192,8 @@ class _Run:
         stage = self._training.stages[pending.stage]
         accuracy = found["hits"] / found["answers"] if found["answers"] else None
         row = {"step": pending.step, "stage": pending.stage, **found, "retrieval_accuracy": accuracy}
-        row |= {"tokens": stage.batch * stage.length, "seconds": now - self._clock}
+        # Monotonic on a sound machine; one that was moved or set back must not log less than nothing.
+        row |= {"tokens": stage.batch * stage.length, "seconds": max(now - self._clock, 0.0)}
         self._metrics.record(row)
         self._clock = now
 
