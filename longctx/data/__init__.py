@@ -3,8 +3,9 @@
 from longctx.data.needles import needle_rows
 from longctx.data.packing import Rows, TokenStore, pad, stretches
 from longctx.data.pipeline import Corpus, Source, batches, describe, notes, prepare
+from longctx.data.stream import TextStream
 from longctx.data.synthetic import TASKS, Task, heldout_rng
-from longctx.data.tokenizers import TextStream, Tokenizer
+from longctx.data.tokenizers import Tokenizer
 
 __all__ = [
     "TASKS",

@@ -23,12 +23,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from longctx.data import files
+from longctx.data.stream import TextStream
 from longctx.errors import UsageError
 from longctx.progress import Progress
 
 SPECIAL = ("<|padding|>", "<|document|>", "<|fact|>", "<|ask|>")
-
-_WAITING = 6  # ids after the last text; three more than a character of four bytes can lack
 
 # Characters encoded as one and at once: the library takes some 150 bytes for each until the ids are arrays.
 _PART, _LONGEST_PART, _AT_ONCE = 2**16, 2**20, 2**21
@@ -279,50 +278,6 @@ class Tokenizer:
         return np.array([index for index in words if index != self._unknown], np.int32)
 
 
-class TextStream:
-    """Text of token ids that arrive one at a time: what has been returned is never taken back.
-
-    A character whose bytes are not all there waits for them, for a few ids at most: bytes that are no text come out
-    as U+FFFD, and an id takes the same time however many came before.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []  # of the last text returned, and after it
-        self._before = 0  # ids of the last text returned
-        self._returned = 0  # characters of the text after it that have been returned too
-
-    def push(self, index: int) -> str:
-        """The text that `index` completes; empty while a character lacks bytes."""
-        if index in self._tokenizer.special:
-            return ""
-        self._ids.append(int(index))
-        text = self._rest()
-        if text and not text.endswith("\ufffd"):
-            # The ids of this text stay, since some tokenizers join words by what comes before.
-            piece = text[self._returned :]
-            self._ids, self._before, self._returned = self._ids[self._before :], len(self._ids) - self._before, 0
-            return piece
-        if len(self._ids) - self._before <= _WAITING:
-            return ""
-        # The bytes of a character that may still be completed are in the last three ids; one U+FFFD stands for them.
-        waiting = int(text.endswith("\ufffd"))
-        piece = text[self._returned : len(text) - waiting]
-        self._ids, self._before = self._ids[-3:], 0
-        self._returned = max(len(self._rest()) - waiting, 0)
-        return piece
-
-    def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character whose bytes never came."""
-        text = self._rest()[self._returned :]
-        self._before, self._returned = len(self._ids), 0
-        return text
-
-    def _rest(self) -> str:
-        before = self._tokenizer.decode(self._ids[: self._before])
-        return self._tokenizer.decode(self._ids)[len(before) :]
-
-
 def _between_words(text: str) -> Iterator[str]:
     """A text in parts that begin with white space, as words of byte-pair encoding do."""
     begin = 0
@@ -386,9 +341,10 @@ def _unknown(model: dict[str, Any]) -> int | None:
 
 
 def _is_complete(description: dict[str, Any]) -> bool:
-    """Whether every text can be represented, by its bytes."""
+    """Whether every text can be represented, by its bytes, of which none is a special token."""
     model = description["model"]
-    entries = {entry for entry, _ in model["vocab"]} if model["type"] == "Unigram" else model["vocab"].keys()
+    entries = {entry for entry, _ in model["vocab"]} if model["type"] == "Unigram" else set(model["vocab"])
+    entries -= {token["content"] for token in description["added_tokens"] if token["special"]}
     if model.get("byte_fallback"):
         return all(f"<0x{byte:02X}>" in entries for byte in range(256))
     is_byte_level = '"ByteLevel"' in json.dumps([description["pre_tokenizer"], description["normalizer"]])

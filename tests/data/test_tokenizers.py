@@ -388,6 +388,18 @@ def test_prompts_are_looked_at_as_the_tokenizer_normalises_them(tmp_path, form):
         tokenizer.check_prompt("x e\u0301 q x")
 
 
+def test_a_byte_that_is_a_special_token_is_not_there_for_text(tmp_path):
+    """Fails when it is dropped in silence, since vocabularies of bytes have every text otherwise."""
+    Tokenizer.train(CORPUS, 400).save(tmp_path / "tokenizer.json")
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.add_special_tokens(["!"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert tokenizer.count_lost(["the number!!"]) == (2, 11)
+    with pytest.raises(UsageError, match=r"'!!' at character 10,"):
+        tokenizer.check_prompt("the number!!")
+
+
 def test_what_cannot_be_represented_is_counted(tmp_path, tokenizer):
     assert tokenizer.count_lost(TEXTS)[0] == 0
     assert _existing(tmp_path / "tokenizer.json").count_lost(["the number", "of one", " "]) == (2, 14)
