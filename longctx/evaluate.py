@@ -34,7 +34,7 @@ def _evaluate(run: workdirs.Run) -> None:
     source = data.prepare(experiment.data, experiment.seed, run.path)
     for line in workdirs.compare_source(run.path, source, trained=False):
         print(line, file=sys.stderr)
-    training = metrics.summarise(run.path, experiment.training) | {"finished": step == experiment.training.steps}
+    training = metrics.summarise(run.path, experiment.training, step)
     with jax.set_mesh(mesh):
         evals.evaluate(model, experiment, source, run.path, training)
     print(f"the report is {run.path / 'report' / 'report.html'}")

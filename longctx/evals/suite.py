@@ -50,6 +50,10 @@ def evaluate(
     workdir, notes = Path(workdir), data.notes(source, experiment.data, experiment.training.stages)
     if training is not None and not training.get("finished", True):
         notes.append("Training has not finished: this is the newest checkpoint.")
+    if training is not None and (missing := training.get("missing")):
+        notes.append(
+            f"metrics.jsonl lacks {missing:,} of {training['steps']:,} steps; what is said of training is of the rest."
+        )
     start = time.perf_counter()
     measure = _of_task if isinstance(source, data.Task) else _of_text
     with Progress("evaluating", "token", large=True, shown=jax.process_index() == 0) as bar:

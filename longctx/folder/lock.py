@@ -29,13 +29,13 @@ _log = logging.getLogger(__name__)
 
 
 def check(workdir: Path, doing: str) -> None:
-    """Whether WORKDIR/doing.lock is free now; nothing is written.
+    """Whether WORKDIR/doing.lock is free now; nothing is written. Process 0 asks for all, since it will hold it.
 
     Raises:
       UsageError: it is held, by whom.
     """
     file = Path(workdir) / f"{doing}.lock"
-    if file.is_file():
+    if jax.process_index() == 0 and file.is_file():
         with file.open(encoding="utf-8", errors="replace") as own:
             try:
                 fcntl.flock(own, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -109,7 +109,7 @@ def _train(experiment, workdir, source, program, checkpoints, iterators, heldout
         measure = heldout(program.graphdef, experiment, source) if heldout and experiment.evaluation.every else None
         run = _Run(experiment, program, checkpoints, metrics, measure)
         step = run.steps(step, state, iterators, Votes(stop, program.mesh))
-    return step, summarise(workdir, training)
+    return step, summarise(workdir, training, step)
 
 
 class _Pending(NamedTuple):

@@ -105,18 +105,26 @@ def mean(rows: Iterable[Row]) -> Row:
     }
 
 
-def summarise(workdir: Path, training: config.Training) -> Row:
-    """What is worth telling of a run: totals, the mean of the last `log_every` steps, whether it is finished."""
-    rows = read(workdir)
-    if not rows:
-        return {"finished": False, "steps": 0, "tokens": 0, "seconds": 0.0}
-    last = mean(rows[-training.log_every :])
+def summarise(workdir: Path, training: config.Training, done: int | None = None) -> Row:
+    """What is worth telling of a run: totals, the mean of the last `log_every` steps, whether it is finished.
+
+    Args:
+      workdir: of the run.
+      training: for the number of steps, and how many are averaged.
+      done: the steps that are asked about, those of a checkpoint; by default all that are logged.
+
+    Returns:
+      Among the rest `missing`, how many of these steps are not in the log; the totals are of the others.
+    """
+    rows = [row for row in read(workdir) if done is None or row["step"] <= done]
+    done = max((row["step"] for row in rows), default=0) if done is None else done
+    found = {"finished": done == training.steps, "steps": done, "missing": done - len(rows)}
     seconds, tokens = sum(row["seconds"] for row in rows), sum(row["tokens"] for row in rows)
-    return {
-        "finished": rows[-1]["step"] == training.steps,
-        "steps": rows[-1]["step"],
-        "tokens": tokens,
-        "seconds": seconds,
+    found |= {"tokens": tokens, "seconds": seconds}
+    if not rows:
+        return found
+    last = mean(rows[-training.log_every :])
+    return found | {
         "tokens_per_second": tokens / max(seconds, 1e-9),
         "loss": last["loss"],
         "retrieval_accuracy": last["retrieval_accuracy"],

@@ -77,6 +77,18 @@ def test_summary(tmp_path):
     assert not summarise(tmp_path / "nothing", TRAINING)["finished"]
 
 
+def test_summary_of_a_checkpoint(tmp_path):
+    """Rows past it are not of it; the log may lack some, or be lost."""
+    write(tmp_path, 1, 6)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:1] + lines[2:]))
+    found = summarise(tmp_path, TRAINING, 5)
+    assert (found["finished"], found["steps"], found["missing"], found["tokens"]) == (False, 5, 1, 64)
+    (tmp_path / "metrics.jsonl").unlink()
+    found = summarise(tmp_path, TRAINING, 7)
+    assert (found["finished"], found["steps"], found["missing"], found["tokens"]) == (True, 7, 7, 0)
+
+
 def test_held_out_loss_is_logged_where_it_was_measured(tmp_path):
     with Metrics(tmp_path, TRAINING, 0, chief=True) as metrics:
         for step in range(1, 6):
