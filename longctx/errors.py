@@ -1,5 +1,10 @@
 """Errors that are told in a sentence, without a traceback."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class UsageError(ValueError):
     """A config, file, checkpoint or request that cannot be used.
@@ -14,3 +19,19 @@ class RunError(RuntimeError):
 
     The message says what is left and how to go on. The commands print it on one line and exit with code 1.
     """
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Tells what a layer refuses while it is traced (a ValueError) as a UsageError that begins with `what`.
+
+    Args:
+      what: what was traced, and of which size, such as "training.stages[0], rows of 64 tokens".
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, NotImplementedError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(f"{what}: {lines[0]}") from error

@@ -15,7 +15,7 @@ from longctx import commands, data, evals
 from longctx.folder import lock
 from longctx.folder import path as paths
 from longctx.parallel import mesh as meshes
-from longctx.training import metrics
+from longctx.training import loop, metrics
 from longctx.training import workdir as workdirs
 
 
@@ -29,13 +29,15 @@ def main() -> None:
 
 def _evaluate(run: workdirs.Run) -> None:
     experiment = run.experiment
-    mesh = meshes.make(commands.mesh() or experiment.mesh)
+    given = commands.mesh()
+    mesh = loop.make_mesh(experiment) if given is None else meshes.make(given)
     model, step = workdirs.load_model(run, mesh)
     source = data.prepare(experiment.data, experiment.seed, run.path)
     for line in workdirs.compare_source(run.path, source, trained=False):
         print(line, file=sys.stderr)
     training = metrics.summarise(run.path, experiment.training, step)
     with jax.set_mesh(mesh):
+        evals.check(model, experiment, source)
         evals.evaluate(model, experiment, source, run.path, training)
     print(f"the report is {run.path / 'report' / 'report.html'}")
 

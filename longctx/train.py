@@ -31,7 +31,7 @@ def _train(experiment: config.Experiment, workdir: Path) -> None:
     lock.check(workdir, "training")
     started = (workdir / "config.json").exists()
     source = data.prepare(experiment.data, experiment.seed, workdir if started else None)
-    summary = loop.train(experiment, workdir, source, evals.HeldOut)
+    summary = loop.train(experiment, workdir, source, evals.HeldOut, evals.check)
     if not summary["finished"]:
         return
     model, _ = workdirs.load_model(workdirs.open_run(workdir), mesh)

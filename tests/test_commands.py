@@ -71,6 +71,7 @@ def get_config():
         "evaluation": {"samples": 2},
     })
 """
+HEADS = "--config.model.blocks.only.mixer.context_parallel=heads"
 FILE, WORKDIR = "--config=experiment.py", "--workdir=run"
 CASES = {
     "unknown section": (
@@ -100,6 +101,10 @@ CASES = {
     "no experiment": ([WORKDIR], "--config is missing"),
     "too few devices": ([FILE, WORKDIR, "--config.mesh.data=16"], "needs 16 devices and there are 8"),
     "batch": ([FILE, WORKDIR, "--config.mesh.data=8"], r"stages\[0\] has 4 rows in a micro-batch, which the 8 devices"),
+    "heads that the devices do not divide": (
+        [FILE, WORKDIR, "--config.mesh.data=1", "--config.mesh.context=8", HEADS],
+        r"training.stages\[0\], 4 rows of 32 tokens: context_parallel is .heads., and 8 devices .* 2 heads",
+    ),
     "unknown option of a task": (
         ["--config=task.py", WORKDIR, "--config.data.vocab=8"],
         "'data.vocab' is not a field; did you mean 'data.vocab_size'",

@@ -1,6 +1,6 @@
 """Measurements on held-out text, and the report of them."""
 
 from longctx.evals.heldout import HeldOut
-from longctx.evals.suite import evaluate
+from longctx.evals.suite import check, evaluate
 
-__all__ = ["HeldOut", "evaluate"]
+__all__ = ["HeldOut", "check", "evaluate"]

@@ -62,13 +62,13 @@ class Reader:
 
     def __init__(self, model: nnx.Module, tokens_per_call: int, progress: Callable[[int], object] = lambda _: None):
         graphdef, params = nnx.split(model)
-        self._model, self._params = model, nnx.as_pure(params)
+        self._params = nnx.as_pure(params)
         self._tokens_per_call, self._progress = tokens_per_call, progress
         # Counts whole on every device (and so on every process), for the host to read.
         whole = PartitionSpec() if jax.sharding.get_abstract_mesh().size > 1 else None
-        read = functools.partial(_read, graphdef)
+        read, init = (functools.partial(each, graphdef) for each in (_read, _init))
         self._read = jax.jit(read, donate_argnums=2, out_shardings=(whole, None))
-        self._init = jax.jit(model.init_state, static_argnums=(0, 1))
+        self._init = jax.jit(init, static_argnums=(1, 2))
         self._programs: dict = {}
 
     def of(self, params: object) -> Reader:
@@ -86,15 +86,13 @@ class Reader:
           samples: rows.
           seed: equal seeds give equal rows.
         """
-        span = -(-min(SPAN, length) // mesh.context_size()) * mesh.context_size()
-        batch = min(samples, max(1, self._tokens_per_call // span))
-        capacity = -(-length // span) * span
+        span, batch, capacity = self._sizes(length, samples)
         rng = data.heldout_rng(seed, length)
         counts, seconds, peak, seen = [], 0.0, 0, hashlib.blake2b(digest_size=8)
         for first in range(0, samples, batch):
             row = task.test_rows(rng, batch, length)
             seen.update(row["tokens"][: samples - first].tobytes())
-            state = self._init(batch, capacity)
+            state = self._init(self._params, batch, capacity)
             sums = np.zeros((3, batch))
             for piece in _spans(row, span):
                 program = self._program(piece, state)
@@ -110,12 +108,29 @@ class Reader:
         speed = len(counts) * batch * length / seconds
         return Measured(hits / asked, seen.hexdigest(), float(loss.sum() / asked.sum()), int(asked.sum()), speed, peak)
 
+    def trace(self, length: int, samples: int) -> None:
+        """Traces what `measure` will run, without arrays: shapes serve as the model's parameters.
+
+        Raises:
+          ValueError: a layer cannot read rows of this length, or on this mesh.
+        """
+        span, batch, capacity = self._sizes(length, samples)
+        dtypes = (np.int32, np.int32, np.int32, np.bool_)
+        piece = tuple(jax.ShapeDtypeStruct((batch, span), dtype) for dtype in dtypes)
+        state = self._init.eval_shape(self._params, batch, capacity)
+        self._read.trace(self._params, piece, state)
+
     def _program(self, piece, state) -> jax.stages.Compiled:
         """Compiled once for all spans and states that are alike."""
         key = piece[0].shape, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(state))
         if key not in self._programs:
             self._programs[key] = self._read.lower(self._params, piece, state).compile()
         return self._programs[key]
+
+    def _sizes(self, length: int, samples: int) -> tuple[int, int, int]:
+        """Tokens of a span, rows of a call, and tokens that a state has room for."""
+        span = -(-min(SPAN, length) // mesh.context_size()) * mesh.context_size()
+        return span, min(samples, max(1, self._tokens_per_call // span)), -(-length // span) * span
 
 
 def samples_of(length: int, samples: int, tokens: int) -> int:
@@ -153,6 +168,11 @@ def _spans(row: dict[str, np.ndarray], span: int) -> Iterator[tuple[np.ndarray, 
             np.pad(row[name][:, begin : begin + span], ((0, 0), (0, rest)), constant_values=filler)
             for name, filler in (("tokens", 0), ("positions", -1), ("targets", 0), ("answers", False))
         )
+
+
+def _init(graphdef, params, batch: int, capacity: int):
+    """The state before a row."""
+    return nnx.merge(graphdef, params).init_state(batch, capacity)
 
 
 def _read(

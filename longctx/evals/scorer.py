@@ -49,7 +49,7 @@ class Scorer:
 
     def __init__(self, model: nnx.Module, tokens_per_batch: int, progress: Callable[[int], object] = lambda _: None):
         graphdef, params = nnx.split(model)
-        self._graphdef, self._params = graphdef, nnx.as_pure(params)
+        self._score, self._params = functools.partial(_score, graphdef), nnx.as_pure(params)
         self._tokens_per_batch = tokens_per_batch
         self._progress = progress
         self._programs: dict[tuple[int, int], jax.stages.Compiled] = {}
@@ -95,12 +95,20 @@ class Scorer:
         """The compiled program for rows of `length` tokens; call it as `program(params, *arrays)`."""
         key = (length, tail)
         if key not in self._programs:
-            arrays = self.arrays([], length, tail)
-            # Whole on every device (and so on every process), for the host to read.
-            replicated = PartitionSpec() if jax.sharding.get_abstract_mesh().size > 1 else None
-            score = jax.jit(functools.partial(_score, self._graphdef), out_shardings=replicated)
-            self._programs[key] = score.lower(self._params, *arrays).compile()
+            self._programs[key] = self.trace(length, tail).lower().compile()
         return self._programs[key]
+
+    def trace(self, length: int, tail: int) -> jax.stages.Traced:
+        """The same before it is compiled; shapes serve as the model's parameters.
+
+        Raises:
+          ValueError: a layer cannot compute rows of this length, or on this mesh.
+        """
+        shape = self.batch(length), self._padded(length)
+        tokens, targets = (jax.ShapeDtypeStruct(each, np.int32) for each in (shape, (shape[0], tail)))
+        # Whole on every device (and so on every process), for the host to read.
+        replicated = PartitionSpec() if jax.sharding.get_abstract_mesh().size > 1 else None
+        return jax.jit(self._score, out_shardings=replicated).trace(self._params, tokens, tokens, targets)
 
     def run(self, arrays, length: int, tail: int) -> None:
         """Scores one batch and waits for it, for measurements of time."""

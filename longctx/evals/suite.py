@@ -7,12 +7,13 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
 from longctx import config, data, provenance
+from longctx.errors import refused
 from longctx.evals import answers, needle, perplexity, pieces, report
 from longctx.evals.heldout import HeldOut
 from longctx.evals.scorer import Scorer
@@ -86,12 +87,40 @@ def evaluate(
     return summary
 
 
+def check(model: nnx.Module, experiment: config.Experiment, source: data.Source) -> None:
+    """Traces every program that `evaluate` runs, so that what it would refuse is known before anything is written.
+
+    Args:
+      model: of shapes or of arrays, under the ambient mesh.
+      experiment, source: as `evaluate` is given them.
+
+    Raises:
+      UsageError: a layer cannot compute rows of one of the lengths, or on this mesh.
+    """
+    at_once = _tokens_at_once(experiment)
+    if isinstance(source, data.Task):
+        reader = answers.Reader(model, at_once)
+        for length, rows in _rows(experiment, source).items():
+            with refused(f"evaluation of rows of {length} tokens (data)"):
+                reader.trace(length, rows)
+        return
+    scorer = Scorer(model, at_once)
+    for length, tail in _Plan.of(experiment, source).programs:
+        with refused(f"evaluation of rows of {length} tokens (evaluation.factors)"):
+            scorer.trace(length, tail)
+
+
+def _rows(experiment: config.Experiment, task: data.Task) -> dict[int, int]:
+    """How many rows of a task are read, by length."""
+    options = experiment.evaluation
+    return {n: answers.samples_of(n, options.samples, options.tokens) for n in sorted(task.lengths)}
+
+
 def _of_task(
     model: nnx.Module, experiment: config.Experiment, task: data.Task, bar: Progress, notes: list[str]
 ) -> dict[str, Any]:
     """Answers to a synthetic task, by the length of rows."""
-    options = experiment.evaluation
-    rows = {n: answers.samples_of(n, options.samples, options.tokens) for n in sorted(task.lengths)}
+    rows = _rows(experiment, task)
     graphdef, params = nnx.split(model)
     heldout = HeldOut(graphdef, experiment, task)
     bar.begin(heldout.tokens + sum(length * count for length, count in rows.items()))
@@ -126,23 +155,16 @@ def _of_text(
     model: nnx.Module, experiment: config.Experiment, corpus: data.Corpus, bar: Progress, notes: list[str]
 ) -> dict[str, Any]:
     """Retrieval, perplexity and loss by position in held-out text, and speed."""
-    options, stage = experiment.evaluation, experiment.training.stages[-1]
-    lengths = sorted(factor * stage.length for factor in set(options.factors))
-    block, facts = options.final_block, experiment.data.needles.facts
-    tail = min(block, lengths[0])  # tokens scored where the last one alone matters; the blocks' programs then serve
-
-    # Perplexity: the windows, and by context the length that rows are padded to, so that programs are shared.
-    documents = corpus.heldout.lengths
-    longest = perplexity.longest_context(documents, lengths[-1], block)
+    options, facts = experiment.evaluation, experiment.data.needles.facts
+    plan = _Plan.of(experiment, corpus)
+    lengths, block, tail, shapes = plan.lengths, options.final_block, plan.tail, plan.shapes
+    longest = max(shapes, default=0)
     if longest < lengths[-1]:
         notes.append(
             f"No held-out document has {lengths[-1] + block:,} tokens; "
             + (f"perplexity is measured up to a context of {longest:,}." if longest else "perplexity is not measured.")
         )
-    contexts = perplexity.contexts(longest) if longest else []
-    shapes = {c: min((n for n in lengths if n >= c + block), default=c + block) for c in contexts[:-1]}
-    shapes |= {c: c + block - 1 for c in contexts[-1:]}
-    windows = perplexity.windows(documents, longest, block, options.documents) if longest else []
+    windows = perplexity.windows(corpus.heldout.lengths, longest, block, options.documents) if longest else []
     # Facts are single words of the vocabulary that only training on them can teach.
     where = needle.depths(options.depths) if experiment.data.needles.rows else []
     if not where:
@@ -203,6 +225,36 @@ def _require_losses(measured: dict[str, Any]) -> None:
             f"the losses of the model are {losses[0]}, of whatever length, so that there is nothing to report; "
             "its parameters are of no use. Train again with a lower training.learning_rate."
         )
+
+
+class _Plan(NamedTuple):
+    """Which rows of held-out text are scored.
+
+    Attributes:
+      lengths: tokens a row, of needles and of measurements of speed.
+      tail: tokens scored of these, though the last one alone matters: the programs of the final blocks then serve.
+      shapes: by tokens of context before a final block, those that its row is padded to, so that programs are shared;
+        empty if no document is long enough.
+      programs: (length, tail) of each program.
+    """
+
+    lengths: list[int]
+    tail: int
+    shapes: dict[int, int]
+    programs: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, experiment: config.Experiment, corpus: data.Corpus) -> _Plan:
+        options, stage = experiment.evaluation, experiment.training.stages[-1]
+        lengths = sorted(factor * stage.length for factor in set(options.factors))
+        block = options.final_block
+        tail = min(block, lengths[0])
+        longest = perplexity.longest_context(corpus.heldout.lengths, lengths[-1], block)
+        contexts = perplexity.contexts(longest) if longest else []
+        shapes = {c: min((n for n in lengths if n >= c + block), default=c + block) for c in contexts[:-1]}
+        shapes |= {c: c + block - 1 for c in contexts[-1:]}
+        scored = {(length, longest + block - 1 if context == longest else block) for context, length in shapes.items()}
+        return cls(lengths, tail, shapes, sorted({(length, tail) for length in lengths} | scored))
 
 
 def _tokens_at_once(experiment: config.Experiment) -> int:

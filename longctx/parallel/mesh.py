@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.experimental import mesh_utils
@@ -22,13 +23,18 @@ AXES = ("data", "context", "model")
 _log = logging.getLogger(__name__)
 
 
-def make(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make(
+    sizes: config.Mesh,
+    devices: Sequence[jax.Device] | None = None,
+    shared: Mapping[str, int] = types.MappingProxyType({}),
+) -> jax.sharding.Mesh:
     """The mesh over `devices`, with axes ("data", "context", "model").
 
     Args:
-      sizes: devices along each axis; -1 takes what the others leave. Without a -1, a product smaller than the
-        number of devices uses the first ones, which only a single process may do.
+      sizes: devices along each axis; -1 takes what the others leave, or the most of it that divides what is `shared`. A
+        product smaller than the number of devices uses the first ones, which only a single process may do.
       devices: the devices; all of them by default.
+      shared: by axis, the number of things that its devices have to share equally, such as rows along "data".
 
     Raises:
       UsageError: the sizes do not fit the devices, or not the torus that their links make.
@@ -40,19 +46,23 @@ def make(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax
     given = {name: getattr(sizes, name) for name in AXES}
     fixed = math.prod(size for size in given.values() if size != -1)
     shape = tuple(len(devices) // fixed if size == -1 else size for size in given.values())
-    used = math.prod(shape)
     what = f"mesh {', '.join(f'{name}={size}' for name, size in given.items())}"
-    if -1 in given.values() and used != len(devices):
+    if -1 in given.values() and math.prod(shape) != len(devices):
         raise UsageError(
             f"{what} leaves no whole number of devices for the open axis: there are {len(devices)} and the other "
             f"axes take {fixed}; choose sizes whose product divides {len(devices)}."
         )
+    shape = tuple(
+        size if given[name] != -1 else next(n for n in range(size, 0, -1) if shared.get(name, 0) % n == 0)
+        for name, size in zip(AXES, shape, strict=True)
+    )
+    used = math.prod(shape)
     if used > len(devices):
         raise UsageError(f"{what} needs {used} devices and there are {len(devices)}; make an axis smaller, or -1.")
     if used < len(devices) and jax.process_count() > 1:
         raise UsageError(
-            f"{what} uses {used} of {len(devices)} devices, and with several processes all must be used; "
-            "make an axis larger, or -1."
+            f"{what} uses {used} of {len(devices)} devices, and with several processes all must be used; make an axis "
+            "larger, and in training.stages batches multiples of mesh.data and lengths multiples of mesh.context."
         )
     kinds = (AxisType.Auto,) * len(AXES)
     try:

@@ -15,8 +15,9 @@ import numpy as np
 from grain.experimental import set_next_index
 
 from longctx import config, data
-from longctx.errors import UsageError
+from longctx.errors import UsageError, refused
 from longctx.folder import lock
+from longctx.models import LanguageModel
 from longctx.parallel import mesh as meshes
 from longctx.parallel.processes import Votes
 from longctx.training import start
@@ -29,28 +30,50 @@ from longctx.training.step import Program
 def make_mesh(experiment: config.Experiment, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """The experiment's mesh over `devices`, or over all that are here.
 
+    An axis of -1 takes the most devices that share the micro-batches (along `data`) or rows (along `context`) of every
+    stage equally; what is measured afterwards fits any number.
+
     Raises:
       UsageError: it does not fit the devices, or the batches or rows of a stage do not fit it.
     """
-    mesh = meshes.make(experiment.mesh, devices)
-    data_size, context_size = mesh.shape["data"], mesh.shape["context"]
-    for index, stage in enumerate(experiment.training.stages):
-        micro = stage.batch // experiment.training.accumulate
-        if micro % data_size:
+    training = experiment.training
+    rows = [stage.batch // training.accumulate for stage in training.stages]
+    lengths = [stage.length for stage in training.stages]
+    mesh = meshes.make(experiment.mesh, devices, {"data": math.gcd(*rows), "context": math.gcd(*lengths)})
+    for index, (micro, length) in enumerate(zip(rows, lengths, strict=True)):
+        if micro % mesh.shape["data"]:
             raise UsageError(
-                f"training.stages[{index}] has {micro} rows in a micro-batch, which the {data_size} devices along "
-                "mesh.data cannot share equally; change training.stages, training.accumulate or mesh.data."
+                f"training.stages[{index}] has {micro} rows in a micro-batch, which the {mesh.shape['data']} devices "
+                "along mesh.data cannot share equally; change training.stages, training.accumulate or mesh.data, of "
+                "which -1 takes as many devices as can."
             )
-        if stage.length % context_size:
+        if length % mesh.shape["context"]:
             raise UsageError(
-                f"training.stages[{index}] has rows of {stage.length} tokens, which the {context_size} devices along "
-                "mesh.context cannot share equally; change training.stages or mesh.context."
+                f"training.stages[{index}] has rows of {length} tokens, which the {mesh.shape['context']} devices "
+                "along mesh.context cannot share equally; change training.stages or mesh.context, of which -1 takes "
+                "as many devices as can."
             )
     return mesh
 
 
+def unused(mesh: jax.sharding.Mesh) -> list[str]:
+    """A sentence on the devices that a mesh leaves out, if it does."""
+    if mesh.size == jax.device_count():
+        return []
+    sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    return [
+        f"mesh {sizes} uses {mesh.size} of {jax.device_count()} devices: along "
+        "data they share the rows of a micro-batch equally, along context the tokens of a row; other batches, or more "
+        "devices along another axis, use more."
+    ]
+
+
 def train(
-    experiment: config.Experiment, workdir: Path, source: data.Source, heldout: Callable[..., Callable] | None = None
+    experiment: config.Experiment,
+    workdir: Path,
+    source: data.Source,
+    heldout: Callable[..., Callable] | None = None,
+    check: Callable[[LanguageModel, config.Experiment, data.Source], object] = lambda *_: None,
 ) -> Row:
     """Trains, from the newest checkpoint in `workdir` on if there is one; a finished run is left as it is.
 
@@ -62,13 +85,15 @@ def train(
       source: from `longctx.data.prepare`.
       heldout: such as `evals.HeldOut`: called once with the model's graphdef, the experiment and the source, gives what
         every `evaluation.every` steps is called with the parameters, and its `scalars()` go into the step's row.
+      check: called with the model, which has shapes for parameters, the experiment and the source, before anything is
+        written; it raises a UsageError for what shall be refused, such as `evals.check`.
 
     Returns:
       `metrics.summarise`'s numbers, and `parameters`, `devices` and `finished`.
 
     Raises:
       UsageError: the experiment cannot run here; nothing has been written then.
-      FloatingPointError: the loss or the gradient is not finite; no checkpoint was saved after it.
+      FloatingPointError: the loss, the gradient or the state is not finite; no checkpoint was saved after it.
     """
     workdir, training = Path(workdir), experiment.training
     mesh = make_mesh(experiment)
@@ -80,6 +105,11 @@ def train(
         checkpoints = Checkpoints(workdir, experiment.checkpoints.keep)
         if max(checkpoints.steps(), default=0) < training.steps:
             checkpoints.check_room(program.abstract)
+        for index in _to_come(training, checkpoints.steps()):
+            stage = training.stages[index]
+            with refused(f"training.stages[{index}], {stage.batch} rows of {stage.length} tokens"):
+                program.trace(stage)
+        check(program.model(program.abstract.params), experiment, source)
         with lock.held(workdir, "training"):
             step, summary = _train(experiment, workdir, source, program, checkpoints, iterators, heldout)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract.params))
@@ -100,6 +130,8 @@ def _train(experiment, workdir, source, program, checkpoints, iterators, heldout
     stage, done = _locate(training, step)
     set_next_index(iterators[stage], done)
     with Metrics(workdir, training, step, jax.process_index() == 0) as metrics, _stop_signals() as stop:
+        for text in unused(program.mesh):
+            metrics.say(text)
         if step:
             metrics.say("; ".join([f"going on from step {step}", *changes]))
         if jax.process_index() == 0 and step < training.steps:
@@ -151,7 +183,9 @@ class _Run:
                 pending = _Pending(step, index, batch, metrics)
                 stopping = bool(votes)
                 if step % self._every == 0 or step == end or stopping:
-                    pending = self._read(pending)  # a state is saved only once it is known to be finite
+                    pending, last = self._read(pending), pending  # a state is saved only once it is known to be finite
+                    if not self._program.finite(state):
+                        raise FloatingPointError(self._not_finite("the state after the update is not finite", last))
                     self._checkpoints.save(step, state)
                     self._clock = time.perf_counter()
                 if stopping:
@@ -188,7 +222,8 @@ class _Run:
         now = time.perf_counter()
         for name in ("loss", "gradient_norm", *(name for name in found if name.startswith("heldout"))):
             if not math.isfinite(found[name]):
-                raise FloatingPointError(self._not_finite(name, found[name], pending))
+                what = f"the {name.replace('_', ' ')} is {found[name]}"
+                raise FloatingPointError(self._not_finite(what, pending))
         stage = self._training.stages[pending.stage]
         accuracy = found["hits"] / found["answers"] if found["answers"] else None
         row = {"step": pending.step, "stage": pending.stage, **found, "retrieval_accuracy": accuracy}
@@ -197,10 +232,10 @@ class _Run:
         self._metrics.record(row)
         self._clock = now
 
-    def _not_finite(self, name: str, value: float, pending: _Pending) -> str:
+    def _not_finite(self, what: str, pending: _Pending) -> str:
         self._checkpoints.wait()
         return (
-            f"the {name.replace('_', ' ')} is {value} at step {pending.step}, on {pending.batch}; training stops and "
+            f"{what} at step {pending.step}, on {pending.batch}; training stops and "
             f"{self._checkpoints.newest()}. Lower training.learning_rate or training.clip_norm, or look at these rows."
         )
 
@@ -212,6 +247,12 @@ def _locate(training: config.Training, step: int) -> tuple[int, int]:
             return index, step
         step -= stage.steps
     return len(training.stages) - 1, 0
+
+
+def _to_come(training: config.Training, saved: list[int]) -> range:
+    """The stages that are not over at the newest checkpoint; none in a finished run."""
+    done = max(saved, default=0)
+    return range(_locate(training, done)[0] if done < training.steps else len(training.stages), len(training.stages))
 
 
 def _batches(experiment: config.Experiment, source: data.Source, program: Program, index: int):

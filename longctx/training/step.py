@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
 from longctx import config
+from longctx.errors import refused
 from longctx.models import LanguageModel
 from longctx.ops.cross_entropy import cross_entropy
 from longctx.parallel import mesh as meshes
@@ -89,8 +91,13 @@ def new_model(experiment: config.Experiment, vocab_size: int) -> LanguageModel:
 
 
 def abstract_model(experiment: config.Experiment, vocab_size: int) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model's structure, and its parameters as shapes; `nnx.merge` makes the model of both."""
-    return nnx.split(nnx.eval_shape(lambda: new_model(experiment, vocab_size)), nnx.Param)
+    """The model's structure, and its parameters as shapes; `nnx.merge` makes the model of both.
+
+    Raises:
+      UsageError: a layer cannot be made with these options.
+    """
+    with refused("the model"):
+        return nnx.split(nnx.eval_shape(lambda: new_model(experiment, vocab_size)), nnx.Param)
 
 
 def placed(params: nnx.State, mesh: jax.sharding.Mesh) -> Any:
@@ -136,6 +143,10 @@ class Program:
         step = jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole)
         return cls(experiment, vocab_size, mesh, graphdef, TrainState(step, params, moments), transform)
 
+    def model(self, params: Any) -> LanguageModel:
+        """The model of parameters as a `TrainState` has them, of arrays or of shapes."""
+        return nnx.merge(self.graphdef, params)
+
     @property
     def _shardings(self) -> TrainState:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
@@ -168,8 +179,30 @@ class Program:
         the batch, smoothed if targets are; `gradient_norm`, before clipping; `learning_rate`; and `hits` of `answers`,
         counts.
         """
-        step = jax.jit(self.step, donate_argnums=0, out_shardings=(self._shardings, None))
-        return step.lower(self.abstract, self.batch(stage)).compile()
+        return self.trace(stage).lower().compile()
+
+    def trace(self, stage: config.Stage) -> jax.stages.Traced:
+        """The same before it is compiled; asked for again it costs nothing.
+
+        Raises:
+          ValueError: a layer cannot compute rows of this length, or on this mesh.
+        """
+        return self._jitted.trace(self.abstract, self.batch(stage))
+
+    @functools.cached_property
+    def _jitted(self):
+        return jax.jit(self.step, donate_argnums=0, out_shardings=(self._shardings, None))
+
+    def finite(self, state: TrainState) -> bool:
+        """Whether every number of the state is."""
+        return bool(self._finite((state.params, state.optimizer)))
+
+    @functools.cached_property
+    def _finite(self):
+        def finite(tree):
+            return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+        return jax.jit(finite, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         """One step, to be traced; see `compile`."""
@@ -198,9 +231,7 @@ class Program:
 
         def add(before, batch):
             def mean(params):
-                sums = loss_sums(
-                    nnx.merge(self.graphdef, params), batch, options.answer_weight, options.label_smoothing
-                )
+                sums = loss_sums(self.model(params), batch, options.answer_weight, options.label_smoothing)
                 return sums.loss / weight, sums
 
             after = jax.grad(mean, has_aux=True)(params)

@@ -30,6 +30,29 @@ def test_make(sizes, shape):
 
 
 @pytest.mark.parametrize(
+    ("sizes", "shared", "shape"),
+    [
+        (config.Mesh(), {"data": 4}, (4, 1, 1)),  # the first four of eight
+        (config.Mesh(), {"data": 6}, (6, 1, 1)),
+        (config.Mesh(), {"data": 7}, (7, 1, 1)),
+        (config.Mesh(), {"data": 11}, (1, 1, 1)),
+        (config.Mesh(), {"data": 24, "context": 3}, (8, 1, 1)),
+        (config.Mesh(data=2, context=-1), {"data": 2, "context": 6}, (2, 3, 1)),
+        (config.Mesh(data=3, context=1), {"data": 4}, (3, 1, 1)),  # given: for others to refuse
+    ],
+)
+def test_an_open_axis_takes_the_most_that_share_equally(sizes, shared, shape):
+    assert mesh.make(sizes, shared=shared).devices.shape == shape
+
+
+def test_several_processes_use_all_devices(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert mesh.make(config.Mesh(), shared={"data": 16}).size == 8
+    with pytest.raises(UsageError, match=r"uses 4 of 8 devices, .* batches multiples of mesh\.data"):
+        mesh.make(config.Mesh(), shared={"data": 4})
+
+
+@pytest.mark.parametrize(
     ("sizes", "told"),
     [
         (config.Mesh(data=-1, context=3), "there are 8 and the other axes take 3"),

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,6 +24,7 @@ from longctx.training import checkpoints, loop, metrics, start
 from longctx.training import workdir as workdirs
 from longctx.training.step import Program
 
+HEADS = {"kind": "attention", "heads": 2, "kv_heads": 2, "head_width": 8, "context_parallel": "heads"}
 STEPS = 9  # 4 of stage 0, 5 of stage 1; checkpoints after every second and the last
 
 
@@ -272,20 +275,67 @@ def test_a_loss_that_is_not_finite(tmp_path, parse, corpus, cache, monkeypatch, 
         assert f"{tmp_path / 'checkpoints' / str(good)} is the last good checkpoint" in str(error.value)
 
 
+@pytest.mark.parametrize("part", ["params", "optimizer"])
+def test_a_state_that_is_not_finite(tmp_path, parse, corpus, cache, monkeypatch, part):
+    """One number after step 6, whose loss and gradient are finite: nothing is saved after step 4."""
+    compile_ = Program.compile
+
+    def poisoned(program, stage):
+        compiled = compile_(program, stage)
+
+        def step(*given):
+            state, metrics = compiled(*given)
+            if state.step == 6:
+                leaves, tree = jax.tree.flatten(getattr(state, part))
+                index = max(i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating))
+                leaves[index] = leaves[index].at[(0,) * leaves[index].ndim].set(jnp.inf)
+                state = state._replace(**{part: jax.tree.unflatten(tree, leaves)})
+            return state, metrics
+
+        return step
+
+    monkeypatch.setattr(Program, "compile", poisoned)
+    with pytest.raises(FloatingPointError, match="the state after the update is not finite at step 6, on batch 1 of"):
+        loop.train(parse(), tmp_path, corpus)
+    assert steps(tmp_path) == [2, 4]
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
         ({"mesh": config.Mesh(16, 1, 1)}, "needs 16 devices and there are 8"),
         ({"mesh": config.Mesh(4, 1, 1)}, r"stages\[1\] has 2 rows in a micro-batch, which the 4 devices"),
         (
-            {"mesh": config.Mesh(1, -1, 1), "training": {"stages": ((1, 1, 12),)}},
+            {"mesh": config.Mesh(1, 8, 1), "training": {"stages": ((1, 1, 12),)}},
             "rows of 12 tokens, which the 8 devices",
         ),
         ({"training": {"stages": ((1, 1, 10**6),)}}, "training tokens"),
+        (
+            {"mesh": config.Mesh(1, 8, 1), "mixer": HEADS},
+            r"stages\[0\], 4 rows of 32 tokens: context_parallel is 'heads', and 8 devices along context cannot",
+        ),
+        (
+            {
+                "mixer": {"kind": "attention", "positions": {"kind": "xpos", "scale_base": 0.5}},
+                "training": {"stages": ((1, 1, 16), (1, 1, 64))},
+            },
+            r"stages\[1\], 1 rows of 64 tokens: a span of 64 tokens is more than xpos can scale",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, parse, corpus, change, told):
-    experiment = dataclasses.replace(parse(**change.get("training", {})), mesh=change.get("mesh", config.Mesh(1, 1, 1)))
+    """Seen to fail for the last two when the steps are traced after `workdirs.start`."""
+    experiment = parse(change.get("mixer"), **change.get("training", {}))
+    experiment = dataclasses.replace(experiment, mesh=change.get("mesh", config.Mesh(1, 1, 1)))
     with pytest.raises(UsageError, match=told):
         loop.train(experiment, tmp_path / "run", corpus)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_check_refuses_is_refused_and_nothing_is_written(tmp_path, parse, corpus):
+    def check(*_):
+        raise UsageError("no room for this")
+
+    with pytest.raises(UsageError, match="no room for this"):
+        loop.train(parse(), tmp_path / "run", corpus, check=check)
     assert not (tmp_path / "run").exists()
