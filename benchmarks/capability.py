@@ -20,6 +20,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -33,9 +34,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from timing import processor
 
 from longctx import config, data
@@ -43,6 +42,7 @@ from longctx.data import TASKS
 from longctx.evals import answers
 from longctx.layers import MIXERS, MLPS
 from longctx.parallel import mesh as meshes
+from longctx.training import optimizer
 from longctx.training.step import Program
 
 HERE = pathlib.Path(__file__).parent
@@ -69,7 +69,7 @@ def digest(task: str, mixer: str, size: str, rate: float, seed: int) -> str:
 
 
 class Runner:
-    """An experiment with any learning rate and seed: arguments of its programs here, which `longctx.train` compiles in.
+    """An experiment with any learning rate and seed, all of which share its programs.
 
     Args:
       experiment: of a synthetic task, on one device.
@@ -77,31 +77,24 @@ class Runner:
 
     def __init__(self, experiment: config.Experiment):
         self._experiment, self._mesh = experiment, meshes.make(experiment.mesh)
-        self._init = jax.jit(lambda key: self._program(seed=key).init())
-        self._step = jax.jit(lambda rate, *arrays: self._program(rate).step(*arrays), donate_argnums=1)
+        self._program = Program.make(experiment, experiment.data.vocab_size, self._mesh)
         self._compiled: dict[int, jax.stages.Compiled] = {}
         self._reader: answers.Reader | None = None
-
-    def _program(self, rate: float | jax.Array = 1.0, seed: int | jax.Array = 0) -> Program:
-        """With a traced rate, or a traced key for a seed."""
-        training = dataclasses.replace(self._experiment.training, learning_rate=rate)
-        experiment = dataclasses.replace(self._experiment, training=training, seed=seed)
-        return Program.make(experiment, experiment.data.vocab_size, self._mesh)
 
     def train(self, rate: float, seed: int) -> tuple[Any, np.ndarray, float]:
         """The trained parameters, `[steps, 2]` losses and gradient norms, and the seconds, compilation not counted."""
         task, metrics, seconds = self._experiment.data, [], 0.0
+        training = dataclasses.replace(self._experiment.training, learning_rate=rate)
+        rates = (np.float32(optimizer.learning_rate(training, step)) for step in itertools.count())
         with jax.set_mesh(self._mesh):
-            state, rate = self._init(jax.random.key(seed)), jnp.float32(rate)
+            state = self._program.init(seed)
             for index, stage in enumerate(self._experiment.training.stages):
                 rows = data.batches(task, task, stage, seed, index)
                 if index not in self._compiled:
-                    example = {name: jnp.asarray(value) for name, value in next(rows).items()}
-                    rows = data.batches(task, task, stage, seed, index)
-                    self._compiled[index] = self._step.lower(rate, state, example).compile()
+                    self._compiled[index] = self._program.compile(stage)
                 start = time.perf_counter()
                 for _ in range(stage.steps):
-                    state, found = self._compiled[index](rate, state, next(rows))
+                    state, found = self._compiled[index](state, next(rows), next(rates))
                     metrics.append((found["loss"], found["gradient_norm"]))
                 jax.block_until_ready(state)
                 seconds += time.perf_counter() - start
@@ -117,7 +110,7 @@ class Runner:
             return {"diverged": f"loss {metrics[step, 0]}, gradient norm {metrics[step, 1]} at step {step + 1}"}
         task, stage, options = self._experiment.data, self._experiment.training.stages[-1], self._experiment.evaluation
         with jax.set_mesh(self._mesh):
-            model = nnx.merge(self._program().graphdef, params)
+            model = self._program.model(params)
             if self._reader is None:
                 self._reader = answers.Reader(model, stage.batch * stage.length)
             reader = self._reader.of(params)

@@ -23,7 +23,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from longctx import config, schema
+from longctx import compilation, config, schema
 from longctx.data import TASKS
 from longctx.errors import RunError, UsageError
 from longctx.folder import path as paths
@@ -133,6 +133,7 @@ def run(main: Callable[[], int | None], words: bool = False) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is another, and shows every character
             stream.reconfigure(errors="backslashreplace")
+    compilation.keep()
     app.run(lambda _: _guarded(main), flags_parser=functools.partial(_parse, words))
 
 

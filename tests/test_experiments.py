@@ -1,5 +1,6 @@
 """Every experiment file runs on eight devices as it is: parsed, laid over them, and all its programs traced."""
 
+import dataclasses
 import pathlib
 import runpy
 import types
@@ -29,14 +30,15 @@ def parsed(name):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
 def test_on_eight_devices(name):
-    """Seen to fail where -1 takes all devices: seven files have batches that eight cannot share."""
+    """Its last stage, and its longest rows. Seen to fail for seven files where -1 takes all devices."""
     experiment = parsed(name)
+    longest = dataclasses.replace(experiment.evaluation, factors=(max(experiment.evaluation.factors),))
     mesh = loop.make_mesh(experiment)
     with jax.set_mesh(mesh):
         program = Program.make(experiment, vocabulary(experiment.data), mesh)
-        for stage in experiment.training.stages:
-            program.trace(stage)
+        program.trace(experiment.training.stages[-1])
         source = experiment.data if isinstance(experiment.data, Task) else LONG
+        experiment = dataclasses.replace(experiment, evaluation=longest)
         evals.check(program.model(program.abstract.params), experiment, source)
 
 

@@ -28,6 +28,7 @@ RANK = {
     "evals": 8,
     "inference": 8,
     "overrides": 8,
+    "compilation": 0,
     "commands": 9,
     "planning": 9,
     "train": 10,

@@ -146,5 +146,5 @@ def operations(program: Program, stage: config.Stage, passes: Passes) -> tuple[w
 
 def traced(program: Program, stage: config.Stage, passes: Passes) -> tuple[work.Work, work.Work]:
     """What `work.count` finds in a step, under the ambient mesh."""
-    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (program.abstract, program.batch(stage)))
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.arguments(stage))
     return work.count(jax.jit(program.step).trace(*given).jaxpr.jaxpr, passes)

@@ -34,24 +34,18 @@ def make_mesh(experiment: config.Experiment, devices: Sequence[jax.Device] | Non
     stage equally; what is measured afterwards fits any number.
 
     Raises:
-      UsageError: it does not fit the devices, or the batches or rows of a stage do not fit it.
+      UsageError: it does not fit the devices, or the batches of a stage do not fit it.
     """
     training = experiment.training
     rows = [stage.batch // training.accumulate for stage in training.stages]
     lengths = [stage.length for stage in training.stages]
     mesh = meshes.make(experiment.mesh, devices, {"data": math.gcd(*rows), "context": math.gcd(*lengths)})
-    for index, (micro, length) in enumerate(zip(rows, lengths, strict=True)):
+    for index, micro in enumerate(rows):
         if micro % mesh.shape["data"]:
             raise UsageError(
                 f"training.stages[{index}] has {micro} rows in a micro-batch, which the {mesh.shape['data']} devices "
                 "along mesh.data cannot share equally; change training.stages, training.accumulate or mesh.data, of "
                 "which -1 takes as many devices as can."
-            )
-        if length % mesh.shape["context"]:
-            raise UsageError(
-                f"training.stages[{index}] has rows of {length} tokens, which the {mesh.shape['context']} devices "
-                "along mesh.context cannot share equally; change training.stages or mesh.context, of which -1 takes "
-                "as many devices as can."
             )
     return mesh
 
@@ -175,7 +169,8 @@ class _Run:
                     compiled = {index: self._compile(stage)}
                 rows = next(iterator)
                 batch = data.describe(iterator, stage, index)
-                state, metrics = compiled[index](state, _spread(rows, stage, self._program))
+                rows, rate = _spread(rows, stage, self._program), self._program.rate(step)
+                state, metrics = compiled[index](state, rows, rate)
                 step += 1
                 self._read(pending)
                 if self._measure and step % self._measure_every == 0:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, Float, UInt32
 
 from longctx import config
 from longctx.errors import refused
@@ -85,9 +85,10 @@ def token_weights(batch: Batch, answer_weight: float) -> Array:
     return batch["weights"] * jnp.where(batch["answers"], answer_weight, 1.0)
 
 
-def new_model(experiment: config.Experiment, vocab_size: int) -> LanguageModel:
-    """The experiment's model with its initial parameters, which its seed gives."""
-    return LanguageModel(experiment.model, vocab_size, nnx.Rngs(params=experiment.seed))
+def new_model(experiment: config.Experiment, vocab_size: int, seed: UInt32[Array, ""] | None = None) -> LanguageModel:
+    """The experiment's model with its initial parameters, which its seed gives, or another, which may be traced."""
+    key = jax.random.key(experiment.seed if seed is None else seed)
+    return LanguageModel(experiment.model, vocab_size, nnx.Rngs(params=key))
 
 
 def abstract_model(experiment: config.Experiment, vocab_size: int) -> tuple[nnx.GraphDef, nnx.State]:
@@ -122,7 +123,7 @@ class Program:
     mesh: jax.sharding.Mesh
     graphdef: nnx.GraphDef
     abstract: TrainState
-    _optimizer: optax.GradientTransformation
+    _optimizer: optax.GradientTransformationExtraArgs
 
     @classmethod
     def make(cls, experiment: config.Experiment, vocab_size: int, mesh: jax.sharding.Mesh) -> Program:
@@ -151,14 +152,25 @@ class Program:
     def _shardings(self) -> TrainState:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
-    def init(self) -> TrainState:
-        """The state before the first step, made in place: no device ever holds more than its share."""
+    def init(self, seed: int | None = None) -> TrainState:
+        """The state before the first step, made in place: no device ever holds more than its share.
 
-        def init():
-            params = nnx.as_pure(nnx.split(new_model(self.experiment, self.vocab_size), nnx.Param)[1])
+        Args:
+          seed: of the parameters; the experiment's by default. All seeds share one program.
+        """
+        return self._init(np.uint32(self.experiment.seed if seed is None else seed))
+
+    @functools.cached_property
+    def _init(self):
+        def init(seed):
+            params = nnx.as_pure(nnx.split(new_model(self.experiment, self.vocab_size, seed), nnx.Param)[1])
             return TrainState(jnp.zeros((), jnp.uint32), params, self._optimizer.init(params))
 
-        return jax.jit(init, out_shardings=self._shardings)()
+        return jax.jit(init, out_shardings=self._shardings)
+
+    def rate(self, step: int) -> np.float32:
+        """The learning rate of update number `step`, counted from 0, as a step is given it."""
+        return np.float32(optimizer.learning_rate(self.experiment.training, step))
 
     def batch_sharding(self, shape: tuple[int, int]) -> NamedSharding:
         """How a batch's arrays `[B, T]` are split."""
@@ -172,8 +184,13 @@ class Program:
         dtypes |= {"answers": np.bool_, "segment_ids": np.int32, "positions": np.int32}
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 
+    def arguments(self, stage: config.Stage) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct], Any]:
+        """The shapes, dtypes and shardings of what a step is given: the state, a batch and a rate."""
+        rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(self.mesh, PartitionSpec()))
+        return self.abstract, self.batch(stage), rate
+
     def compile(self, stage: config.Stage) -> jax.stages.Compiled:
-        """The step at one size of batch: `(state, batch) -> (state, metrics)`.
+        """The step at one size of batch: `(state, batch, rate) -> (state, metrics)`.
 
         It consumes the state that it is given. The metrics are float32 scalars: `loss`, the mean over all weight in
         the batch, smoothed if targets are; `gradient_norm`, before clipping; `learning_rate`; and `hits` of `answers`,
@@ -187,7 +204,7 @@ class Program:
         Raises:
           ValueError: a layer cannot compute rows of this length, or on this mesh.
         """
-        return self._jitted.trace(self.abstract, self.batch(stage))
+        return self._jitted.trace(*self.arguments(stage))
 
     @functools.cached_property
     def _jitted(self):
@@ -204,15 +221,15 @@ class Program:
 
         return jax.jit(finite, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
-    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(self, state: TrainState, batch: Batch, rate: Float[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
         """One step, to be traced; see `compile`."""
         weight = token_weights(batch, self.experiment.training.answer_weight).sum()
         grads, sums = self._gradient(state.params, batch, weight)
-        updates, moments = self._optimizer.update(grads, state.optimizer, state.params)
+        updates, moments = self._optimizer.update(grads, state.optimizer, state.params, rate=rate)
         metrics = {
             "loss": sums.loss / weight,
             "gradient_norm": optax.global_norm(grads),
-            "learning_rate": optimizer.learning_rate(self.experiment.training, state.step),
+            "learning_rate": rate,
             "hits": sums.hits,
             "answers": sums.answers,
         }

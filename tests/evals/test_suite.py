@@ -17,7 +17,7 @@ from longctx.training.step import Program
 def with_mixer(experiment, mixer):
     """The experiment whose attention has the options that `mixer` makes of its own."""
     full = experiment.model.blocks["full"]
-    full = dataclasses.replace(full, mixer_options=mixer(full.mixer_options))
+    full = dataclasses.replace(full, mixer=mixer(full.mixer))
     blocks = dict(experiment.model.blocks) | {"full": full}
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, blocks=blocks))
 

@@ -44,8 +44,9 @@ def run(experiment, batch, steps=2):
         state, step = program.init(), program.compile(STAGE)
         sharding = program.batch_sharding((STAGE.batch, STAGE.length))
         metrics = []
-        for _ in range(steps):
-            state, found = step(state, {name: jax.device_put(x, sharding) for name, x in batch.items()})
+        for i in range(steps):
+            rows = {name: jax.device_put(x, sharding) for name, x in batch.items()}
+            state, found = step(state, rows, program.rate(i))
             metrics.append({name: float(value) for name, value in found.items()})
     return metrics, jax.tree.map(np.asarray, state.params)
 
@@ -109,13 +110,28 @@ def test_no_device_holds_a_whole_matrix(experiment):
         assert shard.size * 8 == tree["embedding"].size
 
 
+def test_rates_and_seeds_share_a_program(experiment):
+    """A sweep compiles once. Seen to fail with the schedule traced into the step, and the seed into `init`."""
+    stages = (config.Stage(90, 8, 16),)
+    training = dataclasses.replace(
+        experiment.training, learning_rate=1e-4, final_learning_rate=0.5, warmup_steps=7, stages=stages
+    )
+    mesh = meshes.make(experiment.mesh)
+    texts = []
+    with jax.set_mesh(mesh):
+        for each in (experiment, dataclasses.replace(experiment, training=training, seed=5)):
+            program = Program.make(each, VOCABULARY, mesh)
+            texts.append((program.trace(STAGE).lower().as_text(), program._init.lower(np.uint32(0)).as_text()))
+    assert texts[0] == texts[1]
+
+
 def test_the_state_is_donated(cache, experiment, batch):
     """A step holds one copy of the state."""
     mesh = meshes.make(experiment.mesh)
     with jax.set_mesh(mesh):
         program = Program.make(experiment, VOCABULARY, mesh)
         state = program.init()
-        program.compile(STAGE)(state, {name: jnp.asarray(x) for name, x in batch.items()})
+        program.compile(STAGE)(state, {name: jnp.asarray(x) for name, x in batch.items()}, program.rate(0))
     assert state.params["embedding"].is_deleted()
 
 
