@@ -292,6 +292,7 @@ def test_a_state_that_is_not_finite(tmp_path, parse, corpus, cache, monkeypatch,
                 state = state._replace(**{part: jax.tree.unflatten(tree, leaves)})
             return state, metrics
 
+        step.memory_analysis = compiled.memory_analysis
         return step
 
     monkeypatch.setattr(Program, "compile", poisoned)
