@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from layers import WIDTH, programs, table
-from timing import best, compiled, machine, normal, peak
+from timing import best, compiled, machine, normal, peak, require_peers
 
 from longctx.evals.programs import operations
 from longctx.ops.attention import attention
@@ -181,6 +181,7 @@ if __name__ == "__main__":
     parser.add_argument("--write", action="store_true", help="replace benchmarks/attention.md")
     parser.add_argument("--backward", action="store_true", help="the patterns' backward pass too: some more minutes")
     arguments = parser.parse_args()
+    require_peers()
     text = report(list(WAYS) if arguments.backward else ["forward"])
     if arguments.write:
         pathlib.Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")

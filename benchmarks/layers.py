@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from layer_peers import HEAD_WIDTH, HEADS, PEERS, WIDTH
-from timing import best, compiled, machine, normal, peak
+from timing import best, compiled, machine, normal, peak, require_peers
 
 from longctx.layers import MIXERS, MLPS
 from longctx.typing import Segments
@@ -187,6 +187,8 @@ def measure(names: list[str], results: pathlib.Path) -> dict:
     jobs += [(f"{name} T={length}", by_length, (name, length)) for name in names for length in LENGTHS]
     jobs += [(f"{name} decoding={before}", decoding, (name, before)) for name in names for before in DECODED]
     jobs = [job for job in jobs if job[0] not in cells]
+    if any(function is against_peer for _, function, _ in jobs):
+        require_peers()
     begin = time.perf_counter()
     for number, (key, function, arguments) in enumerate(jobs, 1):
         cells[key] = function(*arguments, *([foretell(cells, *arguments)] if function is by_length else []))
@@ -272,6 +274,8 @@ if __name__ == "__main__":
     parser.add_argument("--write", action="store_true", help="replace benchmarks/layers.md")
     arguments = parser.parse_args()
     chosen = arguments.layers.split(",")
+    if unknown := [name for name in chosen if name not in {*MIXERS, *MLPS}]:
+        parser.error(f"no layer is called {', '.join(unknown)}; choose of {', '.join((*MIXERS, *MLPS))}")
     text = report(chosen, measure(chosen, arguments.results))
     if arguments.write:
         pathlib.Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")

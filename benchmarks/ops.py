@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from timing import best, compiled, machine, normal, peak
+from timing import best, compiled, machine, normal, peak, require_peers
 
 from longctx.layers import MIXERS
 from longctx.ops import attention, gated_delta
@@ -144,6 +144,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="replace benchmarks/ops.md")
     write = parser.parse_args().write
+    require_peers()
     text = report()
     if write:
         pathlib.Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import platform
+import sys
 import time
 from collections.abc import Callable
 
@@ -48,16 +51,23 @@ def peak() -> float:
 
 
 def machine() -> str:
-    """Processor, system, versions, the peers' included, and the C library's settings, if any."""
-    import torch
-    import transformers
+    """Processor, system, versions, the peers' among them where they are installed, and the C library's settings."""
+    versions = [f"Python {platform.python_version()}", f"jax {jax.__version__}"]
+    if importlib.util.find_spec("torch"):
+        import torch
 
-    settings = os.environ.get("GLIBC_TUNABLES")
-    return (
-        f"{os.cpu_count()} cores of {processor()}, {platform.system()}, Python {platform.python_version()}, jax "
-        f"{jax.__version__}, torch {torch.__version__} ({torch.get_num_threads()} threads), transformers "
-        f"{transformers.__version__}" + (f", GLIBC_TUNABLES={settings}" if settings else "")
-    )
+        versions.append(f"torch {torch.__version__} ({torch.get_num_threads()} threads)")
+    if importlib.util.find_spec("transformers"):
+        versions.append(f"transformers {importlib.metadata.version('transformers')}")
+    if settings := os.environ.get("GLIBC_TUNABLES"):
+        versions.append(f"GLIBC_TUNABLES={settings}")
+    return f"{os.cpu_count()} cores of {processor()}, {platform.system()}, {', '.join(versions)}"
+
+
+def require_peers() -> None:
+    """Ends the script, before it has measured anything, where the peers are not installed."""
+    if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
+        sys.exit(f"error: not installed to measure against: {', '.join(missing)}; pip install -e '.[bench]'")
 
 
 def processor() -> str:

@@ -83,3 +83,22 @@ def test_operations_of_scans_count_as_often_as_they_run(layers):
 
     jaxpr = jax.make_jaxpr(program)(jnp.ones((2, 3)), jnp.ones((3, 3))).jaxpr
     assert layers.operations(jaxpr) == 7 * (2 * 2 * 3 * 3)
+
+
+def test_without_peers_layers_are_measured_and_others_refused_first(layers, tmp_path, monkeypatch):
+    """Neither torch nor transformers is here. Seen to fail: the table ended in an ImportError, all being measured."""
+    timing = sys.modules["timing"]
+    for name in ("torch", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(timing.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(layers, "machine", timing.machine)
+    cells = {"forward": 1.0, "both": 2.0, "forward bytes": 1, "both bytes": 2, "operations": 3}
+    found = {f"cope T={length}": cells for length in (16, 32)} | {"cope decoding=16": {"microseconds": 1.0, "bytes": 2}}
+    text = layers.report(["cope"], found)
+    assert f"jax {jax.__version__}" in text
+    assert "torch" not in text
+    peer = type("Peer", (), {"layer": "swiglu", "name": "Llama"})()
+    monkeypatch.setattr(layers, "PEERS", {"Llama": peer})
+    monkeypatch.setattr(layers, "by_length", lambda *_: pytest.fail("measured before the peer was asked for"))
+    with pytest.raises(SystemExit, match=r"not installed to measure against: torch, transformers; pip install"):
+        layers.measure(["swiglu"], tmp_path / "cells.jsonl")

@@ -134,14 +134,21 @@ def operations(program: Program, stage: config.Stage, passes: Passes) -> tuple[w
     """
     model = dataclasses.replace(program.experiment.model, remat="none")
     plain = Program.make(dataclasses.replace(program.experiment, model=model), program.vocab_size, program.mesh)
-    # As on two devices that split heads only: rows are whole, and no kernel hides what it does.
     device = program.mesh.abstract_mesh.abstract_device
-    whole = AbstractMesh((1, 1, 2), meshes.AXES, (AxisType.Auto,) * 3, abstract_device=device)
-    with jax.sharding.use_abstract_mesh(whole):
-        (fixed, looped), (_, repeated) = (traced(each, stage, passes) for each in (plain, program))
+
+    def two(axis: str) -> AbstractMesh:
+        """Two devices along one axis: rows are whole, and no kernel hides what it does."""
+        sizes = [2 if name == axis else 1 for name in meshes.AXES]
+        return AbstractMesh(tuple(sizes), meshes.AXES, (AxisType.Auto,) * 3, abstract_device=device)
+
+    # Devices that split heads may do the same twice, for what the heads share, and those with rows of their own never.
+    with jax.sharding.use_abstract_mesh(two("data")):
+        fixed, _ = traced(plain, dataclasses.replace(stage, batch=2 * stage.batch), passes)
+    with jax.sharding.use_abstract_mesh(two("model")):
+        (_, looped), (_, repeated) = (traced(each, stage, passes) for each in (plain, program))
     with jax.set_mesh(program.mesh):
         split, _ = traced(program, stage, passes)
-    return fixed + looped, split + repeated
+    return fixed.times(1 / 2) + looped, split + repeated
 
 
 def traced(program: Program, stage: config.Stage, passes: Passes) -> tuple[work.Work, work.Work]:

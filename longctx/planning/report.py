@@ -41,9 +41,10 @@ class Report:
       parameters: of the model, numbers.
       bytes_per_device: by use, and "total".
       collectives: bytes that a device sends, by kind; None if the program does not fit.
-      flops_per_step: of the model's matrix products, on all devices together, nothing computed again.
-      flops_done: with what is.
-      passes: the same in products of bfloat16 that the hardware makes.
+      flops_per_step: of the model's matrix products, in whole rows and nothing computed again.
+      flops_done: of the program's, on all devices together: with what it computes again or on several devices alike,
+        in the chunks that its shards of a row have.
+      passes: of the program's, in products of bfloat16 that the hardware makes.
       compile_seconds: that this took.
     """
 
@@ -156,8 +157,9 @@ class Report:
             "| --- | ---: |",
             *(f"| {what} | {seconds:.3g} |" for what, seconds in self.seconds.items()),
             "",
-            f"The matrix products of the model are {self.flops_per_step:.3g} operations, and with what is computed "
-            f"again {self.flops_done:.3g}, which take a device's bfloat16 units as long as {self.passes:.3g}. "
+            f"The matrix products of the model, in whole rows and each made once, are {self.flops_per_step:.3g} "
+            f"operations; those of this program, on all devices together, {self.flops_done:.3g}"
+            f"{_share(self.flops_done, self.flops_per_step)}. They take bfloat16 units as long as {self.passes:.3g}. "
             f"At most {self.utilisation:.0%} of the devices' peak can be utilised: a bound, not a measurement.",
         ]
         if self.hosts:
@@ -167,6 +169,16 @@ class Report:
         lines += ["", "To change, where it does not fit:", ""] * bool(self.changes())
         lines += [f"- {change}" for change in self.changes()]
         return "\n".join(lines) + "\n"
+
+
+def _share(done: float, model: float) -> str:
+    """Why a program does more than its model, or less."""
+    more = done / model - 1
+    if more >= 0.0005:
+        return f", {more:.1%} more: what is computed again, or on several devices alike"
+    if more <= -0.0005:
+        return f", {-more:.1%} less: shards of a row are cut into shorter chunks"
+    return ""
 
 
 def _readable(size: int) -> str:

@@ -1,13 +1,20 @@
 """Operations of traced programs, known by hand."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from longctx import config
+from longctx.layers import MIXERS, MLPS
 from longctx.ops.attention import attention_partial
 from longctx.ops.patterns import Causal, Window
-from longctx.planning.chips import GPUS
+from longctx.parallel import mesh as meshes
+from longctx.planning import compiled
+from longctx.planning.chips import GPUS, OF_TPU
 from longctx.planning.work import Work, count
+from longctx.training.step import Program
 
 X = jax.ShapeDtypeStruct((32, 32), jnp.bfloat16)
 ONE = 2 * 32**3
@@ -74,3 +81,34 @@ def test_attention_tells_its_steps():
         f = lambda q, ids, p=pattern: attention_partial(q, q, q, p, ids, block=16).output  # noqa: E731
         fixed, looped = found(f, tokens, ids)
         assert (fixed.operations, looped.operations) == (0, pairs * 2 * 2 * 16 * 16 * 8), pattern
+
+
+def test_the_model_is_counted_once_and_the_program_as_often_as_it_runs():
+    """Mamba-2's keys are the same for all heads: devices that split heads make them twice, and the model once.
+
+    Seen to fail: the model counted as on two devices that split heads, and "with what is computed again" a tenth less.
+    """
+    tree = {
+        "model": {
+            "width": 16,
+            "pattern": ("only",),
+            "blocks": {
+                "only": {
+                    "mixer": {"kind": "mamba2", "heads": 2, "key_width": 8, "value_width": 8},
+                    "mlp": {"kind": "relu2", "hidden": 16},
+                }
+            },
+        },
+        "training": {"stages": ((1, 2, 64),)},
+        "data": {"tokenizer": "bytes", "needles": {"rows": 0.0}},
+    }
+    found = {}
+    for sizes in ((1, 1, 1), (1, 1, 2)):
+        experiment = config.parse(tree | {"mesh": dict(zip(meshes.AXES, sizes, strict=True))}, MIXERS, MLPS)
+        mesh = meshes.make(experiment.mesh, jax.devices()[: math.prod(sizes)])
+        program = Program.make(experiment, 260, mesh)
+        model, done = compiled.operations(program, experiment.training.stages[0], OF_TPU)
+        found[sizes] = model.operations, done.operations
+    (model, alone), (same, split) = found.values()
+    assert model == same == alone
+    assert split > model
