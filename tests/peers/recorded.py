@@ -49,6 +49,9 @@ RECORDED = {
         | {"count": 8, "kl_weight": 0.0},
         "transformers' indexer of deepseek_v32, its queries made of x, and softmax attention to what it chooses",
     ),
+    "kda": Recorded(
+        "kda", {"heads": 2, "key_width": 8, "value_width": 8, "rank": 8, "gate_bias": True}, f"{_FLA}/kda.py"
+    ),
     "lact": Recorded("lact", _LACT | {"rank": 3}, "github.com/a1600012888/LaCT"),
     "lact_muon": Recorded(
         "lact", _LACT | {"rank": 0, "orthogonal": True, "minibatch": 24}, "github.com/a1600012888/LaCT"
