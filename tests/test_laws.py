@@ -56,6 +56,7 @@ VARIANTS = {
             "positions": NoPositions(),
             "conv_width": 4,
             "sinks": True,
+            "persistent": 3,
             "soft_cap": 5.0,
             "length_base": 16.0,
         },

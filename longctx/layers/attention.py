@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -17,6 +18,7 @@ from longctx.memory.cache import KVCache
 from longctx.ops import attention as ops
 from longctx.ops import cope
 from longctx.ops.biases import Bias
+from longctx.ops.partial import Partial, add_sinks
 from longctx.ops.patterns import Causal, Heads, Pattern, causal, parse
 from longctx.parallel import choice, sequence, tree
 from longctx.schema import Options
@@ -50,14 +52,15 @@ class Attention(Projections):
         qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
         length_base: float = 0.0  # n: logits are scaled by log(tokens so far + 1) / log n; 0: not
         sinks: bool = False  # a learned logit per head that joins the softmax's denominator
+        persistent: int = 0  # learned tokens that every query sees besides, at no position (Titans)
         soft_cap: float = 0.0  # logits become cap · tanh(logits / cap); 0: none
         context_parallel: str = "auto"  # how devices meet all keys of a row: auto, ring, heads, both, or gather
 
         def problems(self):
             if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
                 yield f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads"
-            if min(self.conv_width, self.soft_cap) < 0:
-                yield "conv_width and soft_cap must not be negative"
+            if min(self.conv_width, self.soft_cap, self.persistent) < 0:
+                yield "conv_width, soft_cap and persistent must not be negative"
             yield from (f"positions.{problem}" for problem in self.positions.refusals(self.head_width))
             if self.length_base and self.length_base <= 1:
                 yield f"length_base is {self.length_base}; give a length above 1, or 0 for no scaling"
@@ -68,14 +71,21 @@ class Attention(Projections):
             except ValueError as error:
                 yield f"pattern: {error}"
                 return
-            if isinstance(self.positions, CoPE) and (pattern != Causal() or self.sinks or self.soft_cap):
-                yield "positions 'cope' has neither pattern, nor sinks, nor soft_cap; leave them as they are by default"
+            if isinstance(self.positions, CoPE) and (
+                pattern != Causal() or self.sinks or self.soft_cap or self.persistent
+            ):
+                yield (
+                    "positions 'cope' has neither pattern, nor sinks, nor soft_cap, nor persistent; leave them as they "
+                    "are by default"
+                )
             if isinstance(pattern, Heads) and self.positions.several:
                 yield "positions that take attention apart have the same pattern for all heads; give one pattern"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         super().__init__(width, options, rngs, _lags(options))
         self.sinks = nnx.Param(jnp.zeros(options.heads, jnp.float32), axes=("heads",)) if options.sinks else None
+        tokens = jax.random.normal(rngs.params(), (options.persistent, width)) if options.persistent else None
+        self.persistent = None if tokens is None else nnx.Param(tokens, axes=("taps", "embed"))
         learned = options.positions.initial(options.heads, options.head_width)
         self.positions = None if learned is None else nnx.Param(learned, axes=options.positions.axes)
 
@@ -116,7 +126,7 @@ class Attention(Projections):
             k, v, _, span, held = _join(k, v, segments, *caches)
             return cope.chunked(q, k, v, learned, span, held)
         settings = {
-            "sinks": None if self.sinks is None else self.sinks[...],
+            "sinks": self._besides(q),
             "soft_cap": options.soft_cap or None,
             "bias": scheme.bias(learned, options.heads) if bias is None else bias,
         }
@@ -127,6 +137,27 @@ class Attention(Projections):
         k, v, _, span, held = _join(k, v, segments, *caches)
         parts = scheme.parts(q, k, self.pattern, span, held)
         return tree.attention(parts, v, span, held, **settings)
+
+    def _besides(self, q: Float[Array, "B T H K"]) -> Float[Array, " H"] | Partial | None:
+        """What every query sees besides its document: the persistent tokens, and a sink."""
+        options = self.options
+        sinks = None if self.sinks is None else self.sinks[...]
+        if self.persistent is None:
+            return sinks
+        tokens = self.persistent[...].astype(q.dtype)
+        k, v = (
+            part.reshape(-1, options.kv_heads, options.head_width) for part in (self.key(tokens), self.value(tokens))
+        )
+        k = k if self.key_norm is None else self.key_norm(k)
+        grouped = q.reshape(*q.shape[:2], options.kv_heads, -1, options.head_width)
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        logits = product("btgrk,pgk->btgrp", grouped, k) * options.head_width**-0.5
+        if options.soft_cap:
+            logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
+        output = product("btgrp,pgk->btgrk", jax.nn.softmax(logits, axis=-1), v.astype(jnp.float32))
+        logsumexp = jax.nn.logsumexp(logits, axis=-1)
+        partial = Partial(output.reshape(q.shape), logsumexp.reshape(q.shape[:3]))
+        return partial if sinks is None else add_sinks(partial, sinks)
 
     def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
         options, pattern = self.options, self.pattern.union

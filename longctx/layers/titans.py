@@ -33,14 +33,22 @@ class Titans(nnx.Module):
     """An MLP per head that learns the document token by token, with momentum η, forgetting α and rate θ per token.
 
     m_t = M_t(q_t), S_t = η_t S_{t-1} - θ_t ∇|M(k_t) - v_t|², M_t = (1 - α_t) M_{t-1} + S_t, the gradient at the weights
-    that the mini-batch started from. q, k, v come from a projection, a short convolution and SiLU; q and k are
-    normalised. With m normalised per head, gated by silu(x W_g) and projected, and attention to a window,
+    that the mini-batch started from. q, k, v come from a projection, a short convolution and SiLU; q and k have norm 1.
+    With m normalised per head, gated by silu(x W_g) and projected, and attention to a window and to learned tokens p,
 
         mode "layer" (memory as a layer): y = attention(m), or m itself without a window
-        mode "gate" (memory as a gate):   y = attention(x) ⊙ σ(m)
+        mode "gate" (memory as a gate):   y = norm(attention(x)) ⊙ σ(norm(m)), with a learned scale per channel in each
 
     State: for each layer of the memory the weights, those at the mini-batch's start, and the surprise, `[B, H, ...]`
-    float32; W-1 inputs of the convolution; and the `KVCache` of the window.
+    float32; W-1 inputs of the convolution; and the window's `AttentionState`.
+
+    There is no program of the authors'. As the paper has it, sections 3.1, 4.2 to 4.4, but for these: p is not put to
+    the memory before a document, since what it would learn of p is a function of parameters alone, as the weights are
+    that it starts from; in mode "layer" p is put to the attention, where the paper has the memory's outputs for p in
+    the first window; the attention has rotary positions (the paper says nothing of any), q and k of a root mean square
+    of 1 with learned scales, and no SiLU; in "gate" the paper leaves the non-linearity open, and we gate by one side.
+
+    Source: Behrouz et al., "Titans: Learning to Memorize at Test Time", 2025 (arXiv:2501.00663).
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -51,17 +59,18 @@ class Titans(nnx.Module):
         hidden: int = 16  # width between the two layers
         minibatch: int = 16  # C, tokens whose gradients are taken at the same weights
         rate: float = 0.02  # largest θ; repeated keys may diverge where C θ / (1 - η) is above 1
-        conv_width: int = 4  # taps of the convolution
+        conv_width: int = 4  # taps of the convolutions, in the memory and in the attention
         mode: str = "layer"  # "layer" or "gate"
         window: int = 16  # tokens that attention looks back on; 0: no attention
+        persistent: int = 4  # learned tokens that the attention sees besides
 
         def problems(self):
             if min(self.heads, self.head_width, self.hidden, self.minibatch, self.conv_width) < 1:
                 yield f"heads, head_width, hidden, minibatch and conv_width must be at least 1, given {self}"
             if self.depth not in (1, 2):
                 yield f"depth is {self.depth}; give 1 or 2"
-            if min(self.rate, self.window) < 0:
-                yield f"rate and window must not be negative, given {self}"
+            if min(self.rate, self.window, self.persistent) < 0:
+                yield f"rate, window and persistent must not be negative, given {self}"
             if self.mode not in ("layer", "gate") or (self.mode == "gate" and not self.window):
                 yield f"mode is '{self.mode}'; give 'layer', or 'gate' with a window"
 
@@ -88,8 +97,11 @@ class Titans(nnx.Module):
         self.norm = RMSNorm(size, ("head",))
         self.gate = Linear(width, channels, ("embed", "heads"), rngs)
         self.out = Linear(channels, width, ("heads", "embed"), rngs, initial=undo_values(self.value, heads, size))
-        window = Attention.Config(heads=heads, kv_heads=heads, head_width=size, pattern=f"Window({options.window})")
+        shared = {"head_width": size, "conv_width": options.conv_width, "persistent": options.persistent}
+        window = Attention.Config(heads=heads, kv_heads=heads, pattern=f"Window({options.window})", **shared)
         self.window = Attention(width, window, rngs) if options.window else None
+        self.near_norm = RMSNorm(width) if options.mode == "gate" else None
+        self.gate_norm = RMSNorm(width) if options.mode == "gate" else None
 
     @property
     def _initial(self) -> ops.Weights:
@@ -115,7 +127,7 @@ class Titans(nnx.Module):
         if self.window is not None:
             seen = y if options.mode == "layer" else x
             near, window = self.window(seen, segments, None if state is None else state.window)
-            y = near if options.mode == "layer" else near * jax.nn.sigmoid(y)
+            y = near if options.mode == "layer" else self.near_norm(near) * jax.nn.sigmoid(self.gate_norm(y))
         return y, TitansState(memory, tail, window)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> TitansState:

@@ -32,12 +32,20 @@ class TitansContext(nnx.Module):
 
     With M the memory of `layers/titans.py`, C tokens a segment and p learned tokens, of whom all see all,
 
-        h = M(x), n = attention([p; h; x]), y = n ⊙ σ(M'(n))
+        h = M(x), n = norm(attention([p; h; x])), y = n ⊙ σ(norm(M'(n)))
 
-    where M is as the segments before have left it, and M' has also learned n up to the token. The attention has no
-    positions but a short convolution of its queries, keys and values. State: for each layer of the memory the weights,
-    those at the segment's start, and the surprise, `[B, H, ...]`; keys and values of h and x in the segment,
-    4 `[B, C, H, K]`; all float32; and W-1 inputs of the convolution.
+    where M is as the segments before have left it, M' has also learned n up to the token, and each norm has a learned
+    scale per channel. The attention has no positions but a short convolution of its queries, keys and values.
+    State: for each layer of the memory the weights, those at the segment's start, and the surprise, `[B, H, ...]`;
+    keys and values of h and x in the segment, 4 `[B, C, H, K]`; all float32; and W-1 inputs of the convolution.
+
+    There is no program of the authors'. As the paper has it, sections 4.1 and 4.4, but for these: attention is causal
+    in h as in x, and the output is gated by the weights at the token (`ops/titans_context.py` says why); the memory's
+    queries, keys and values have no convolution, since its keys are made of n, which needs the memory; the attention's
+    have no SiLU and no norm; the rate is bounded for a segment, for its tokens are much alike; the gate's
+    non-linearity and norms are those that section 4.2 gives for the memory as a gate.
+
+    Source: Behrouz et al., "Titans: Learning to Memorize at Test Time", 2025 (arXiv:2501.00663).
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -86,6 +94,7 @@ class TitansContext(nnx.Module):
         self.content = projection()
         self.recall = back(self.content)
         self.recall_norm = RMSNorm(size, ("head",))
+        self.gate_norm = RMSNorm(width)
         self.forget = Linear(width, heads, ("embed", "heads"), rngs)
         self.momentum = Linear(width, heads, ("embed", "heads"), rngs, bias=0.0)
         self.rate = Linear(width, heads, ("embed", "heads"), rngs, bias=0.0)
@@ -135,6 +144,7 @@ class TitansContext(nnx.Module):
             near_value=by_head(self.value),
             near_out=back(self.out),
             near_scale=self.norm.scale[...],
+            gate_scale=self.gate_norm.scale[...],
         )
         y, memory = sequence.recurrence(
             ops, x, q, k, v, parameters=(cell,), state=None if state is None else state.memory, segments=segments,

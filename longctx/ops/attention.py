@@ -51,7 +51,7 @@ def attention(
     kv_segment_ids: Int[Array, "B S"] | Segments | None = None,
     *,
     scale: float | None = None,
-    sinks: Float[Array, " H"] | None = None,
+    sinks: Float[Array, " H"] | Partial | None = None,
     soft_cap: float | None = None,
     decay: Float[Array, "B T H"] | None = None,
     kv_decay: Float[Array, "B S H"] | None = None,
@@ -73,7 +73,7 @@ def attention(
         pass `Segments` on both sides there, since positions cannot be told from ids. None: keys are the queries'
         own tokens, S == T.
       scale: of the logits; None for 1 / sqrt(K).
-      sinks: a logit per head that joins the softmax's denominator.
+      sinks: a logit per head that joins the softmax's denominator; or what the queries see besides, of no row.
       soft_cap: c, bound of the logits.
       decay: d at each query, finite: the sum of the log decays of its document's tokens up to it, float32.
       kv_decay: d at each key, for each head of the queries. None: keys are the queries' own tokens.
@@ -135,7 +135,7 @@ def attention_by_parts(
     segment_ids: Int[Array, "B T"] | Segments | None = None,
     kv_segment_ids: Int[Array, "B S"] | Segments | None = None,
     *,
-    sinks: Float[Array, " H"] | None = None,
+    sinks: Float[Array, " H"] | Partial | None = None,
     **options,
 ) -> Float[Array, "B T H V"]:
     """One softmax over the keys of all parts, which share no pair of query and key.
@@ -187,7 +187,7 @@ def by_head(attend, heads: Heads, q, k, v, bias: Bias | None = None, **by_head) 
       attend: such as `attention`, with all other arguments bound.
       heads: which head has which pattern.
       q, k, v, bias: as in `attention`.
-      by_head: arrays whose last axis is that of the heads, or None.
+      by_head: arrays `[H]` or `[B, T, H, ...]`, or trees of them, or None.
     """
     period = len(heads.patterns) if q.shape[2] % len(heads.patterns) == 0 else q.shape[2]
     repeats = q.shape[2] // k.shape[2]
@@ -203,7 +203,7 @@ def by_head(attend, heads: Heads, q, k, v, bias: Bias | None = None, **by_head) 
             keys = (pick(x, 2, chosen) for x in keys)
         elif repeats % period:  # one for each head
             keys = (pick(x.repeat(repeats, axis=2), 2, chosen) for x in keys)
-        own = {name: None if x is None else pick(x, x.ndim - 1, chosen) for name, x in by_head.items()}
+        own = jax.tree.map(lambda x, chosen=chosen: pick(x, min(2, x.ndim - 1), chosen), by_head)
         own["bias"] = jax.tree.map(functools.partial(pick, axis=0, chosen=chosen), bias)
         y = attend(pick(q, 2, chosen), *keys, pattern, **own)
         outputs.append(y.reshape(*y.shape[:2], -1, len(chosen), y.shape[-1]))
@@ -231,12 +231,16 @@ def dense(q, k, v, times, *, scale, sinks=None, soft_cap=None, decay=None, kv_de
     if times.dtype != bool:
         logits += jnp.log(jnp.maximum(times, 1).astype(jnp.float32))[:, None, None]
     # A row without a visible key would be 0 / 0: its softmax runs over zeros and is then masked away.
-    logits = jnp.where(mask, logits, jnp.where(mask.any(-1, keepdims=True), -jnp.inf, 0.0))
+    alone = mask.any(-1, keepdims=True) | (sinks is not None)
+    logits = jnp.where(mask, logits, jnp.where(alone, -jnp.inf, 0.0))
     if sinks is not None:
-        column = sinks.astype(jnp.float32).reshape(q.shape[2], -1, 1, 1)
+        column = sinks.logsumexp if isinstance(sinks, Partial) else sinks.astype(jnp.float32)[None, None]
+        column = jnp.moveaxis(column.reshape(*column.shape[:2], *q.shape[2:4]), 1, -1)[..., None]
         logits = jnp.concatenate([logits, jnp.broadcast_to(column, (*logits.shape[:-1], 1))], axis=-1)
-    weights = jnp.where(mask, jax.nn.softmax(logits, axis=-1)[..., : k.shape[1]], 0.0)
-    y = jnp.einsum("bgrts,bsgv->btgrv", weights, v.astype(jnp.float32))
+    weights = jax.nn.softmax(logits, axis=-1)
+    y = jnp.einsum("bgrts,bsgv->btgrv", jnp.where(mask, weights[..., : k.shape[1]], 0.0), v.astype(jnp.float32))
+    if isinstance(sinks, Partial):
+        y += jnp.moveaxis(weights[..., -1:], 3, 1) * sinks.output.reshape(y.shape)
     return y.reshape(*q.shape[:2], -1, v.shape[3]).astype(v.dtype)
 
 

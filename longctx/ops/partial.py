@@ -7,7 +7,7 @@ over disjoint parts merge by
 
 which is associative: key blocks in a loop, parts of a pattern, devices in a ring (arXiv:2310.01889), shards of a cache
 in a tree all use it. A learned sink (GPT-OSS) is a key with value 0 whose logit is a parameter of the head: the partial
-result `(0, sink)`, merged once at the end.
+result `(0, sink)`, merged once at the end; so is what learned tokens give that every query sees (Titans).
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def merge(first: Partial, then: Partial) -> Partial:
     return Partial(output, jnp.where(seen, peak + jnp.log(total), -jnp.inf))
 
 
-def add_sinks(partial: Partial, sinks: Float[Array, " H"]) -> Partial:
+def add_sinks(partial: Partial, sinks: Float[Array, " H"] | Partial) -> Partial:
     """The partial result with each head's sink in its denominator; once, when all keys have been merged."""
+    if isinstance(sinks, Partial):
+        return merge(partial, sinks)
     logsumexp = jnp.broadcast_to(sinks.astype(jnp.float32), partial.logsumexp.shape)
     return merge(partial, Partial(jnp.zeros_like(partial.output), logsumexp))

@@ -10,7 +10,7 @@ For token t of segment i, M_(i-1) the memory as the last segment left it, and le
     h_t = M*_(i-1)(x_t)
     y_t = softmax attention of q_t to the keys and values of [p_1 ... p_N, h_s, S_s], s of the segment and s <= t
     M_t = M_(t-1) after learning from n_t = norm(y_t): keys |silu(n_t W_K)|, values silu(n_t W_V), gates of n_t
-    o_t = y_t * sigmoid(M*_t(n_t))
+    o_t = n_t * sigmoid(norm(M*_t(n_t)))
 
 where keys and values of p and h are their projections, and those of S_s are given with the tokens. Learning is that of
 `ops/titans.py` with the segment as mini-batch: gradients at M_(i-1), momentum and forgetting token by token. What the
@@ -62,6 +62,7 @@ class Cell(NamedTuple):
     near_value: Float[Array, "D H K"]
     near_out: Float[Array, "H K D"]  # from what attention reads to y
     near_scale: Float[Array, " D"]  # of norm(y)
+    gate_scale: Float[Array, " D"]  # of norm(M*_t(n))
 
 
 class State(NamedTuple):
@@ -160,7 +161,8 @@ def recurrent(
         current = jax.tree.map(
             lambda w, d, s: (1 - forget) * (w + d) + s - w, cell.initial, fresh.memory.current, surprise
         )
-        o = y * jax.nn.sigmoid(recall(n, jax.tree.map(jnp.add, cell.initial, current)))
+        recalled = recall(n, jax.tree.map(jnp.add, cell.initial, current))
+        o = n * jax.nn.sigmoid(norm(recalled) * cell.gate_scale)
 
         ends = place == segment - 1
         base = where(ends, current, fresh.memory.base)
@@ -219,7 +221,8 @@ def _phase(cell: Cell, rate: float, state: State, inputs, phase: grid.Phase):
         held = jnp.where(grid.along(place.any(-1), old), held, old)
         return jnp.where(grid.along(phase.complete, old), 0, held)
 
-    return y * jax.nn.sigmoid(_give(cell, z)), State(memory, hold(keys, state.keys), hold(values, state.values))
+    o = n * jax.nn.sigmoid(_norm(_give(cell, z)) * cell.gate_scale)
+    return o, State(memory, hold(keys, state.keys), hold(values, state.values))
 
 
 def _attend(cell: Cell, state: State, q, keys, values, phase: grid.Phase):

@@ -42,7 +42,7 @@ def attention(
     axis_name: str,
     *,
     decay: Float[Array, "B T H"] | None = None,
-    sinks: Float[Array, " H"] | None = None,
+    sinks: Float[Array, " H"] | Partial | None = None,
     implementation: str | None = None,
     context_parallel: str = "auto",
     **options,

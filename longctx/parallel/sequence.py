@@ -43,6 +43,7 @@ from longctx.ops import attention as attention_ops
 from longctx.ops import causal_conv, cope, lsh, path_attention, resolution
 from longctx.ops.attention import Part
 from longctx.ops.biases import Bias
+from longctx.ops.partial import Partial
 from longctx.ops.patterns import Heads, Pattern, parse
 from longctx.parallel import attention as sharded
 from longctx.parallel import chosen, family, halo, mesh, path, prefix
@@ -129,7 +130,7 @@ def attention_by_parts(
     v: Float[Array, "B T G V"],
     segments: Segments | None,
     decay: Float[Array, "B T H"] | None = None,
-    sinks: Float[Array, " H"] | None = None,
+    sinks: Float[Array, " H"] | Partial | None = None,
     bias: Bias | None = None,
     context_parallel: str = "auto",
     **options,
@@ -172,7 +173,8 @@ def attention_by_parts(
         added = {"decay": decay, "sinks": sinks, "bias": bias, "context_parallel": context_parallel}
         return sharded.attention(shards, v, segments, "context", **added, **options)
 
-    island = _island(run, (_SHARD, _SHARD, _SHARD, _SHARD, _WHOLE, _WHOLE), _SHARD)
+    of_sinks = _SHARD if isinstance(sinks, Partial) else _WHOLE
+    island = _island(run, (_SHARD, _SHARD, _SHARD, _SHARD, of_sinks, _WHOLE), _SHARD)
     arrays = [(part.q, part.k) for part in parts]
     return island(arrays, v, decay, Segments.of(segments, *v.shape[:2]), *_float32((sinks, bias)))
 

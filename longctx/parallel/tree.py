@@ -35,7 +35,7 @@ def attention(
     segments: Segments,
     held: Segments,
     *,
-    sinks: Float[Array, " H"] | None = None,
+    sinks: Float[Array, " H"] | Partial | None = None,
     bias: Bias | None = None,
     decay: Float[Array, "B T H"] | None = None,
     kv_decay: Float[Array, "B S H"] | None = None,

@@ -22,7 +22,7 @@ def example(scale=1.0, biases=(-2.0, 0.0, 0.0), depth=2, persistent=N, length=T)
     widths = [(K, M), (M, K)] if depth == 2 else [(K, K)]
     initial = tuple(rng.normal(size=(H, *shape)) / 2 for shape in widths)
     shapes = [(D, H, K)] * 3 + [(3, D, H)]
-    rest = [(K,), (H, K, D), (persistent, D), (D, H, K), (D, H, K), (H, K, D), (D,)]
+    rest = [(K,), (H, K, D), (persistent, D), (D, H, K), (D, H, K), (H, K, D), (D,), (D,)]
     first, last = ([rng.normal(size=shape) / 2 for shape in group] for group in (shapes, rest))
     biases = np.broadcast_to(np.asarray(biases)[:, None], (3, H))
     x = rng.normal(size=(B, length, D))
@@ -93,7 +93,7 @@ def formula(x, q, k, v, cell, segment):
                 for layer, g in enumerate(gradients(key, value, [w[h] for w in base])):
                     surprise[layer][h] = momentum[h] * surprise[layer][h] - theta[h] * g
                     weights[layer][h] = (1 - forget[h]) * weights[layer][h] + surprise[layer][h]
-            o[t] = y * sigmoid(recall(n[None], weights, cell)[0])
+            o[t] = n * sigmoid(norm(recall(n[None], weights, cell)[0]) * cell.gate_scale)
     return o, [w - first for w, first in zip(weights, cell.initial, strict=True)]
 
 
