@@ -27,7 +27,7 @@ def main() -> None:
         raise UsageError(f"a run is given twice ({' '.join(given)}); name each once.")
     if _OUT.value and Path(_OUT.value).exists() and not Path(_OUT.value).is_dir():
         raise UsageError(f"--out={_OUT.value} is a file; name a folder.")
-    names = [Path(word).absolute().name for word in given]
+    names = [_name(Path(word).absolute()) for word in given]
     if len(set(names)) < len(names):
         names = [word.rstrip("/") for word in given]
     found = compare.compare([compare.load(Path(word), name) for word, name in zip(given, names, strict=True)])
@@ -35,6 +35,11 @@ def main() -> None:
     if _OUT.value:
         compared.write(found, Path(_OUT.value))
         print(f"written to {_OUT.value}: comparison.md, comparison.csv and pictures")
+
+
+def _name(path: Path) -> str:
+    """Of a run that of its folder; of one of its reports the run's and the report's."""
+    return f"{path.parent.name}/{path.name}" if (path / "summary.json").is_file() else path.name
 
 
 if __name__ == "__main__":

@@ -50,14 +50,16 @@ class Run:
     Attributes:
       name: of the column.
       config: of the experiment.
-      summary: what summary.json holds.
+      facts: numbers of its training, by `FACTS`; those that are known.
+      origin: its folder, and when and with what code it was measured.
       history: the rows of its training.
       items: by (what, tokens), by identity, what each piece gave; equal identities are the same tokens.
     """
 
     name: str
     config: dict[str, Any]
-    summary: dict[str, Any]
+    facts: dict[str, float]
+    origin: str
     history: list[dict[str, Any]]
     items: dict[tuple[str, int | None], dict[Hashable, Item]]
 
@@ -128,6 +130,7 @@ BLOCK, BITS, LOSS, NEEDLE, TASK = (
     "task accuracy",
 )
 SHARES = (NEEDLE, TASK)
+FACTS = ("parameters", "tokens trained on", "training, tokens/s", "final training loss, nats")
 
 
 def load(path: Path, name: str) -> Run:
@@ -148,15 +151,33 @@ def load(path: Path, name: str) -> Run:
             f"python -m longctx.evaluate --workdir={folder.parent}"
         )
     try:
-        summary, windows = (
-            json.loads((folder / file).read_text(encoding="utf-8")) for file in ("summary.json", "windows.json")
+        summary, windows = (_json(folder / file) for file in ("summary.json", "windows.json"))
+        run, history = summary["run"], log.read(folder.parent)
+        origin = f"{run['workdir']}, measured {run['date']}" + (
+            f" with commit {run['commit']}" if run["commit"] else ""
         )
-        return Run(name, summary["config"], summary, log.read(folder.parent), _items(windows))
+        return Run(name, dict(summary["config"]), _facts(summary), origin, history, _items(windows))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise UsageError(
             f"the report in {folder} cannot be read ({type(error).__name__}: {error}); measure the run anew: "
             f"python -m longctx.evaluate --workdir={folder.parent}"
         ) from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    def refuse(constant):
+        raise ValueError(f"{file.name} holds {constant}")
+
+    return json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def _facts(summary: dict[str, Any]) -> dict[str, float]:
+    train = summary["train"]
+    values = (
+        summary["model"]["parameters"],
+        *(train.get(name) for name in ("tokens", "tokens_per_second", "final_loss")),
+    )
+    return {label: float(value) for label, value in zip(FACTS, values, strict=True) if value is not None}
 
 
 def _items(windows: dict[str, Any]) -> dict[tuple[str, int | None], dict[Hashable, Item]]:
@@ -165,7 +186,7 @@ def _items(windows: dict[str, Any]) -> dict[tuple[str, int | None], dict[Hashabl
     block = windows["final_block"]
     for context, losses in block["nats"].items():
         pieces = zip(block["windows"], block["documents"], losses, strict=True)
-        found[BLOCK, int(context)] = {name: Item(nats, of) for name, of, nats in pieces if nats is not None}
+        found[BLOCK, int(context)] = {name: Item(float(nats), of) for name, of, nats in pieces if nats is not None}
     heldout = windows["heldout"]
     if heldout["bytes"] is None:
         pieces = zip(heldout["names"], heldout["nats"], heldout["tokens"], strict=True)

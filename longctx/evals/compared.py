@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from longctx.evals import plots, report
-from longctx.evals.compare import BLOCK, NEEDLE, SHARES, TASK, Cell, Comparison, Group, Run
+from longctx.evals.compare import BLOCK, FACTS, NEEDLE, SHARES, TASK, Cell, Comparison, Group, Run
 from longctx.evals.statistics import wilson
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#24292f")  # after Okabe and Ito
@@ -41,16 +41,12 @@ def rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
     """The one table: a heading and rows of text."""
     heading = ["measured", "tokens", *(group.name for group in found.groups)]
     cells = []
-    for label, value in (
-        ("parameters", lambda run: run.summary["model"]["parameters"]),
-        ("tokens trained on", lambda run: run.summary["train"].get("tokens")),
-        ("training, tokens/s", lambda run: run.summary["train"].get("tokens_per_second")),
-        ("final training loss, nats", lambda run: run.summary["train"].get("final_loss")),
-    ):
-        values = [[value(run) for run in group.runs] for group in found.groups]
-        if any(v is not None for group in values for v in group):
+    for label in FACTS:
+        values = [[run.facts.get(label) for run in group.runs] for group in found.groups]
+        if any(value is not None for of_group in values for value in of_group):
             form = "{:.3f}" if "loss" in label else "{:,.0f}"
-            cells.append([label, "", *("" if None in group else form.format(np.mean(group)) for group in values)])
+            texts = ("" if None in of_group else form.format(np.mean(of_group)) for of_group in values)
+            cells.append([label, "", *texts])
     for (what, tokens), of_groups in found.cells.items():
         texts = ["" if cell is None else _text(cell, what in SHARES) for cell in of_groups]
         cells.append([what, "" if tokens is None else f"{tokens:,}", *texts])
@@ -90,13 +86,8 @@ def markdown(found: Comparison, pictures: Iterable[str]) -> str:
     lines += ["", explanation(found), *(f"\n{note}" for note in found.notes)]
     lines += [f"\n![{name}]({name}.svg)" for name in pictures]
     for group in found.groups:
-        lines += [f"\n{group.name}:\n", *(f"- {run.summary['run']['workdir']}, {_origin(run)}" for run in group.runs)]
+        lines += [f"\n{group.name}:\n", *(f"- {run.origin}" for run in group.runs)]
     return "\n".join(lines) + "\n"
-
-
-def _origin(run: Run) -> str:
-    commit = run.summary["run"].get("commit")
-    return f"measured {run.summary['run']['date']}" + (f" with commit {commit}" if commit else "")
 
 
 def records(found: Comparison) -> list[Mapping[str, Any]]:

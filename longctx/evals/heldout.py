@@ -32,7 +32,7 @@ from longctx.parallel import mesh as meshes
 from longctx.parallel import rules
 from longctx.typing import Segments
 
-TASK_ROWS = 64  # new rows of a synthetic task
+ROWS = (4, 64)  # new rows of a synthetic task, at least and at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +92,11 @@ class HeldOut:
     def __init__(self, graphdef: nnx.GraphDef, experiment: config.Experiment, source: data.Source):
         stage = experiment.training.stages[-1]
         if isinstance(source, data.Task):
-            rows = source.rows(data.heldout_rng(0, 0), TASK_ROWS, stage.length)
-            places = np.broadcast_to(np.arange(TASK_ROWS)[:, None], rows["tokens"].shape)
+            count = int(np.clip(experiment.evaluation.heldout_tokens // stage.length, *ROWS))
+            rows = source.rows(data.heldout_rng(0, 0), count, stage.length)
+            places = np.broadcast_to(np.arange(count)[:, None], rows["tokens"].shape)
             names = tuple(hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in rows["tokens"])
-            self._texts = (names, np.zeros(TASK_ROWS), True)
+            self._texts = (names, np.zeros(count), True)
         else:
             rows, places, *self._texts = _rows(source.heldout, stage.length, experiment.evaluation.heldout_tokens)
         self._documents = np.where(rows["weights"] > 0, places, -1)

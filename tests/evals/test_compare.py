@@ -26,13 +26,10 @@ def run(name, nats=None, seed=0, config="a", needles=None, heldout=None, text="t
         }
     if needles is not None:
         windows["needle"] = {"128": {"rows": "r", "hits": needles}}
-    summary = {
-        "run": {"workdir": f"/runs/{name}", "date": "2026-01-01", "commit": None},
-        "model": {"parameters": 1000},
-        "train": {"final_loss": 2.0, "tokens": 64},
-    }
+    facts = {"parameters": 1000.0, "tokens trained on": 64.0, "final training loss, nats": 2.0}
     history = [{"step": i, "loss": 3 - i / 100} for i in range(1, 60)] + [{"step": 60, "loss": 2, "heldout_loss": 2.1}]
-    return compare.Run(name, {"model": config, "seed": seed}, summary, history, compare._items(windows))
+    configured = {"model": config, "seed": seed}
+    return compare.Run(name, configured, facts, f"/runs/{name}", history, compare._items(windows))
 
 
 HELD = {"names": ["x", "y", "z"], "nats": [70.0, 700.0, 140.0], "tokens": [35, 350, 70], "bytes": [100, 1000, 200]}
@@ -188,7 +185,7 @@ def test_runs_without_what_is_needed_are_refused(tmp_path):
     (folder / "summary.json").write_text("{}")
     with pytest.raises(UsageError, match=r"windows\.json; measure the run anew"):
         compare.load(tmp_path, "x")
-    for text in ("{", "[]", "null", "{}", '{"final_block": 3}', "[" * 100_000):
+    for text in ("{", "[]", "null", "{}", '{"final_block": 3}', '{"heldout": NaN}', "[" * 100_000):
         (folder / "windows.json").write_text(text)
         with pytest.raises(UsageError, match="cannot be read"):
             compare.load(tmp_path, "x")
