@@ -153,6 +153,7 @@ class Training(Options):
     learning_rate: float = 3e-3  # at its peak
     final_learning_rate: float = 0.1  # at the end, as a fraction of the peak
     warmup_steps: Tokens = 100  # over which the rate rises from 0
+    schedule_steps: Tokens = 0  # after which the rate has fallen to the final one; 0: at the end of the last stage
     weight_decay: float = 0.1  # on matrices that multiply activations, and on nothing else
     beta1: float = 0.9  # of the running mean of gradients, what a step leaves
     beta2: float = 0.95  # likewise of their squares
@@ -181,7 +182,7 @@ class Training(Options):
             yield f"stages has {self.steps:,} steps; at most {2**31 - 1:,} are possible"
         if not 1e-6 <= self.answer_weight <= 1e6:
             yield f"answer_weight is {self.answer_weight}; give a number from 1e-6 to 1e6, 1 for that of other tokens"
-        for name in ("warmup_steps", "weight_decay", "final_learning_rate"):
+        for name in ("warmup_steps", "schedule_steps", "weight_decay", "final_learning_rate"):
             if getattr(self, name) < 0:
                 yield f"{name} is {getattr(self, name)}; it must not be negative"
         for name in ("beta1", "beta2", "label_smoothing"):
@@ -192,6 +193,11 @@ class Training(Options):
     def steps(self) -> int:
         """Steps of all stages together."""
         return sum(stage.steps for stage in self.stages)
+
+    @property
+    def horizon(self) -> int:
+        """Steps after which the rate has fallen to the final one."""
+        return self.schedule_steps or self.steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +245,7 @@ class Experiment(Options):
     mesh: Mesh = Mesh()  # devices, and what they split
     checkpoints: Checkpoints = Checkpoints()  # when the state is saved
     evaluation: Evaluation = Evaluation()  # what the report measures
+    init_from: str = ""  # WORKDIR[@STEP][:all]: a checkpoint of another run to start from; see longctx.training.origin
     seed: Seed = 0  # of the parameters, the order of the rows and what is planted in them
     plugins: tuple[str, ...] = ()  # modules and files that register layers of your own; those used are added
 

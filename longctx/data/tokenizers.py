@@ -8,6 +8,7 @@ that it does not call special, such as runs of spaces, are text.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -102,6 +103,11 @@ class Tokenizer:
             raise UsageError(
                 f"'{path}' holds no tokenizer ({error}); give a tokenizer.json of the tokenizers library"
             ) from error
+
+    @property
+    def digest(self) -> str:
+        """Of all that it is: the SHA-256 of the file that `save` writes."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a `tokenizer.json`, whole or not at all."""

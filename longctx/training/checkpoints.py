@@ -119,11 +119,7 @@ class Checkpoints:
           UsageError: there are checkpoints and all are damaged, or one is of another model.
         """
 
-        def load(path: Path):
-            found = ocp.load_checkpointables(path, {"params": abstract.params, "optimizer": _rest(abstract)})
-            return TrainState(params=found["params"], **found["optimizer"])
-
-        found = _newest(self.directory, load)
+        found = _newest(self.directory, lambda path: _load_state(path, abstract))
         if found is None:
             return None
         step, state, damaged = found
@@ -156,22 +152,42 @@ class Checkpoints:
                 _remove(self.directory / str(step))
 
 
-def load_params(workdir: Path, abstract: Any) -> tuple[Any, int]:
+def steps(workdir: Path) -> list[int]:
+    """Of the checkpoints of a run, oldest first."""
+    return _steps(_directory(workdir))
+
+
+def load_params(workdir: Path, abstract: Any, step: int | None = None) -> tuple[Any, int]:
     """The parameters of the newest usable checkpoint, and its step; damaged ones are named in a warning.
 
     Args:
       workdir: of the run.
       abstract: shapes, dtypes and shardings of the parameters.
+      step: of the checkpoint, if it must be this one.
 
     Raises:
       UsageError: there is no usable checkpoint, or it is of another model.
     """
+    return _load(workdir, lambda path: ocp.load_checkpointables(path, {"params": abstract})["params"], step)
+
+
+def load_state(workdir: Path, abstract: TrainState, step: int) -> TrainState:
+    """The whole state that a run saved; arguments and errors as of `load_params`."""
+    return _load(workdir, lambda path: _load_state(path, abstract), step)[0]
+
+
+def _load(workdir: Path, load: Callable[[Path], _T], step: int | None) -> tuple[_T, int]:
     directory = _directory(workdir)
-    found = _newest(directory, lambda path: ocp.load_checkpointables(path, {"params": abstract})["params"])
+    found = _newest(directory, load, step)
     if found is None:
-        raise UsageError(f"{directory} holds no checkpoint; train first, or name another --workdir.")
-    step, params, _ = found
-    return params, step
+        what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise UsageError(f"{directory} holds {what}; train first, or name another --workdir.")
+    return found[1], found[0]
+
+
+def _load_state(path: Path, abstract: TrainState) -> TrainState:
+    found = ocp.load_checkpointables(path, {"params": abstract.params, "optimizer": _rest(abstract)})
+    return TrainState(params=found["params"], **found["optimizer"])
 
 
 def _directory(workdir: Path) -> Path:
@@ -217,14 +233,14 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _newest(directory: Path, load: Callable[[Path], _T]) -> tuple[int, _T, list[Path]] | None:
+def _newest(directory: Path, load: Callable[[Path], _T], only: int | None = None) -> tuple[int, _T, list[Path]] | None:
     """The newest checkpoint that `load` can load: its step, what was loaded, and the damaged ones newer than it.
 
-    What process 0 finds on the disk holds for all.
+    With `only`, no other step will do. What process 0 finds on the disk holds for all.
     """
     damaged = {}
     first = jax.process_index() == 0
-    steps = _steps(directory) if first else []
+    steps = [step for step in _steps(directory) if only in (None, step)] if first else []
     for i in range(from_first(len(steps))):
         step = from_first(steps[-1 - i] if first else 0)
         path = directory / str(step)

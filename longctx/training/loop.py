@@ -20,11 +20,11 @@ from longctx.folder import lock
 from longctx.models import LanguageModel
 from longctx.parallel import mesh as meshes
 from longctx.parallel.processes import Votes
-from longctx.training import start
+from longctx.training import origin, start
 from longctx.training import workdir as workdirs
 from longctx.training.checkpoints import Checkpoints
 from longctx.training.metrics import Metrics, Row, summarise
-from longctx.training.step import Program
+from longctx.training.step import Program, TrainState
 
 
 def make_mesh(experiment: config.Experiment, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -89,7 +89,9 @@ def train(
       UsageError: the experiment cannot run here; nothing has been written then.
       FloatingPointError: the loss, the gradient or the state is not finite; no checkpoint was saved after it.
     """
-    workdir, training = Path(workdir), experiment.training
+    workdir = Path(workdir)
+    experiment = workdirs.settled(workdir, experiment)
+    training = experiment.training
     mesh = make_mesh(experiment)
     with jax.set_mesh(mesh):
         program = Program.make(experiment, source.vocab_size, mesh)
@@ -104,6 +106,9 @@ def train(
             with refused(f"training.stages[{index}], {stage.batch} rows of {stage.length} tokens"):
                 program.trace(stage)
         check(program.model(program.abstract.params), experiment, source)
+        if experiment.init_from and not checkpoints.steps():
+            other = workdirs.open_run(origin.Origin.parse(experiment.init_from).workdir)
+            origin.check(experiment.init_from, other, program, source)
         with lock.held(workdir, "training"):
             step, summary = _train(experiment, workdir, source, program, checkpoints, iterators, heldout)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract.params))
@@ -114,7 +119,7 @@ def _train(experiment, workdir, source, program, checkpoints, iterators, heldout
     """The part of `train` that writes: the steps done, and the summary."""
     training = experiment.training
     restored = checkpoints.restore(program.abstract)
-    step, state = (0, program.init()) if restored is None else restored
+    step, state = (0, _initial(experiment, program)) if restored is None else restored
     if int(state.step) != step:
         raise UsageError(
             f"{checkpoints.directory / str(step)} holds the state after {int(state.step)} steps, which is not its "
@@ -229,9 +234,13 @@ class _Run:
 
     def _not_finite(self, what: str, pending: _Pending) -> str:
         self._checkpoints.wait()
+        saved = self._checkpoints.steps()
+        workdir = self._checkpoints.directory.parent
+        go_on = f", which goes on from there with --init_from={workdir}@{saved[-1]}" if saved else ""
         return (
-            f"{what} at step {pending.step}, on {pending.batch}; training stops and "
-            f"{self._checkpoints.newest()}. Lower training.learning_rate or training.clip_norm, or look at these rows."
+            f"{what} at step {pending.step}, on {pending.batch}; training stops and {self._checkpoints.newest()}. "
+            "Look at these rows, or lower training.learning_rate or training.clip_norm in another "
+            f"--workdir{go_on}."
         )
 
 
@@ -242,6 +251,11 @@ def _locate(training: config.Training, step: int) -> tuple[int, int]:
             return index, step
         step -= stage.steps
     return len(training.stages) - 1, 0
+
+
+def _initial(experiment: config.Experiment, program: Program) -> TrainState:
+    """The state before the first step: parameters by the seed, or what another run saved."""
+    return origin.load(experiment.init_from, program) if experiment.init_from else program.init()
 
 
 def _to_come(training: config.Training, saved: list[int]) -> range:

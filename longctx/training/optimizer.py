@@ -21,7 +21,7 @@ def learning_rate(training: config.Training, step: int) -> float:
     """
     warmup = training.warmup_steps
     rise = min(1.0, (step + 1) / max(1, warmup))
-    x = min(max((step - warmup) / max(1, training.steps - warmup), 0.0), 1.0)
+    x = min(max((step - warmup) / max(1, training.horizon - warmup), 0.0), 1.0)
     final = training.final_learning_rate
     return training.learning_rate * rise * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * x)))
 

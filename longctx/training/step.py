@@ -168,6 +168,22 @@ class Program:
 
         return jax.jit(init, out_shardings=self._shardings)
 
+    def begin(self, params: Any) -> TrainState:
+        """The state before the first step, with these parameters, which it consumes."""
+
+        def begin(params):
+            return TrainState(jnp.zeros((), jnp.uint32), params, self._optimizer.init(params))
+
+        return jax.jit(begin, donate_argnums=0, out_shardings=self._shardings)(params)
+
+    def restarted(self, state: TrainState) -> TrainState:
+        """A state before the first step, with all else as another run left it; it consumes the other."""
+
+        def restart(state):
+            return state._replace(step=jnp.zeros((), jnp.uint32))
+
+        return jax.jit(restart, donate_argnums=0, out_shardings=self._shardings)(state)
+
     def rate(self, step: int) -> np.float32:
         """The learning rate of update number `step`, counted from 0, as a step is given it."""
         return np.float32(optimizer.learning_rate(self.experiment.training, step))

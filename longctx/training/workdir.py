@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ from longctx.folder import path as paths
 from longctx.layers import MIXERS, MLPS
 from longctx.models import LanguageModel
 from longctx.parallel import mesh as meshes
-from longctx.training import checkpoints
+from longctx.training import checkpoints, origin
 from longctx.training.step import abstract_model, placed
 
-# What may change between the starts of one run: where it runs and finds layers, how often it saves, what is measured.
-FREE = ("mesh", "checkpoints", "evaluation", "plugins")
+# What may change between the starts of one run: where it runs and finds layers, how often it saves and logs, and what
+# is measured.
+FREE = ("mesh", "checkpoints", "evaluation", "plugins", "training.log_every")
 
 LARGEST = 2**24  # bytes of config.json and data.json; training writes thousands
 
@@ -60,11 +62,39 @@ class Run:
         return self.experiment.data.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
 
 
+def settled(workdir: Path, experiment: config.Experiment) -> config.Experiment:
+    """`experiment` as it starts or goes on in `workdir`, with all that it leaves open; to be given to `check`.
+
+    What `init_from` names gets its step. Where stages were appended, or the last one lengthened, the learning rate of
+    the steps done stays what it was: unless `training.schedule_steps` is given, it has fallen where it would have
+    before, and keeps its final value from there on.
+
+    Raises:
+      UsageError: there is no checkpoint to start from.
+    """
+    workdir = Path(workdir)
+    paths.check(workdir)
+    _check_forms(workdir)
+    if not (workdir / "config.json").exists():
+        return dataclasses.replace(experiment, init_from=origin.pinned(experiment.init_from))
+    before, training = _read_config(workdir), experiment.training
+    done, stages = _done(workdir), before.training.stages
+    if done and not training.schedule_steps and _until(done, stages) == _until(done, training.stages):
+        horizon = before.training.horizon
+        training = dataclasses.replace(training, schedule_steps=0 if training.steps == horizon else horizon)
+    init_from = experiment.init_from
+    init_from = before.init_from if origin.names(init_from, before.init_from) else init_from
+    return dataclasses.replace(experiment, training=training, init_from=init_from)
+
+
 def check(workdir: Path, experiment: config.Experiment) -> list[str]:
     """Whether `experiment` may start, or go on, in `workdir`; nothing is written.
 
+    What may change is what leaves the steps of the newest checkpoint as they were: `FREE`, stages after it, and where
+    the learning rate ends its fall, as long as nothing is saved.
+
     Returns:
-      What differs and may, `FREE`, in sentences.
+      What differs and may, in sentences.
 
     Raises:
       UsageError: another experiment was started there, with the fields that differ; or no run can be there.
@@ -80,17 +110,24 @@ def check(workdir: Path, experiment: config.Experiment) -> list[str]:
                 "put the file back, or name another folder."
             )
         return []
-    before, now = _flat(config.to_dict(_read_config(workdir))), _flat(config.to_dict(experiment))
+    started = _read_config(workdir)
+    before, now = _flat(config.to_dict(started)), _flat(config.to_dict(experiment))
     changed = {
         name: f"{name}: {_show(before, name)} in the workdir, {_show(now, name)} given"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     }
-    refused = [text for name, text in changed.items() if name.split(".")[0] not in FREE]
+    free, done = FREE, _done(workdir)
+    if _until(done, started.training.stages) == _until(done, experiment.training.stages):
+        free += ("training.stages",)
+    if not done or started.training.horizon == experiment.training.horizon:
+        free += ("training.schedule_steps",)
+    refused = [text for name, text in changed.items() if not f"{name}.".startswith(tuple(f"{each}." for each in free))]
     if refused:
         raise UsageError(
             f"--workdir={workdir} was started with another experiment ({'; '.join(refused)}); "
-            f"give the same experiment, or another --workdir. Only {', '.join(FREE)} may change."
+            f"give the same experiment, or another --workdir, in which --init_from={workdir} goes on from this run's "
+            f"parameters. Only {', '.join(FREE)} may change, and stages that are not begun."
         )
     if not isinstance(experiment.data, Task):
         _check_tokenizer(workdir)
@@ -189,6 +226,21 @@ def load_model(run: Run, mesh: jax.sharding.Mesh | None = None) -> tuple[Languag
     graphdef, params = abstract_model(run.experiment, run.vocab_size)
     loaded, step = checkpoints.load_params(run.path, placed(params, mesh))
     return nnx.merge(graphdef, loaded), step
+
+
+def _done(workdir: Path) -> int:
+    """Steps of the newest checkpoint."""
+    return max(checkpoints.steps(workdir), default=0)
+
+
+def _until(step: int, stages: Sequence[config.Stage]) -> list[tuple[int, int, int]]:
+    """The stages of the first `step` steps: the steps of each, and its rows."""
+    found = []
+    for stage in stages:
+        if step > 0:
+            found.append((min(step, stage.steps), stage.batch, stage.length))
+        step -= stage.steps
+    return found
 
 
 def _check_forms(workdir: Path) -> None:
