@@ -12,10 +12,11 @@ confidence intervals for comparing matched proportions", 2005).
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,15 +186,15 @@ def _items(windows: dict[str, Any]) -> dict[tuple[str, int | None], dict[Hashabl
     found: dict[tuple[str, int | None], dict[Hashable, Item]] = {}
     block = windows["final_block"]
     for context, losses in block["nats"].items():
-        pieces = zip(block["windows"], block["documents"], losses, strict=True)
+        pieces = zip(_apart(block["windows"]), block["documents"], losses, strict=True)
         found[BLOCK, int(context)] = {name: Item(float(nats), of) for name, of, nats in pieces if nats is not None}
     heldout = windows["heldout"]
     if heldout["bytes"] is None:
-        pieces = zip(heldout["names"], heldout["nats"], heldout["tokens"], strict=True)
-        found[LOSS, None] = {name: Item(nats / n, name, n) for name, nats, n in pieces if n and nats is not None}
+        pieces = zip(_apart(heldout["names"]), heldout["nats"], heldout["tokens"], strict=True)
+        found[LOSS, None] = {name: Item(nats / n, name[0], n) for name, nats, n in pieces if n and nats is not None}
     else:
-        pieces = zip(heldout["names"], heldout["nats"], heldout["bytes"], strict=True)
-        bits = {name: Item(nats / math.log(2) / n, name, n) for name, nats, n in pieces if n and nats is not None}
+        pieces = zip(_apart(heldout["names"]), heldout["nats"], heldout["bytes"], strict=True)
+        bits = {name: Item(nats / math.log(2) / n, name[0], n) for name, nats, n in pieces if n and nats is not None}
         found[BITS, None] = bits
     for length, needles in windows["needle"].items():
         hits = enumerate(hit for depth in needles["hits"] for hit in depth)
@@ -202,6 +203,14 @@ def _items(windows: dict[str, Any]) -> dict[tuple[str, int | None], dict[Hashabl
         shares = enumerate(rows["shares"])
         found[TASK, int(length)] = {(rows["rows"], i): Item(share, i) for i, share in shares}
     return {key: items for key, items in found.items() if items}
+
+
+def _apart(names: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Each name with how often it came before: copies of a text are pieces of their own."""
+    seen: collections.Counter[str] = collections.Counter()
+    for name in names:
+        yield name, seen[name]
+        seen[name] += 1
 
 
 def compare(runs: Sequence[Run]) -> Comparison:

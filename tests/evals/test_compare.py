@@ -94,6 +94,16 @@ def test_bits_a_byte_are_paired_over_documents_of_any_tokenizer():
     assert second.difference_error == pytest.approx(np.sqrt(1.5 * (10**2 + 10**2 + 20**2)) / np.log(2) / 1300)
 
 
+def test_copies_of_a_text_all_count():
+    """Seen to fail: the last copy alone. They hang together in the error."""
+    copies = HELD | {"names": ["x", "y", "y"]}
+    found = compare.compare([run("a", heldout=copies), run("b", config="b", heldout=copies | {"nats": [70, 710, 150]})])
+    first, second = found.cells[compare.BITS, None]
+    assert first.value == pytest.approx(910 / np.log(2) / 1300)
+    assert second.difference == pytest.approx(20 / np.log(2) / 1300)
+    assert (second.pairs, second.clusters) == (3, 2)
+
+
 def test_windows_measured_by_one_run_alone_are_left_out_of_the_difference():
     found = compare.compare([run("a", [1.0] * 8), run("b", [1.5] * 6, config="b")])
     cell = found.cells[compare.BLOCK, 512][1]
@@ -213,5 +223,5 @@ def test_a_task_is_compared_by_rows():
     windows = {"final_block": pieces.EMPTY, "heldout": heldout, "needle": {}}
     windows["task"] = {"40": {"rows": "r", "shares": [0.5, 1.0]}}
     found = compare._items(windows)
-    assert found[compare.LOSS, None]["r1"] == compare.Item(3.0, "r1", 2)
+    assert found[compare.LOSS, None]["r1", 0] == compare.Item(3.0, "r1", 2)
     assert [item.value for item in found[compare.TASK, 40].values()] == [0.5, 1.0]
