@@ -184,9 +184,10 @@ def _parse(words: bool, arguments: Sequence[str]) -> Sequence[str]:
         rest = flags.FLAGS(arguments)
     except SystemExit:  # the help was asked for, and has been written
         sys.exit(0)
-    except (flags.Error, ValueError) as error:
-        text = re.sub(r"invalid literal for int\(\).*", "expected a whole number", str(error).removeprefix("flag "))
-        text = re.sub(r"could not convert string to float.*", "expected a number", text)
+    except Exception as error:  # absl and ml_collections raise whatever a value met on its way
+        text = re.sub(r"invalid literal for int\(\).*|Exceeds the limit.*", "expected a whole number", str(error))
+        text = re.sub(r"could not convert string to float.*", "expected a number", text.removeprefix("flag "))
+        text = re.sub(r"(\S{80})\S{40,}", r"\1...", text) or type(error).__name__
         sys.exit(_tell(text, 2))
     _words[:] = rest[1:]
     if _words and not words:

@@ -10,6 +10,7 @@ import typing
 from longctx import config, schema
 from longctx.data import TASKS
 from longctx.layers import MIXERS, MLPS
+from longctx.layers.positions import Positions
 
 KINDS = {config.Mixer: MIXERS, config.MLP: MLPS, config.Source: {"corpus": config.Data, **TASKS}}
 TEXTS = ("", "Causal()", "Window(3) | Sinks(2)", "Window(2), Causal()", "bytes", "ü/ß", "a b")
@@ -155,3 +156,125 @@ def _places(node):
         yield node, key
         if isinstance(node[key], dict | list):
             yield from _places(node[key])
+
+
+TEXTS_OF_VALUES = [
+    "",
+    "0",
+    "-1",
+    "1",
+    "3",
+    "64",
+    "2147483648",
+    "1" * 30,
+    "1" * 5000,
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "1e-400",
+]
+TEXTS_OF_VALUES += [
+    "0.5",
+    "True",
+    "None",
+    "()",
+    "(1,)",
+    "((1,2,3),)",
+    "('a',)",
+    "[",
+    "{",
+    "{'kind':'gla'}",
+    "a",
+    "x" * 5000,
+]
+TEXTS_OF_VALUES += [
+    "gla",
+    "attention",
+    "yarn",
+    "mqar",
+    "Window(1.5)",
+    "~" * 3000 + "Causal()",
+    "é",
+    "\ud800",
+    "a b",
+    "1,2",
+    "@",
+]
+NAMES = [
+    "seed",
+    "mesh",
+    "mesh.data",
+    "model",
+    "model.width",
+    "model.pattern",
+    "model.repeats",
+    "model.dtype",
+    "plugins",
+]
+NAMES += [
+    "training.stages",
+    "training.learning_rate",
+    "training.answer_weight",
+    "data",
+    "data.kind",
+    "data.path",
+    "data.needles",
+]
+NAMES += ["data.vocab_size", "evaluation.factors", "checkpoints.every", "model.blocks", "model.blocks.only"]
+NAMES += [
+    f"model.blocks.only.{name}" for name in ("mixer", "mlp", "mixer.kind", "mlp.kind", "mlp.hidden", "mixer.heads")
+]
+NAMES += [
+    f"model.blocks.only.mixer.{name}" for name in ("pattern", "positions", "positions.kind", "positions.base", "inner")
+]
+NAMES += [
+    "",
+    ".",
+    "kind",
+    "x",
+    "model.",
+    ".model",
+    "model..width",
+    "model.width.x",
+    "__class__",
+    "_fields",
+    "lock",
+    "items",
+]
+
+
+MEANT = [("seed", "3"), ("model.width", "8"), ("training.stages", "((1,2,64),)"), ("mesh.data", "1")]
+MEANT += [("data.kind", kind) for kind in TASKS] + [("model.blocks.only.mlp.kind", kind) for kind in MLPS]
+MIXER = "model.blocks.only.mixer"
+MEANT += [(f"{MIXER}.kind", kind) for kind in MIXERS] + [(f"{MIXER}.positions.kind", kind) for kind in Positions.kinds]
+MEANT += [(f"{MIXER}.heads", "1"), (f"{MIXER}.inner.kind", "gla"), (f"{MIXER}.positions.factor", "2")]
+
+
+def arguments(rng: random.Random, file: str, workdir: str) -> list[str]:
+    """A command line that a user, or a script with a fault, may give."""
+    found = [f"--config={file}", f"--workdir={workdir}"]
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        name, value = rng.choice([(rng.choice(NAMES), rng.choice(TEXTS_OF_VALUES)), rng.choice(MEANT)])
+        found += rng.choice([[f"--config.{name}={value}"]] * 6 + [[f"--config.{name}"], [f"--config.{name}", value]])
+    if rng.random() < 0.3:
+        odd = [
+            "--config",
+            "--workdir",
+            "--workdir=",
+            "--noconfig",
+            "--config=",
+            f"--config={file}:x:y",
+            "--mesh=1,2",
+            "-",
+            "--",
+        ]
+        odd += [
+            f"--workdir={'x' * 5000}",
+            "--workdir=~nobody/x",
+            "--flagfile=/nowhere",
+            "--num_processes=1e9",
+            "--undefok=x",
+        ]
+        found.insert(rng.randrange(len(found) + 1), rng.choice(odd))
+    return found

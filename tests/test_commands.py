@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import generated
 import pytest
 
 import longctx
@@ -34,6 +36,13 @@ from longctx import commands, train
 commands.define_config()
 commands.define_workdir()
 commands.define_processes()
+
+def look():
+    # What the command does before anything else.
+    commands.experiment()
+    commands.workdir()
+
+main = train.main if sys.argv[1:] == ["train"] else look
 ends = []
 for case in json.load(sys.stdin):
     errors = os.open("errors", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
@@ -42,7 +51,7 @@ for case in json.load(sys.stdin):
         os.dup2(errors, 2)
         sys.argv = ["longctx.train", *case]
         try:
-            commands.run(train.main)
+            commands.run(main)
         except SystemExit as end:
             os._exit(end.code or 0)
     status = os.waitpid(child, 0)[1]
@@ -72,6 +81,7 @@ def get_config():
     })
 """
 HEADS = "--config.model.blocks.only.mixer.context_parallel=heads"
+FILES = "experiment.py", "task.py", "experiment.py:small"
 FILE, WORKDIR = "--config=experiment.py", "--workdir=run"
 CASES = {
     "unknown section": (
@@ -197,13 +207,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def ends(folder):
-    """(exit code, stderr) of every case."""
-    given = json.dumps([arguments for arguments, _ in CASES.values()])
+def ended(folder, lines, *arguments):
+    """(exit code, stderr) of each command line; none of them may write anything."""
     found = subprocess.run(
-        [sys.executable, "-c", FORKS],
-        input=given,
+        [sys.executable, "-c", FORKS, *arguments],
+        input=json.dumps(lines),
         cwd=folder,
         env=ENVIRONMENT,
         capture_output=True,
@@ -211,7 +219,23 @@ def ends(folder):
         check=True,
     )
     assert not (folder / "run").exists(), "a refused command wrote something"
-    return dict(zip(CASES, json.loads(found.stdout), strict=True))
+    return json.loads(found.stdout)
+
+
+@pytest.fixture(scope="module")
+def ends(folder):
+    """Of every case."""
+    return dict(zip(CASES, ended(folder, [arguments for arguments, _ in CASES.values()], "train"), strict=True))
+
+
+@pytest.mark.parametrize("seeds", [range(100), pytest.param(range(100, 3100), marks=pytest.mark.slow)], ids=len)
+def test_any_command_line(folder, seeds):
+    """Accepted, or told in sentences with exit code 2."""
+    lines = [generated.arguments(random.Random(seed), FILES[seed % 3], "run") for seed in seeds]
+    for line, (code, told) in zip(lines, ended(folder, lines), strict=True):
+        assert code in (0, 2), (line, told)
+        assert all(one.startswith(("error: ", "note: ")) and len(one) < 1500 for one in told.splitlines()), (line, told)
+        assert told or code == 0, line
 
 
 @pytest.mark.parametrize("case", CASES)
