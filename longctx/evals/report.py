@@ -115,10 +115,10 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ):
         if train.get(key) is not None:
             found.append((label, form.format(train[key])))
-    start, heldout = summary["start"], summary["heldout"]
-    if corpus := start.get("corpus"):
-        told = "{training_tokens:,} tokens in {training_documents:,} documents".format(**corpus)
-        found.append(("corpus", f"{told}, {start['epochs']:,.2f} epochs"))
+    heldout = summary["heldout"]
+    if corpus := summary["corpus"]:
+        told = f"{corpus['tokens']:,} tokens in {corpus['documents']:,} documents, {corpus['epochs']:,.2f} epochs"
+        found.append(("corpus", told))
     text = "bits_per_byte" in heldout
     loss = _with_error(heldout["loss"], heldout["standard_error"], ".4f")
     found.append(("held-out loss", f"{loss} nats {'a token' if text else 'an answer'}"))
@@ -150,6 +150,7 @@ def source(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("workdir", run["workdir"]),
         ("date", run["date"]),
         ("command", run["command"]),
+        *([("trained by", run["trained"])] if run["trained"] not in (None, run["command"]) else []),
         ("versions", f"longctx {versions['longctx']}{commit}, jax {versions['jax']}, Python {versions['python']}"),
     ]
 

@@ -63,17 +63,17 @@ def evaluate(
     windows = _finite(measured.pop("windows"), [])
     lost: list[str] = []
     summary = {
-        "run": provenance.run(workdir),
+        "run": provenance.run(workdir) | {"trained": _trained(workdir)},
         "model": {
             "parameters": parameter_count(model),
             "trained_length": experiment.training.stages[-1].length,
         },
         "train": _training(training),
+        "corpus": _corpus(source, training) if isinstance(source, data.Corpus) else None,
         **measured,
         "evaluation": {"seconds": time.perf_counter() - start, "tokens": bar.total},
         "device": provenance.device(),
         "versions": provenance.versions(),
-        "start": _start(workdir / "start.json"),
         "config": _json(workdir / "config.json"),
     }
     summary = _finite(summary, lost)
@@ -269,15 +269,17 @@ def _training(training: dict[str, Any] | None) -> dict[str, Any]:
     return {names.get(key, key): value for key, value in (training or {}).items()}
 
 
-def _start(file: Path) -> dict[str, Any]:
-    """What the run said of itself as it started; without the corpus where its sizes are not there."""
-    found = _json(file)
-    corpus, epochs = found.get("corpus"), found.get("epochs")
-    sizes = [f"{part}_{unit}" for part in ("training", "heldout") for unit in ("tokens", "documents")]
-    whole = isinstance(corpus, dict) and all(type(corpus.get(name)) is int and corpus[name] > 0 for name in sizes)
-    if whole and type(epochs) in (int, float):
-        return found
-    return {name: value for name, value in found.items() if name not in ("corpus", "epochs")}
+def _corpus(corpus: data.Corpus, training: dict[str, Any] | None) -> dict[str, Any]:
+    """What was trained on."""
+    epochs = (training or {}).get("tokens", 0) / corpus.train.size
+    return {"tokens": corpus.train.size, "documents": len(corpus.train), "epochs": epochs}
+
+
+def _trained(workdir: Path) -> str | None:
+    """The command that trained the run last, as WORKDIR/start.json has it."""
+    run = _json(workdir / "start.json").get("run")
+    command = run.get("command") if isinstance(run, dict) else None
+    return command if isinstance(command, str) else None
 
 
 def _json(file: Path) -> dict[str, Any]:

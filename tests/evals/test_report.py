@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import subprocess
+import types
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from flax import nnx
 
 from longctx import provenance
-from longctx.evals import evaluate, perplexity, report
+from longctx.evals import evaluate, perplexity, report, suite
 
 TRAINING = {"finished": True, "steps": 8, "tokens": 2048, "seconds": 1.5, "tokens_per_second": 1365.3, "loss": 5.1}
 
@@ -110,6 +111,19 @@ def test_report_says_where_it_comes_from(run):
         assert text in table
         assert text in page[: page.index("<main>")]
     assert f"<h1>{workdir.name}</h1>" in page
+    assert "trained by" not in table
+
+
+@pytest.mark.parametrize("text", ["{", "null", "[]", '{"run": 3}', '{"run": {"command": 3}}'])
+def test_a_damaged_start_says_nothing(tmp_path, text):
+    (tmp_path / "start.json").write_text(text)
+    assert suite._trained(tmp_path) is None
+
+
+def test_the_command_that_trained_is_told(run, tmp_path):
+    (tmp_path / "start.json").write_text('{"run": {"command": "python -m longctx.train --config=x.py"}}')
+    told = run[1] | {"run": run[1]["run"] | {"trained": suite._trained(tmp_path)}}
+    assert "python -m longctx.train --config=x.py" in report.table(told)
 
 
 def test_commit_is_of_the_checkout_that_holds_the_package(tmp_path):
@@ -183,3 +197,10 @@ def test_short_documents_and_no_facts_are_told(tmp_path, bigram, experiment, cor
     assert "no facts" in summary["notes"][1]
     assert "no facts" in (tmp_path / "report" / "report.html").read_text()
     assert not (tmp_path / "report" / "needle.png").exists()
+
+
+def test_epochs_are_told(run, corpus):
+    store = corpus.heldout
+    found = suite._corpus(types.SimpleNamespace(train=store), {"tokens": 2 * store.size})
+    assert found == {"tokens": store.size, "documents": 5, "epochs": 2.0}
+    assert f"{store.size:,} tokens in 5 documents, 2.00 epochs" in report.table(run[1] | {"corpus": found})
