@@ -69,7 +69,7 @@ def evaluate(
             "trained_length": experiment.training.stages[-1].length,
         },
         "train": _training(training),
-        "corpus": _corpus(source, training) if isinstance(source, data.Corpus) else None,
+        "corpus": _corpus(source, training) if isinstance(source, data.Corpus) and len(source.train) else None,
         **measured,
         "evaluation": {"seconds": time.perf_counter() - start, "tokens": bar.total},
         "device": provenance.device(),
