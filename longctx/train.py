@@ -19,6 +19,7 @@ from absl import flags
 
 from longctx import commands, config, data, evals
 from longctx.folder import lock
+from longctx.models import checks
 from longctx.training import loop, origin
 from longctx.training import workdir as workdirs
 
@@ -40,6 +41,7 @@ def main() -> None:
 def _train(experiment: config.Experiment, workdir: Path) -> None:
     experiment = workdirs.settled(workdir, experiment)
     mesh = loop.make_mesh(experiment)  # here too, so that what does not fit is refused before the corpus is read
+    checks.room(experiment, mesh.devices.flatten().tolist())
     workdirs.check(workdir, experiment)
     lock.check(workdir, "training")
     started = (workdir / "config.json").exists()

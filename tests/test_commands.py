@@ -174,6 +174,10 @@ CASES = {
         [FILE, WORKDIR, "--config.model.width=1048576", "--config.model.repeats=1048576"],
         "the model has [0-9,]+ parameters, [0-9,]+ of them in each block 'only'",
     ),
+    "a model that this machine cannot hold": (
+        [FILE, WORKDIR, "--config.mesh.data=1", "--config.model.width=1048576", "--config.model.repeats=64"],
+        "parameters, whose training takes [0-9,.]+ GiB before any row is read, and the 1 devices have",
+    ),
     "a plugin that is gone": (
         [FILE, WORKDIR, "--config.plugins=('gone.py',)"],
         "plugins names '.*gone.py', where layers",

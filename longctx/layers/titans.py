@@ -73,6 +73,13 @@ class Titans(nnx.Module):
                 yield f"rate, window and persistent must not be negative, given {self}"
             if self.mode not in ("layer", "gate") or (self.mode == "gate" and not self.window):
                 yield f"mode is '{self.mode}'; give 'layer', or 'gate' with a window"
+            yield from self.attention.problems() if self.window else ()
+
+        @property
+        def attention(self) -> Attention.Config:
+            """The options of the attention to the window."""
+            shared = {name: getattr(self, name) for name in ("heads", "head_width", "conv_width", "persistent")}
+            return Attention.Config(**shared, kv_heads=self.heads, pattern=f"Window({self.window})")
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options
@@ -97,9 +104,7 @@ class Titans(nnx.Module):
         self.norm = RMSNorm(size, ("head",))
         self.gate = Linear(width, channels, ("embed", "heads"), rngs)
         self.out = Linear(channels, width, ("heads", "embed"), rngs, initial=undo_values(self.value, heads, size))
-        shared = {"head_width": size, "conv_width": options.conv_width, "persistent": options.persistent}
-        window = Attention.Config(heads=heads, kv_heads=heads, pattern=f"Window({options.window})", **shared)
-        self.window = Attention(width, window, rngs) if options.window else None
+        self.window = Attention(width, options.attention, rngs) if options.window else None
         self.near_norm = RMSNorm(width) if options.mode == "gate" else None
         self.gate_norm = RMSNorm(width) if options.mode == "gate" else None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 
 import jax
 from flax import nnx
@@ -11,6 +13,7 @@ from longctx import config
 from longctx.errors import UsageError
 from longctx.models.block import Block
 
+_BYTES = 16  # of a parameter in training: itself, its gradient and two moments, float32
 MOST = 2**43  # parameters of a model: no machine holds them
 
 
@@ -41,3 +44,30 @@ def check(model: config.Model) -> int:
             f"{MOST:,} are possible; give a smaller model.width, fewer model.repeats, or smaller options of the block"
         )
     return total
+
+
+def room(experiment: config.Experiment, devices: Sequence[jax.Device]) -> None:
+    """Compares what parameters, gradients and moments take with the memory that the devices have together.
+
+    Raises:
+      UsageError: they do not fit, whatever the rows.
+    """
+    table = experiment.data.vocab_size * experiment.model.width
+    needed, there = _BYTES * (check(experiment.model) + table), _memory(devices)
+    if there and needed > there:
+        raise UsageError(
+            f"the model has {needed // _BYTES:,} parameters, whose training takes {needed / 2**30:,.1f} GiB before any "
+            f"row is read, and the {len(devices)} devices have {there / 2**30:,.1f} GiB; give a smaller model.width, "
+            "fewer model.repeats, or more devices"
+        )
+
+
+def _memory(devices: Sequence[jax.Device]) -> int:
+    """Bytes of all devices; simulated ones share the host's. 0 if it is not known."""
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    if not local:
+        return 0
+    if local[0].platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * jax.process_count()
+    limit = (local[0].memory_stats() or {}).get("bytes_limit", 0)
+    return limit * len(devices)
