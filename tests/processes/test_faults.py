@@ -150,3 +150,32 @@ def test_the_folder_is_not_shared(start, tmp_path, folder):
     for code, _, errors in processes.ended():
         assert code == 2, errors
         assert "is not a folder that they share" in errors
+
+
+def test_two_commands_in_one_workdir(tmp_path, folder, environment):
+    """Of one process each: the second is refused, and names the first; what a killed one left hinders nothing."""
+    workdir = tmp_path / "run"
+    command = [*TRAIN, "--config=small.py", f"--workdir={workdir}", "--config.mesh.data=1"]
+    started = [Processes(folder, environment, [command])]
+    try:
+        started[0].wait_for(1, workdir)
+        started.append(Processes(folder, environment, [command]))
+        ((code, _, errors),) = started[1].ended()
+        assert code == 2, errors
+        assert re.search(r"error: .*is in use by another run: its pid \d+ on \S+ since [-\d: ]+ is training", errors)
+        before = losses(workdir)
+        started[0].wait_for(max(6, len(before) + 1), workdir)
+        started[0].signal(signal.SIGKILL)
+        started[0].ended()
+        assert (workdir / "training.lock").exists()
+        before = losses(workdir)
+        started.append(Processes(folder, environment, [command]))
+        started[2].wait_for(len(before) + 2, workdir)
+        started[2].signal(signal.SIGTERM)
+        ((code, _, errors),) = started[2].ended()
+        assert code == 0, errors
+        assert losses(workdir)[: len(before)] == before
+        assert not (workdir / "training.lock").exists()
+    finally:
+        for each in started:
+            each.kill()

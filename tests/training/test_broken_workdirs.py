@@ -59,7 +59,7 @@ def commands(monkeypatch, parse, corpus, sound):
     """`train(workdir)` and `evaluate(workdir)`, without steps and measurements."""
     program = sound[1]
     monkeypatch.setattr(loop.Program, "make", lambda *_: program)
-    monkeypatch.setattr(loop.Program, "trace", lambda *_: None, raising=False)
+    monkeypatch.setattr(loop.Program, "trace", lambda *_: None)
     monkeypatch.setattr(loop, "_batches", lambda *_: None)
     monkeypatch.setattr(loop, "set_next_index", lambda *_: None)
     monkeypatch.setattr(loop._Run, "steps", lambda _, step, *__: step)
