@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -28,7 +29,7 @@ def read(workdir: Path) -> list[Row]:
     file = Path(workdir) / FILE
     rows, problem = _read(file)
     if problem:
-        _log.warning("%s %s; the other steps are read.", file, problem)
+        _warn(file, problem)
     return rows
 
 
@@ -64,6 +65,11 @@ def _read(file: Path) -> tuple[list[Row], str | None]:
     bad = [number for number, row in enumerate(found, 1) if row is None]
     problem = f"has lines that are no rows of a step ({len(bad):,}, line {bad[0]:,} first)" if bad else None
     return [rows[step] for step in sorted(rows)], problem
+
+
+@functools.cache  # a command reads the file more than once
+def _warn(file: Path, problem: str) -> None:
+    _log.warning("%s %s; the other steps are read.", file, problem)
 
 
 def _row(text: bytes) -> Row | None:
