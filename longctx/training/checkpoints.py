@@ -274,15 +274,16 @@ def _damage(path: Path) -> str | None:
         return None
     try:
         listed = dict(line.split("  ", 1)[::-1] for line in sums.read_text(encoding="utf-8").splitlines())
-        present = {file.relative_to(path).as_posix(): file for file in _files(path)}
         for name, digest in listed.items():
-            if name not in present:
+            file = path / name
+            if name.startswith("/") or ".." in Path(name).parts or not file.is_file():
                 return f"{name!r} is missing"
-            if _digest(present[name]) != digest:
+            if _digest(file) != digest:
                 return f"{name} is not as it was written"
+        present = {file.relative_to(path).as_posix() for file in _files(path)}
     except (OSError, ValueError) as error:
         return f"its files cannot be read and compared with {SUMS} ({error})"
-    extra = sorted(name for name in present.keys() - listed.keys() if not Path(name).name.startswith((".", SUMS)))
+    extra = sorted(name for name in present - listed.keys() if not Path(name).name.startswith((".", SUMS)))
     return f"{extra[0]!r} is not in {SUMS}" if extra else None
 
 

@@ -36,7 +36,8 @@ ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, shardin
     ],
 )
 def test_a_name_that_is_accepted_is_read_back_from(tmp_path, name):
-    workdir = tmp_path / name / "run"
+    workdir = tmp_path / name / ".." / name / "run"
+    (tmp_path / name).mkdir()
     paths.check(workdir)
     checkpoints = Checkpoints(workdir, keep=2)
     checkpoints.save(1, STATE)
