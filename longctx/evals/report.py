@@ -117,7 +117,7 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
             found.append((label, form.format(train[key])))
     heldout = summary["heldout"]
     if corpus := summary["corpus"]:
-        told = f"{corpus['tokens']:,} tokens in {corpus['documents']:,} documents, {corpus['epochs']:,.2f} epochs"
+        told = f"{corpus['tokens']:,} tokens in {corpus['documents']:,} documents, {corpus['epochs']:,.3g} epochs"
         found.append(("corpus", told))
     text = "bits_per_byte" in heldout
     loss = _with_error(heldout["loss"], heldout["standard_error"], ".4f")

@@ -59,7 +59,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         told += [
             f"corpus: {corpus['training_tokens']:,} tokens in {corpus['training_documents']:,} documents, and held out "
             f"{corpus['heldout_tokens']:,} in {corpus['heldout_documents']:,}",
-            f"training: {found['tokens']:,} tokens, {found['epochs']:,.2f} epochs",
+            f"training: {found['tokens']:,} tokens, {found['epochs']:,.3g} epochs",
         ]
     else:
         told.append(f"training: {found['tokens']:,} tokens, made anew each")

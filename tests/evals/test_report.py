@@ -203,4 +203,4 @@ def test_epochs_are_told(run, corpus):
     store = corpus.heldout
     found = suite._corpus(types.SimpleNamespace(train=store), {"tokens": 2 * store.size})
     assert found == {"tokens": store.size, "documents": 5, "epochs": 2.0}
-    assert f"{store.size:,} tokens in 5 documents, 2.00 epochs" in report.table(run[1] | {"corpus": found})
+    assert f"{store.size:,} tokens in 5 documents, 2 epochs" in report.table(run[1] | {"corpus": found})

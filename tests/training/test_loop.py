@@ -123,7 +123,7 @@ def test_a_start_says_what_the_run_is(straight, parse, corpus):
     assert found["epochs"] == pytest.approx(straight[1]["tokens"] / corpus.train.size)
     text = "\n".join(start.lines(found))
     assert f"{found['parameters']:,} parameters" in text
-    assert f"{found['epochs']:.2f} epochs" in text
+    assert f"{found['epochs']:.3g} epochs" in text
     del found["corpus"], found["epochs"]
     assert "made anew" in "\n".join(start.lines(found))
 
