@@ -12,6 +12,7 @@ import generated
 import pytest
 
 import longctx
+from longctx import commands
 
 ROOT = Path(longctx.__file__).parents[1]
 EXPERIMENT = """
@@ -282,3 +283,32 @@ def test_a_synthetic_task(folder, tmp_path):
     refused = run("generate", "--prompt=x")
     assert refused.returncode == 2
     assert "is of the synthetic task 'induction_heads', whose tokens are numbers" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError(13, "Permission denied", "runs/a"), "runs/a cannot be read or written: Permission denied."),
+        (OSError(28, "No space left", "runs/a"), "runs/a cannot be written: No space left. Make room"),
+        (OSError("of a library"), "a file cannot be read or written: of a library."),
+    ],
+)
+def test_what_the_system_refuses_is_told_in_a_sentence(capsys, error, told):
+    def main():
+        raise error
+
+    assert commands._ended(main) == 1
+    assert capsys.readouterr().err.startswith(f"error: {told}")
+
+
+def test_a_reader_that_has_gone_is_no_error(monkeypatch):
+    """As `head` goes: what is left to write goes nowhere, and the code is 0."""
+
+    def main():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    moved = []
+    monkeypatch.setattr(commands.os, "dup2", lambda *ends: moved.append(ends))
+    monkeypatch.setattr(commands.sys, "stdout", sys.__stdout__)
+    assert commands._ended(main) == 0
+    assert len(moved) == 1
