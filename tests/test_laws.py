@@ -93,6 +93,7 @@ VARIANTS = {
     "linear_attention/hedgehog": ("linear_attention", {"feature_map": "hedgehog", "normalise": False, "conv_width": 4}),
     "delta_net/relu": ("delta_net", {"activation": "relu"}),
     "inplace_ttt/clip+decay": ("inplace_ttt", {"minibatch": 5, "clip": 0.5, "decay": 0.9}),
+    "block_recurrent/lstm": ("block_recurrent", {"gate": "lstm", "block": 5, "rope_base": 0.0}),
     "titans/gate": ("titans", {"mode": "gate", "depth": 1, "minibatch": 7}),
     "lact/orthogonal": (
         "lact",

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import attend_with_cache
-from longctx.layers.basic import Linear, document, like_queries, undo_values
+from longctx.layers.basic import Linear, document, l2_normalise, like_queries, undo_values
 from longctx.layers.rotary import rotate
 from longctx.memory.cache import KVCache
 from longctx.ops import block_recurrent as ops
@@ -32,9 +32,18 @@ class BlockRecurrentState:
 class BlockRecurrent(nnx.Module):
     """Softmax attention in a window of `block` tokens, and to state vectors that are updated once per block.
 
-    y = window(q, k, v) W_o + cell(x W_q, k, v) W_c, with the cell of `ops/block_recurrent.py`, which shares keys and
-    values with the window; its positions are rotary, the cell has none. State: 2 [B, W, H, K] in a cache, and float32
-    vectors [B, R, D] and 2 [B, W, H, K], W = `block`.
+    y = window(q, k, v) W_o + cell(q', k, v) W_c, with the cell of `ops/block_recurrent.py`, which shares k and v
+    with the window; q, q' and k have norm 1, and logits a learned scale per head and use. The window's positions are
+    rotary, the cell has none. State: 2 [B, W, H, K] in a cache, and float32 vectors [B, R, D] and 2 [B, 2 W, H, K],
+    W = `block`.
+
+    As the authors' layer in the "skip" configuration, whose cell on the same weights is a golden of the tests. Not as
+    theirs: rotary positions in place of T5's biases; a token sees itself and W-1 before, where theirs sees W before and
+    not itself; at a document's start vectors read the tokens that there are, where theirs also read W keys of zero;
+    the scales begin at sqrt(K), not 1, where no key of 16 could get more than a third of the weight; the initial values
+    of the tokens' projections (`layers/basic.py`). Their other gates and an MLP in the cell are left out.
+
+    Source: Hutchins et al., "Block-Recurrent Transformers", 2022 (arXiv:2203.07852), and the authors' program.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -43,11 +52,14 @@ class BlockRecurrent(nnx.Module):
         head_width: int = 32  # K
         block: int = 16  # W, tokens between two updates of the state vectors, and of the window
         vectors: int = 8  # R
+        gate: str = "fixed"  # of the vectors: "fixed", the same at every update, or "lstm", by what was read
         rope_base: float = 10_000.0  # of the rotary frequencies in the window; 0: no positions
 
         def problems(self):
             if min(self.heads, self.head_width, self.block, self.vectors) < 1:
                 yield f"heads, head_width, block and vectors must be at least 1, given {self}"
+            if self.gate not in ("fixed", "lstm"):
+                yield f"gate is '{self.gate}'; give 'fixed' or 'lstm'"
             if self.rope_base < 0 or (self.rope_base and self.head_width % 2):
                 yield f"rope_base is {self.rope_base}; give 0, or more than 0 and an even head_width"
 
@@ -63,19 +75,24 @@ class BlockRecurrent(nnx.Module):
         self.cell_query = Linear(width, keys, ("embed", "heads"), rngs)
         self.cell_out = Linear(keys, width, ("heads", "embed"), rngs)
         normal = jax.nn.initializers.normal(width**-0.5)
+        self.initial = nnx.Param(
+            0.1 * jax.random.normal(rngs.params(), (options.vectors, width)), axes=("taps", "width")
+        )
         # Apart from each other from the start, or the vectors would all learn the same.
-        self.initial = nnx.Param(jax.random.normal(rngs.params(), (options.vectors, width)), axes=("taps", "width"))
-        names = ("cell_key", "cell_value", "query_states", "query_tokens")
-        for name in names:
-            setattr(
-                self,
-                name,
-                nnx.Param(normal(rngs.params(), (width, *shape)), axes=("embed", "heads", "head"), decays=True),
-            )
+        self.identity = nnx.Param(jax.random.normal(rngs.params(), (options.vectors, width)), axes=("taps", "width"))
+        self.scale = nnx.Param(jnp.ones(width), axes=("width",))
+        for name in ("cell_key", "cell_value", "query_states", "query_tokens"):
+            weight = nnx.Param(normal(rngs.params(), (width, *shape)), axes=("embed", "heads", "head"), decays=True)
+            setattr(self, name, weight)
+        # Of the window, of tokens to vectors, of vectors among themselves, and of vectors to tokens.
+        self.sharpness = nnx.Param(jnp.full((4, options.heads), options.head_width**0.5), axes=(None, "heads"))
         mixed = (2 * keys) ** -0.5 * jax.random.normal(rngs.params(), (2, *shape, width))
         self.update = nnx.Param(mixed, axes=("taps", "heads", "head", "embed"), decays=True)
-        self.bias = nnx.Param(jnp.zeros(width), axes=("width",))
-        self.gate = nnx.Param(jnp.full(width, 2.0), axes=("width",))  # a ninth is replaced at every update
+        learned = options.gate == "lstm"
+        self.gate = nnx.Param(0.1 * jax.random.normal(rngs.params(), (1 + learned, width)), axes=(None, "width"))
+        mixed = (20 * keys) ** -0.5 * jax.random.normal(rngs.params(), (2, 2, *shape, width))
+        axes = (None, "taps", "heads", "head", "embed")
+        self.gate_out = nnx.Param(mixed, axes=axes, decays=True) if learned else None
 
     def __call__(
         self, x: Float[Array, "B T D"], segments: Segments | None = None, state: BlockRecurrentState | None = None
@@ -86,8 +103,16 @@ class BlockRecurrent(nnx.Module):
         options = self.options
         parts = self.query(x), self.key(x), self.value(x), self.cell_query(x)
         q, k, v, asked = (part.reshape(batch, length, options.heads, options.head_width) for part in parts)
-        parameters = self.initial, self.cell_key, self.cell_value, self.query_states, self.query_tokens
-        cell = ops.Cell(*(parameter[...] for parameter in (*parameters, self.update, self.bias, self.gate)))
+        near, asking, *of_cell = jnp.abs(self.sharpness[...])
+        q, k, asked = l2_normalise(q) * _of_heads(near, q), l2_normalise(k), l2_normalise(asked) * _of_heads(asking, q)
+        weights = self.initial, self.identity, self.scale, self.cell_key, self.cell_value, self.query_states
+        cell = ops.Cell(
+            *(weight[...] for weight in (*weights, self.query_tokens)),
+            sharpness=jnp.stack(of_cell),
+            out=self.update[...],
+            gate=self.gate[...],
+            gate_out=None if self.gate_out is None else self.gate_out[...],
+        )
         before = None if state is None else state.cell
         told, after = sequence.recurrence(
             ops, asked, k, v, parameters=(cell,), state=before, segments=segments, block=options.block
@@ -97,10 +122,10 @@ class BlockRecurrent(nnx.Module):
         pattern = Causal() & Window(options.block)
         if state is None:
             cache = self._empty(batch, x.dtype).append(k, v, segments)
-            near = sequence.attention(q, k, v, pattern, segments)
+            near = sequence.attention(q, k, v, pattern, segments, scale=1.0)
         else:
             cache = state.cache.append(k, v, segments)
-            near = attend_with_cache(q, k, v, pattern, segments, state.cache, cache)
+            near = attend_with_cache(q, k, v, pattern, segments, state.cache, cache, scale=1.0)
         y = self.out(near.reshape(batch, length, -1)) + self.cell_out(told.reshape(batch, length, -1))
         return y, BlockRecurrentState(cache, after)
 
@@ -111,6 +136,10 @@ class BlockRecurrent(nnx.Module):
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> BlockRecurrentState:
         """The state before any token; `capacity` does not matter."""
         options = self.options
-        block = jnp.zeros((batch, options.block, options.heads, options.head_width), jnp.float32)
+        block = jnp.zeros((batch, 2 * options.block, options.heads, options.head_width), jnp.float32)
         cell = ops.State(jnp.zeros((batch, *self.initial.shape), jnp.float32), block, block)
         return BlockRecurrentState(self._empty(batch, dtype), cell)
+
+
+def _of_heads(scale, like):
+    return scale[:, None].astype(like.dtype)

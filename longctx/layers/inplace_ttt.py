@@ -21,23 +21,35 @@ class InPlaceTTT(nnx.Module):
     """A SwiGLU whose W_down is the starting point of weights that the document writes, C tokens at a time.
 
     z = silu(x W_gate) ⊙ (x W_up);  y = z (W_down + ΔW_i) for the tokens of mini-batch i of the document, ΔW_0 = 0;
-    ΔW_{i+1} = decay ΔW_i + clip(η zᵀ v) over mini-batch i, with targets v = conv(x) W_target from within it.
+    ΔW_{i+1} = decay ΔW_i + clip(η zᵀ v) over mini-batch i, with targets v = conv(e) W_target from within it. e are the
+    embeddings of the tokens, as the authors advise for training from scratch, or x, for a model that is continued.
+    Without embeddings, as in a layer alone or in coarser rows, x stands for them.
     The convolution begins as zeros, so that the layer begins as the SwiGLU it continues, to the bit.
     State: ΔW and the sum of the mini-batch in progress, `[B, F, D]` each, and (W-1)/2 tokens of z and of targets.
+
+    Not as published: `decay`, ours, 1 by default; document starts reset ΔW, and a mini-batch counts from there; rate
+    and clip are options, where the authors' program has no clip; e is scaled to unit variance, as the model embeds.
+
+    Source: "In-Place Test-Time Training", ICLR 2026 (arXiv:2604.06169), section 3, and the authors' program.
     """
+
+    reads_embedded = True  # see `models/block.py`
 
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
         hidden: int = 128  # F
         minibatch: int = 16  # C, tokens per update; the paper finds 512 to 1,024 best for models of billions
         conv_width: int = 5  # taps of the targets' convolution, centred: odd
+        targets: str = "embeddings"  # what they are made of: "embeddings" of the tokens, or the MLP's "inputs"
         rate: float = 0.3  # η
         clip: float = 0.0  # largest Frobenius norm of an update, 0: any; the paper uses 1e-5 on long inputs
-        decay: float = 1.0  # what an update leaves of ΔW
+        decay: float = 1.0  # what an update leaves of ΔW; less than 1 is ours, not the paper's
 
         def problems(self):
             if min(self.hidden, self.minibatch, self.conv_width) < 1 or self.conv_width % 2 == 0:
                 yield f"hidden, minibatch and conv_width must be at least 1, and conv_width odd, given {self}"
+            if self.targets not in ("embeddings", "inputs"):
+                yield f"targets is '{self.targets}'; give 'embeddings' or 'inputs'"
             if min(self.rate, self.clip) < 0 or not 0 <= self.decay <= 1:
                 yield f"rate and clip must not be negative, and decay must be from 0 to 1, given {self}"
 
@@ -64,14 +76,21 @@ class InPlaceTTT(nnx.Module):
             getattr(layer, name).weight[...] = jnp.array(getattr(mlp, name).weight[...], copy=True)
         return layer
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: ops.State | None = None):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        segments: Segments | None = None,
+        state: ops.State | None = None,
+        embedded: Float[Array, "B T D"] | None = None,
+    ):
         """Returns `(y[B, T, D], State)`."""
         segments = document(segments, x, state)
         options = self.options
         z = jax.nn.silu(self.gate(x)) * self.up(x)
         static = {name: getattr(options, name) for name in ("minibatch", "rate", "clip", "decay")}
+        source = x if embedded is None or options.targets == "inputs" else embedded
         y, state = sequence.recurrence(
-            ops, z, x, parameters=(self.taps[...], self.target[...]), state=state, segments=segments, **static
+            ops, z, source, parameters=(self.taps[...], self.target[...]), state=state, segments=segments, **static
         )
         return self.down(z) + y, state
 

@@ -13,7 +13,10 @@ from longctx.typing import Segments
 
 
 class Block(nnx.Module):
-    """`x + mixer(norm(x))`, then `x + mlp(norm(x))`; the state is the pair of theirs."""
+    """`x + mixer(norm(x))`, then `x + mlp(norm(x))`; the state is the pair of theirs.
+
+    An MLP whose class says `reads_embedded = True` is also given the embeddings of the span's tokens, `embedded=`.
+    """
 
     def __init__(self, width: int, options: config.Block, rngs: nnx.Rngs):
         self.mixer_norm = RMSNorm(width)
@@ -21,14 +24,21 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(width)
         self.mlp = MLPS[options.mlp.kind](width, options.mlp, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: tuple | None = None):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        segments: Segments | None = None,
+        state: tuple | None = None,
+        embedded: Float[Array, "B T D"] | None = None,
+    ):
         """Returns `(y[B, T, D], (state of the mixer, state of the MLP))`."""
         mixer_state, mlp_state = (None, None) if state is None else state
         with jax.named_scope(type(self.mixer).__name__):
             y, mixer_state = self.mixer(self.mixer_norm(x), segments, mixer_state)
         x = x + y
         with jax.named_scope(type(self.mlp).__name__):
-            y, mlp_state = self.mlp(self.mlp_norm(x), segments, mlp_state)
+            more = {"embedded": embedded} if getattr(type(self.mlp), "reads_embedded", False) else {}
+            y, mlp_state = self.mlp(self.mlp_norm(x), segments, mlp_state, **more)
         return x + y, (mixer_state, mlp_state)
 
     def init_state(self, batch: int, capacity: int, dtype) -> tuple:

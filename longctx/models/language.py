@@ -81,10 +81,10 @@ class LanguageModel(nnx.Module):
         # Rows gathered whole: a lookup in columns split over devices would make the compiler copy activations about.
         table = constrain(gathered(self.embedding[...], ("vocab", "embed")), ("vocab", None))
         x = table[tokens].astype(self.dtype) * math.sqrt(self.options.width)
-        x = constrain(x, ("batch", "time", None))
+        x = embedded = constrain(x, ("batch", "time", None))
 
         def run(block, x, before):
-            return block(checkpoint_name(x, "block_input"), segments, before)
+            return block(checkpoint_name(x, "block_input"), segments, before, embedded)
 
         # Block by block, so that the backward pass holds what one of them recomputes, however many are in the pattern.
         if self.options.remat != "none":

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx.layers import InPlaceTTT, SwiGLU
+from longctx import config
+from longctx.layers import MIXERS, InPlaceTTT, SwiGLU
+from longctx.models import LanguageModel
 from longctx.typing import Segments
 
 D, F, T = 8, 12, 40
@@ -42,3 +44,35 @@ def test_copies():
     assert mlp.gate.weight[...].unsafe_buffer_pointer() != layer.gate.weight[...].unsafe_buffer_pointer()
     with pytest.raises(ValueError, match=f"give {F}"):
         InPlaceTTT.from_swiglu(mlp, InPlaceTTT.Config(hidden=F + 1), nnx.Rngs(params=1))
+
+
+def test_targets_are_made_of_the_embeddings():
+    """Every block of a model gives its MLP the embeddings of the tokens, in decoding too.
+
+    Seen to fail: targets from the MLP's inputs; the embeddings of the first token given to every step.
+    """
+    mixer = MIXERS["gla"].Config(heads=2, key_width=4, value_width=4, gate_rank=2)
+    block = config.Block(mixer, InPlaceTTT.Config(hidden=F, minibatch=3))
+    options = config.Model(("a",), {"a": block}, width=D, repeats=2, dtype="float32")
+    model = LanguageModel(options, 16, nnx.Rngs(params=0))
+    taps = model.blocks[0].mlp.taps
+    taps[...] = jax.random.normal(jax.random.key(1), taps.shape)
+    model.blocks[0].mlp.target[...] *= 50
+
+    tokens, segments = jax.random.randint(jax.random.key(2), (2, 10), 0, 16), Segments.single(2, 10)
+    hidden, _ = model(tokens, segments)
+    x = embedded = model.embedding[...][tokens] * D**0.5
+    inputs = x
+    for i in range(2):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks[0])
+        x, _ = one(x, segments, None, embedded)
+        inputs, _ = one(inputs, segments)
+    np.testing.assert_allclose(hidden, model.norm(x), rtol=0, atol=1e-5)
+    assert np.abs(model.norm(inputs) - hidden).max() > 1e-2
+
+    state, steps = model.init_state(2, 10), []
+    for t in range(10):
+        place = Segments(jnp.ones((2, 1), jnp.int32), jnp.full((2, 1), t), jnp.zeros((2, 1), bool))
+        step, state = model(tokens[:, t : t + 1], place, state)
+        steps.append(step)
+    np.testing.assert_allclose(jnp.concatenate(steps, axis=1), hidden, rtol=0, atol=1e-4)

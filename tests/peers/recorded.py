@@ -22,12 +22,17 @@ class Recorded:
     source: str
 
 
+_BLOCKS = {"heads": 2, "head_width": 8, "block": 8, "vectors": 3, "rope_base": 0.0}
 _LACT = {"heads": 4, "head_width": 4, "fast_width": 8, "hidden": 8, "minibatch": 12, "window": 12}
 _SMALL = {"heads": 2, "key_width": 8, "value_width": 6}
 # Written again in plain PyTorch with its naive recurrences, since its own are kernels for GPUs.
 _FLA = "github.com/fla-org/flash-linear-attention, fla/layers"
 
 RECORDED = {
+    "block_recurrent": Recorded("block_recurrent", _BLOCKS, "github.com/google-research/meliad"),
+    "block_recurrent_lstm": Recorded(
+        "block_recurrent", _BLOCKS | {"gate": "lstm"}, "github.com/google-research/meliad"
+    ),
     "cope": Recorded(
         "attention",
         {"heads": 2, "kv_heads": 2, "head_width": 8, "qk_norm": False, "positions": CoPE(max_position=9)},
