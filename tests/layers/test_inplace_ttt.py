@@ -49,7 +49,7 @@ def test_copies():
 def test_targets_are_made_of_the_embeddings():
     """Every block of a model gives its MLP the embeddings of the tokens, in decoding too.
 
-    Seen to fail: targets from the MLP's inputs; the embeddings of the first token given to every step.
+    Seen to fail: targets from the MLP's inputs.
     """
     mixer = MIXERS["gla"].Config(heads=2, key_width=4, value_width=4, gate_rank=2)
     block = config.Block(mixer, InPlaceTTT.Config(hidden=F, minibatch=3))
