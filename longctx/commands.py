@@ -29,13 +29,15 @@ from longctx.errors import RunError, UsageError
 from longctx.folder import path as paths
 from longctx.layers import MIXERS, MLPS
 from longctx.models import checks
-from longctx.overrides import ExperimentParser
+from longctx.overrides import ExperimentParser, RunParser
 from longctx.parallel import processes
 
 _CONFIG = (
     "The experiment file, as FILE.py or FILE.py:ARGUMENT; --config.a.b=VALUE overrides a field of it, or sets one that "
     "it leaves out. `python -m longctx.options` lists them."
 )
+_OF_RUN = "--config.a.b=VALUE overrides a field of the run's config.json, of its evaluation and data.path alone."
+_WORKDIR = re.compile(r"--?workdir(=|$)")
 flags.disclaim_key_flags()  # so that `--help` of a command lists the flags that it has from here
 
 
@@ -48,6 +50,16 @@ def define_config() -> None:
 def define_workdir() -> None:
     """Defines `--workdir`."""
     flags.DEFINE_string("workdir", None, "The folder that a run writes and reads everything in.")
+
+
+def define_run() -> None:
+    """Defines `--workdir`, and `--config.a.b=VALUE` for every field of the config.json of the run there."""
+    define_workdir()
+    config_flags.DEFINE_config_file("config", None, _OF_RUN)
+    flags.FLAGS["config"].parser = RunParser(name="config")
+    given = iter(sys.argv[1:])
+    values = (word.split("=", 1)[1] if "=" in word else next(given, "") for word in given if _WORKDIR.match(word))
+    sys.argv[1:1] = [f"--config={value}" for value in values][:1]  # before its overrides, as the flag wants it
 
 
 def define_mesh(default: str) -> None:

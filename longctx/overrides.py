@@ -8,6 +8,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -17,6 +18,7 @@ from longctx import config, plugins, schema
 from longctx.data import TASKS
 from longctx.errors import UsageError
 from longctx.schema import Chosen
+from longctx.training import workdir as workdirs
 
 
 class ExperimentParser(config_flags.config_flags.ConfigFileFlagParser):
@@ -37,6 +39,23 @@ class ExperimentParser(config_flags.config_flags.ConfigFileFlagParser):
             _find(experiment, override)
         for name, fields in left_out.items():
             print(f"note: with {name}.kind={kinds[name]} the file's {', '.join(fields)} are left out", file=sys.stderr)
+        return experiment.lock()
+
+
+class RunParser(config_flags.config_flags.ConfigFileFlagParser):
+    """Loads the config.json of the run in a folder, for `--config=WORKDIR`."""
+
+    def parse(self, path: str) -> ConfigDict:
+        given = _overrides()
+        try:
+            run = workdirs.open_run(Path(path).expanduser())
+        except UsageError:
+            if given:
+                raise
+            return ConfigDict()  # the command tells it
+        experiment = ConfigDict(_tuples(config.to_dict(run.experiment)))
+        for override in given:
+            _find(experiment, override)
         return experiment.lock()
 
 
@@ -133,6 +152,13 @@ def _dicts(options: Any) -> Any:
         return options
     kind = {"kind": options.kind} if hasattr(options, "kind") else {}
     return kind | {field.name: _dicts(getattr(options, field.name)) for field in dataclasses.fields(options)}
+
+
+def _tuples(tree: Any) -> Any:
+    """Nested dictionaries with tuples for lists, which an override could not replace."""
+    if isinstance(tree, dict):
+        return {key: _tuples(value) for key, value in tree.items()}
+    return tuple(map(_tuples, tree)) if isinstance(tree, list) else tree
 
 
 def _find(tree: ConfigDict, name: str) -> None:

@@ -266,6 +266,16 @@ def test_train(folder, tmp_path):
         assert said in ended.stderr
         assert not re.search(r"WARNING|^[IWE]\d{4} |Traceback", ended.stderr, re.MULTILINE), ended.stderr
     assert "compiling the step" not in ended.stderr
+    other = [sys.executable, "-m", "longctx.evaluate", f"--workdir={tmp_path}"]
+    other += ["--config.evaluation.samples=2", "--config.evaluation.factors=(1,2)", "--config.data.path=documents/1.txt"]
+    ended = subprocess.run(other, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "evaluation.samples was 1, and is 2 in this report." in ended.stdout
+    assert "Held out: 1 of 1 documents ('1.txt'), 100.0% of the text." in ended.stdout
+    assert (tmp_path / "report.2" / "report.html").exists()  # kept, as the first
+    ended = subprocess.run([*other, "--config.evaluation.sampels=2"], cwd=folder, env=environment, capture_output=True)
+    assert ended.returncode == 2
+    assert b"did you mean 'evaluation.samples'" in ended.stderr
 
 
 def test_a_synthetic_task(folder, tmp_path):

@@ -1,7 +1,10 @@
 """Imports run one way: typing ← ops ← parallel ← folder, memory ← layers ← models ← training ... ← commands."""
 
 import ast
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -72,3 +75,9 @@ def test_experiments_import_only_config():
     """An experiment file is data and imports nothing of the package. Seen to fail: `import longctx` in one of them."""
     for path in (ROOT.parent / "experiments").glob("*.py"):
         assert not list(imported(path)), f"{path.name} imports longctx"
+
+
+def test_the_package_alone_is_light():
+    """`longctx.load` imports what it needs when it is called."""
+    program = "import sys, longctx; assert longctx.load and 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT.parent)}, check=True)

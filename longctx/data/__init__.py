@@ -2,7 +2,7 @@
 
 from longctx.data.needles import needle_rows
 from longctx.data.packing import Rows, TokenStore, pad, stretches
-from longctx.data.pipeline import Corpus, Source, batches, describe, notes, prepare
+from longctx.data.pipeline import Corpus, Source, batches, describe, notes, prepare, unseen
 from longctx.data.stream import TextStream
 from longctx.data.synthetic import TASKS, Task, heldout_rng
 from longctx.data.tokenizers import Tokenizer
@@ -24,4 +24,5 @@ __all__ = [
     "pad",
     "prepare",
     "stretches",
+    "unseen",
 ]

@@ -137,12 +137,7 @@ def prepare(data: config.Data | Task, seed: int, workdir: Path | None = None) ->
     else:
         tokenizer = Tokenizer.load(data.tokenizer)
     lost, total = tokenizer.count_lost(document.text for document in texts)
-    if lost > MOST_LOST * total:
-        raise UsageError(
-            f"the tokenizer ({data.tokenizer}) cannot represent {lost / total:.0%} of the corpus' characters, more "
-            f"than the {MOST_LOST:.0%} with which training would mean something; give a tokenizer of the language, "
-            "or 'bpe' or 'bytes', which represent every text"
-        )
+    _require_known(lost, total, f"tokenizer ({data.tokenizer})")
     order = np.random.default_rng(seed).permutation(len(train))
     corpus = Corpus(
         tokenizer,
@@ -154,6 +149,29 @@ def prepare(data: config.Data | Task, seed: int, workdir: Path | None = None) ->
         kept.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(kept)
     return corpus
+
+
+def unseen(path: str, tokenizer: Tokenizer) -> Corpus:
+    """All documents of a file or folder as held out, none of them for training.
+
+    Raises:
+      UsageError: when the documents cannot be used.
+    """
+    texts = documents.read(path)
+    lost, total = tokenizer.count_lost(document.text for document in texts)
+    _require_known(lost, total, "run's tokenizer")
+    return Corpus(
+        tokenizer, TokenStore.encode([], tokenizer), TokenStore.encode(texts, tokenizer), lost / max(total, 1)
+    )
+
+
+def _require_known(lost: int, total: int, tokenizer: str) -> None:
+    if lost > MOST_LOST * total:
+        raise UsageError(
+            f"the {tokenizer} cannot represent {lost / total:.0%} of the corpus' characters, more "
+            f"than the {MOST_LOST:.0%} with which training would mean something; give a tokenizer of the language, "
+            "or 'bpe' or 'bytes', which represent every text"
+        )
 
 
 def batches(

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ def evaluate(
     workdir: str | os.PathLike,
     training: dict[str, Any] | None = None,
     name: str = "report",
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measures a model, writes a report into WORKDIR and prints its table.
 
@@ -41,6 +43,7 @@ def evaluate(
       workdir: of the run; its config.json and metrics.jsonl are shown in the report.
       training: what `longctx.training` says of the run: seconds, tokens_per_second, loss, ...
       name: of the report's folder in WORKDIR; see `report.write`.
+      notes: sentences that the report says as well.
 
     Returns:
       What report/summary.json holds.
@@ -48,7 +51,7 @@ def evaluate(
     Raises:
       FloatingPointError: no loss of the model is finite; no report was written.
     """
-    workdir, notes = Path(workdir), data.notes(source, experiment.data, experiment.training.stages)
+    workdir, notes = Path(workdir), [*notes, *data.notes(source, experiment.data, experiment.training.stages)]
     if training is not None and not training.get("finished", True):
         notes.append("Training has not finished: this is the newest checkpoint.")
     if training is not None and (missing := training.get("missing")):

@@ -281,10 +281,10 @@ def _choose(q, k, v, pattern: Pattern, case) -> str:
         chosen, reason = "dense", "few logits"
     else:
         chosen, reason = "blockwise", f"'{kernel}' {refusal}" if kernel else "many logits"
-    _log(chosen, reason)
+    _log(chosen, reason, logging.WARNING if kernel and chosen == "blockwise" else logging.INFO)
     return chosen
 
 
 @functools.cache
-def _log(chosen: str, reason: str):
-    logging.info("attention: implementation '%s' (%s)", chosen, reason)
+def _log(chosen: str, reason: str, level: int):
+    logging.log(level, "attention: implementation '%s' (%s)", chosen, reason)

@@ -57,6 +57,17 @@ def test_prepare_keeps_training_and_held_out_documents_apart(folder, corpus):
         assert corpus.tokenizer.decode(corpus.train.document(i)) == texts[name]
 
 
+def test_unseen(folder, corpus):
+    """Other text is held out, all of it, and in the run's tokens; what they cannot represent is refused."""
+    found = data.unseen(str(folder), corpus.tokenizer)
+    assert found.heldout.names == tuple(f"{i:02}.txt" for i in range(40))
+    assert (len(found.train), found.train.size, found.heldout_share) == (0, 0, 1.0)
+    assert found.tokenizer is corpus.tokenizer
+    letters = data.Tokenizer(tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "document": 1}, unk_token="<unk>")))
+    with pytest.raises(UsageError, match="the run's tokenizer cannot represent 100% of the corpus' characters"):
+        data.unseen(str(folder), letters)
+
+
 def test_tokenizer_is_learnt_from_training_documents_and_kept(folder, tmp_path):
     """Fails when held-out documents are in what the tokenizer is learnt from: their names would be in it."""
     first = data.prepare(config.Data(path=str(folder), heldout=0.2), 0, tmp_path / "run")

@@ -526,6 +526,17 @@ def test_a_named_kernel_runs_or_refuses(implementation):
         attention(x["q"], x["k"], x["v"], implementation=implementation)
 
 
+def test_a_kernel_that_is_not_used_is_told(caplog, monkeypatch):
+    """On a GPU packed rows take none, and training says so: it shows warnings alone."""
+    for module in (ops, ops.cudnn):
+        monkeypatch.setattr(module, "platform", lambda: "gpu")
+    ops._log.cache_clear()
+    x = inputs(256)
+    with caplog.at_level(logging.WARNING):
+        jax.eval_shape(attention, x["q"], x["k"], x["v"], segment_ids=jnp.ones((2, 256), jnp.int32))
+    assert "implementation 'blockwise' ('cudnn' takes rows of one document only" in caplog.text
+
+
 def test_choice_is_logged_once(caplog):
     ops._log.cache_clear()
     x = inputs(16)

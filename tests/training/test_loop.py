@@ -20,9 +20,11 @@ import longctx
 from longctx import config
 from longctx.data.synthetic import SelectiveCopying
 from longctx.errors import RunError, UsageError
+from longctx.parallel import mesh as meshes
 from longctx.training import checkpoints, loop, metrics, start
 from longctx.training import workdir as workdirs
 from longctx.training.step import Program
+from longctx.typing import Segments
 
 HEADS = {"kind": "attention", "heads": 2, "kv_heads": 2, "head_width": 8, "context_parallel": "heads"}
 STEPS = 9  # 4 of stage 0, 5 of stage 1; checkpoints after every second and the last
@@ -143,6 +145,18 @@ def test_the_trained_model_is_loaded(straight):
     assert not np.array_equal(model.embedding[...], initial.params["embedding"])
 
 
+def test_longctx_load(straight):
+    """On the first device, or over the ambient mesh."""
+    model, tokenizer = longctx.load(straight[0])
+    tokens = tokenizer.encode("a bad cab")[None]
+    hidden, _ = model(tokens, Segments.single(*tokens.shape))
+    assert model.logits(hidden).shape == (1, 9, tokenizer.vocab_size)
+    with jax.set_mesh(meshes.make(config.Mesh(2, 2, 2))):
+        split, _ = longctx.load(str(straight[0]))
+        assert len(split.embedding[...].devices()) == 8
+    np.testing.assert_array_equal(split.embedding[...], model.embedding[...])
+
+
 @pytest.mark.parametrize("step", [1, 3, 4, 7])
 def test_asked_to_stop(straight, tmp_path, parse, corpus, at_step, step):
     """SIGTERM in the first stage, at its last step, and in the second: the step is finished and saved.
@@ -168,6 +182,7 @@ def test_a_synthetic_task_asked_to_stop(tmp_path, parse, cache, at_step):
     assert not loop.train(experiment, tmp_path / "stopped", task)["finished"]
     assert loop.train(experiment, tmp_path / "stopped", task)["finished"]
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+    assert longctx.load(tmp_path / "stopped")[1] is None  # its tokens are numbers
 
 
 def test_killed(straight, tmp_path, parse, documents, corpus, cache):
