@@ -267,7 +267,8 @@ def test_train(folder, tmp_path):
         assert not re.search(r"WARNING|^[IWE]\d{4} |Traceback", ended.stderr, re.MULTILINE), ended.stderr
     assert "compiling the step" not in ended.stderr
     other = [sys.executable, "-m", "longctx.evaluate", f"--workdir={tmp_path}"]
-    other += ["--config.evaluation.samples=2", "--config.evaluation.factors=(1,2)", "--config.data.path=documents/1.txt"]
+    other += [f"--config.{field}" for field in ("evaluation.samples=2", "evaluation.factors=(1,2)")]
+    other += ["--config.data.path=documents/1.txt"]
     ended = subprocess.run(other, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "evaluation.samples was 1, and is 2 in this report." in ended.stdout
