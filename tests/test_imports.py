@@ -30,7 +30,7 @@ RANK = {
     "training": 8,
     "evals": 8,
     "inference": 8,
-    "overrides": 8,
+    "overrides": 8.5,
     "compilation": 0,
     "commands": 9,
     "planning": 9,
