@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from longctx import plugins, schema
+from longctx.errors import UsageError
 from longctx.schema import Chosen, Options, Seed, Tokens
 
 
@@ -30,6 +31,7 @@ class Source(Chosen):
     kind_by_default = "corpus"
 
 
+DEEPEST = 64  # levels of an experiment
 MOST_TOKENS, LONGEST = 2**30, 2**27  # tokens of a training step, and of a row
 
 
@@ -319,10 +321,18 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]):
         yield f"{name} is '{value}'; choose one of {', '.join(choices)}"
 
 
-def _resolved(config) -> Any:
+def _resolved(config: Any, depth: int = 0) -> Any:
     """ConfigDicts as dicts, references resolved."""
+    if depth > DEEPEST:
+        raise UsageError(f"the experiment has dictionaries or lists more than {DEEPEST} levels deep; make it flatter")
     if hasattr(config, "to_dict"):
-        config = config.to_dict()
+        try:
+            config = config.to_dict()
+        except Exception as error:  # such as a value that the file requires from the command line
+            raise UsageError(f"the experiment cannot be read: {error}") from error
     if isinstance(config, Mapping):
-        return {key: _resolved(value) for key, value in config.items()}
+        return {key: _resolved(value, depth + 1) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        values = [_resolved(value, depth + 1) for value in config]
+        return values if isinstance(config, list) else tuple(values)
     return config

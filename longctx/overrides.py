@@ -100,7 +100,10 @@ class _Filler:
 
     def _field(self, tree: ConfigDict, name: str, hint: Any, default: Any, path: str) -> None:
         hint = schema.bare(hint)
-        value = tree.get(name, default)
+        try:
+            value = tree.get(name, default)
+        except config_dict.RequiredValueError as error:  # which no override may set either
+            raise UsageError(f"{path} is a required placeholder; give it a value in the file.") from error
         if value is dataclasses.MISSING:
             return
         nested = isinstance(hint, type) and (issubclass(hint, Chosen) or dataclasses.is_dataclass(hint))

@@ -17,6 +17,8 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple
 
+import numpy as np
+
 from longctx.errors import UsageError
 
 
@@ -234,6 +236,8 @@ class _Builder:
         )
 
     def _scalar(self, hint: type, bound: Bound, value: Any, path: str) -> Any:
+        if isinstance(value, np.generic):
+            value = value.item()
         if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
             value = float(value)
         if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

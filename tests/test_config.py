@@ -1,6 +1,7 @@
 """What an experiment file may say, and what it is told when it may not."""
 
 import copy
+import functools
 import json
 import pathlib
 import random
@@ -10,7 +11,9 @@ import runpy
 import time
 
 import generated
+import numpy as np
 import pytest
+from ml_collections import ConfigDict, config_dict
 
 from longctx import config
 from longctx.data import TASKS
@@ -200,6 +203,27 @@ def test_options_are_refused_where_they_are_made(options, told):
 def _attention(options):
     block = {"mixer": {"kind": "attention", **options}, "mlp": {"kind": "relu2"}}
     return {"pattern": ("a",), "width": 32, "blocks": {"a": block}}
+
+
+def test_numbers_of_numpy():
+    found = parse({"seed": np.int64(3), "training.learning_rate": np.float64(0.5), "training.clip_norm": np.int32(2)})
+    assert json.loads(json.dumps(config.to_dict(found)))["seed"] == 3
+    assert (type(found.seed), found.training.learning_rate, type(found.training.clip_norm)) == (int, 0.5, float)
+
+
+def test_dictionaries_without_an_end():
+    given = ConfigDict(tree())
+    given.model.blocks.again = given.model
+    for deep in (given, {"model": functools.reduce(lambda inner, _: {"x": inner}, range(500), {})}):
+        with pytest.raises(UsageError, match="more than 64 levels deep"):
+            config.parse(deep, MIXERS, MLPS)
+
+
+def test_a_value_that_the_file_requires():
+    given = ConfigDict(tree())
+    given.seed = config_dict.required_placeholder(int)
+    with pytest.raises(UsageError, match="the experiment cannot be read: None value found in required reference"):
+        config.parse(given, MIXERS, MLPS)
 
 
 @pytest.mark.parametrize(

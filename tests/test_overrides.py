@@ -124,6 +124,13 @@ def test_every_field_is_open(given):
     assert given("evaluation.factors=(1,)", "model.pattern=('a',)").evaluation.factors == (1,)
 
 
+def test_a_value_that_the_file_requires(given, tmp_path):
+    required = FILE.replace("    return", "    found.seed = config_dict.required_placeholder(int)\n    return")
+    (tmp_path / "file.py").write_text(required.replace("import ConfigDict,", "import ConfigDict, config_dict,"))
+    with pytest.raises(flags.Error, match="seed is a required placeholder; give it a value in the file"):
+        given()
+
+
 def test_a_frozen_config(given):
     assert given(argument=":frozen") == given()
 

@@ -57,7 +57,8 @@ class MultiResolution(nnx.Module):
         @property
         def all_layers(self) -> int:
             """Those inside, and inside those."""
-            return self.layers * getattr(self.inner, "all_layers", 1)
+            within = getattr(self.inner, "all_layers", 0)
+            return self.layers * (1 + within)
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options

@@ -1,9 +1,11 @@
 """Patterns: the dense mask is the formula, and everything else that a pattern says of itself follows from the mask."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from longctx.ops.attention import attention
 from longctx.ops.patterns import (
     Blocks,
     Causal,
@@ -27,6 +29,7 @@ from longctx.ops.patterns import (
     parse,
     terms,
 )
+from longctx.parallel import sequence
 
 LENGTH = 50
 LAYOUT = np.random.default_rng(3).random((5, 6)) < 0.3
@@ -347,3 +350,16 @@ def test_behind_is_what_is_visible_behind(pattern):
     np.testing.assert_array_equal(visible, dense(pattern) & (distance >= 0))
     for side, expected in zip(pattern.behind(jnp.asarray(positions)), found, strict=True):
         np.testing.assert_array_equal(side, expected)
+
+
+@pytest.mark.parametrize("attend", [attention, lambda q, k, v, pattern: sequence.attention(q, k, v, pattern, None)])
+def test_a_text_where_a_pattern_is_expected(attend):
+    """Read as `parse` reads it, or refused by name; so is what is neither."""
+    x = jax.random.normal(jax.random.key(0), (1, 12, 2, 4))
+    np.testing.assert_array_equal(attend(x, x, x, "Causal() & Window(3)"), attend(x, x, x, Causal() & Window(3)))
+    for given, told in (
+        ("Windw(3)", "'Windw\\(3\\)' is not a pattern"),
+        (3, "3 is not a pattern; give one, or a text"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            attend(x, x, x, given)
