@@ -15,6 +15,7 @@ import pytest
 
 from longctx.errors import UsageError
 from longctx.folder import lock
+from longctx.parallel import processes
 
 HOLD = """
 import fcntl, sys, time
@@ -115,3 +116,11 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be written"), lock.held(tmp_path / "file" / "run", "training"):
         pass
+
+
+def test_processes_that_cannot_write_their_names(tmp_path):
+    (tmp_path / "processes").touch()
+    with pytest.raises(
+        UsageError, match=r"processes, where processes write their names, cannot be made \(File exists\)"
+    ):
+        processes._Watch(tmp_path / "processes")
