@@ -32,8 +32,12 @@ def given(text: str) -> Path:
     return Path(expanded)
 
 
-def check(workdir: str | os.PathLike) -> None:
+def check(workdir: str | os.PathLike, flag: str = "--workdir") -> None:
     """Whether a run can be read and written back under this path, were it allowed to write.
+
+    Args:
+      workdir: the path.
+      flag: what gave it, for messages.
 
     Raises:
       UsageError: it is remote, no folder, too long, or holds characters that Orbax cannot find again.
@@ -42,44 +46,42 @@ def check(workdir: str | os.PathLike) -> None:
     path = Path(text).absolute()
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
         raise UsageError(
-            f"--workdir={text} is not on a file system of this machine; give a folder there (a mounted bucket is one) "
+            f"{flag}={text} is not on a file system of this machine; give a folder there (a mounted bucket is one) "
             "and copy it when the run is done."
         )
     try:
         length = len(str(path).encode())
     except UnicodeEncodeError as error:
-        raise UsageError(f"--workdir={text!a} is not UTF-8; name a folder whose name and place are.") from error
+        raise UsageError(f"{flag}={text!a} is not UTF-8; name a folder whose name and place are.") from error
     if "\0" in text:
-        raise UsageError(f"--workdir={text!r} holds a NUL, which no path can.")
+        raise UsageError(f"{flag}={text!r} holds a NUL, which no path can.")
     if found := sorted(set(PATTERN) & set(str(path))):
         raise UsageError(
-            f"--workdir={text} has {' and '.join(found)} in its path {path}, so that its checkpoints could not be read "
+            f"{flag}={text} has {' and '.join(found)} in its path {path}, so that its checkpoints could not be read "
             f"back; name, or rename, the folder without any of {' '.join(PATTERN)}."
         )
     if length + ADDED > LONGEST:
         raise UsageError(
-            f"--workdir={_short(text)} is a path of {length:,} bytes; give one of at most {LONGEST - ADDED:,}, since "
+            f"{flag}={_short(text)} is a path of {length:,} bytes; give one of at most {LONGEST - ADDED:,}, since "
             "checkpoints have longer ones."
         )
     if (longest := max(len(os.fsencode(part)) for part in path.parts)) > NAME:
-        raise UsageError(f"--workdir={_short(text)} has a name of {longest} bytes in it; give names of at most {NAME}.")
+        raise UsageError(f"{flag}={_short(text)} has a name of {longest} bytes in it; give names of at most {NAME}.")
     try:
         os.stat(path)
     except OSError as error:
         if error.errno != errno.ENOENT:
-            raise UsageError(
-                f"--workdir={_short(text)} cannot be a folder ({error.strerror}); name another."
-            ) from error
+            raise UsageError(f"{flag}={_short(text)} cannot be a folder ({error.strerror}); name another.") from error
         for place in (path, *path.parents):
             if place.is_symlink() and not place.exists():
                 raise UsageError(
-                    f"--workdir={text}: {place} is a link to {os.readlink(place)}, which is not there; make that first."
+                    f"{flag}={text}: {place} is a link to {os.readlink(place)}, which is not there; make that first."
                 ) from error
         return
     if not path.is_dir():
-        raise UsageError(f"--workdir={text} is a file; name a folder, which training makes if need be.")
+        raise UsageError(f"{flag}={text} is a file; name a folder, which training makes if need be.")
     if not os.access(path, os.R_OK | os.X_OK):
-        raise UsageError(f"--workdir={text} may not be read by you; change its permissions, or name another folder.")
+        raise UsageError(f"{flag}={text} may not be read by you; change its permissions, or name another folder.")
 
 
 def writable(workdir: str | os.PathLike, needed: int = LEAST_FREE) -> None:

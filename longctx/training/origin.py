@@ -6,6 +6,7 @@ The new run begins at its own step 0, with its own stages, rates and documents, 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,7 @@ from flax import nnx
 
 from longctx import data
 from longctx.errors import UsageError
+from longctx.folder import path as paths
 from longctx.training import checkpoints
 from longctx.training.step import Program, TrainState, abstract_model
 
@@ -40,8 +42,8 @@ class Origin(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Origin:
         """What `WORKDIR[@STEP][:all]` names."""
-        path, step, everything = re.fullmatch(r"(.+?)(?:@(\d+))?(:all)?", text, re.DOTALL).groups()
-        return cls(Path(path).expanduser().absolute(), int(step) if step else None, bool(everything))
+        path, step, everything = re.fullmatch(r"(.+?)(?:@([0-9]{1,9}))?(:all)?", text, re.DOTALL).groups()
+        return cls(Path(os.path.expanduser(path)).absolute(), int(step) if step else None, bool(everything))
 
     def __str__(self):
         step = "" if self.step is None else f"@{self.step}"
@@ -57,6 +59,7 @@ def pinned(text: str) -> str:
     if not text:
         return ""
     origin = Origin.parse(text)
+    paths.check(origin.workdir, "--init_from")
     steps = checkpoints.steps(origin.workdir)
     if not steps:
         raise UsageError(f"--init_from={text}: {origin.workdir} holds no checkpoint; give the folder of a trained run.")

@@ -162,3 +162,17 @@ def test_an_origin_is_written_as_it_is_read(tmp_path):
     assert origin.names("/a", "/a@3")
     assert not origin.names("/a:all", "/a@3")
     assert not origin.names("/a@2", "/a@3")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("runs/[a]@3", r"--init_from=.*runs/\[a\] has \[ in its path"),
+        ("runs/a@" + "9" * 5000, "is a path of 5,[0-9]+ bytes"),
+        ("~nobody-of-this-name/run", "holds no checkpoint"),
+        ("a\0b", "holds a NUL"),
+    ],
+)
+def test_no_such_path(text, told):
+    with pytest.raises(UsageError, match=told):
+        origin.pinned(text)
