@@ -96,7 +96,9 @@ def test_report(tmp_path, experiment):
     """The same files and tables as for text, of what there is."""
     task = InductionHeads(lengths=(16, 64))
     given = dataclasses.replace(experiment, data=task)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "stage": 0, "loss": 2.0, "retrieval_accuracy": 0.5}\n')
+    row = {"step": 1, "stage": 0, "loss": 2.0, "gradient_norm": 1.0, "learning_rate": 1e-3, "retrieval_accuracy": 0.5}
+    row |= {"hits": 1.0, "answers": 2.0, "tokens": 64, "seconds": 0.1}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     summary = evaluate(Bigram(), given, task, tmp_path)
     assert json.loads((tmp_path / "report" / "summary.json").read_text()) == summary
     assert set(summary["task"]["accuracy"]) == set(summary["speed"]) == {"16", "64"}
