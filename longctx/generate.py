@@ -13,7 +13,7 @@ from absl import flags
 
 from longctx import commands, config
 from longctx.data import files
-from longctx.errors import UsageError
+from longctx.errors import UsageError, refused
 from longctx.inference import Request, Sampling, complete
 from longctx.parallel import mesh as meshes
 from longctx.training import workdir as workdirs
@@ -38,7 +38,7 @@ def main() -> None:
         )
     mesh = meshes.make(commands.mesh() or config.Mesh(1, 1, 1))
     model, _ = workdirs.load_model(run, mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), refused("this model cannot write on this mesh"):
         complete(model, run.tokenizer, request)
 
 

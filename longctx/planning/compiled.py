@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from longctx import config
 from longctx.data import Task, Tokenizer
+from longctx.errors import refused
 from longctx.evals import programs
 from longctx.parallel import mesh as meshes
 from longctx.planning import work
@@ -51,11 +52,13 @@ def plan(experiment: config.Experiment, topology: Topology, name: str) -> Report
       name: of the experiment, for the report.
 
     Raises:
-      UsageError: the mesh does not fit the topology, or a stage does not fit the mesh.
+      UsageError: the mesh does not fit the topology, a stage does not fit the mesh, or a layer cannot compute it there.
     """
     stage = max(experiment.training.stages, key=lambda stage: stage.length)
     mesh = loop.make_mesh(experiment, topology.devices)
     program = Program.make(experiment, vocabulary(experiment.data), mesh)
+    with jax.set_mesh(mesh), refused(f"{stage.batch} rows of {stage.length} tokens"):
+        program.trace(stage)
     begin = time.perf_counter()
     compiled = compile_step(program, stage)
     seconds = time.perf_counter() - begin

@@ -245,6 +245,20 @@ def test_what_is_said_of_gpus():
     assert "400 Gb/s" in dataclasses.replace(one, hosts=2).text()
 
 
+def test_what_a_layer_refuses():
+    """Told with the stage, before anything is compiled. Seen to fail with a ValueError."""
+    mixer = {"kind": "attention", "heads": 2, "kv_heads": 2, "head_width": 8, "context_parallel": "heads"}
+    tree = {
+        "model": {"width": 16, "pattern": ("only",), "blocks": {"only": {"mixer": mixer, "mlp": {"kind": "swiglu"}}}},
+        "training": {"stages": ((1, 2, 64),)},
+        "mesh": {"data": 1, "context": 8},
+        "data": {"tokenizer": "bytes"},
+    }
+    eight = topology.Topology("eight", tuple(jax.devices()), chips.GPUS["h100"], 1)
+    with pytest.raises(UsageError, match="2 rows of 64 tokens: context_parallel is 'heads', and 8 devices"):
+        compiled.plan(config.parse(tree, MIXERS, MLPS), eight, "a name")
+
+
 def test_too_large_is_a_result():
     """The compiler's two ways of saying so; any other error stays one."""
     error = RuntimeError(
