@@ -46,7 +46,8 @@ class Titans(nnx.Module):
     the memory before a document, since what it would learn of p is a function of parameters alone, as the weights are
     that it starts from; in mode "layer" p is put to the attention, where the paper has the memory's outputs for p in
     the first window; the attention has rotary positions (the paper says nothing of any), q and k of a root mean square
-    of 1 with learned scales, and no SiLU; in "gate" the paper leaves the non-linearity open, and we gate by one side.
+    of 1 with learned scales, and no SiLU; in "gate" the paper leaves the non-linearity open, and we gate by one side;
+    θ is at most `rate`, since steps of repeated keys diverge; initial values are those of `layers/basic.py`.
 
     Source: Behrouz et al., "Titans: Learning to Memorize at Test Time", 2025 (arXiv:2501.00663).
     """
