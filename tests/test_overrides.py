@@ -1,12 +1,15 @@
 """What the command line changes of an experiment file, and how layers of one's own are found again."""
 
 import json
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 from absl import flags
 from ml_collections import config_flags
 
+import longctx
 from longctx import config
 from longctx.data import TASKS
 from longctx.errors import UsageError
@@ -78,8 +81,8 @@ def given(tmp_path, monkeypatch):
     """The experiment of a command line."""
     (tmp_path / "file.py").write_text(FILE)
 
-    def experiment(*overrides, argument=""):
-        arguments = [f"--config={tmp_path / 'file.py'}{argument}", *(f"--config.{override}" for override in overrides)]
+    def experiment(*overrides, argument="", file=tmp_path / "file.py"):
+        arguments = [f"--config={file}{argument}", *(f"--config.{override}" for override in overrides)]
         monkeypatch.setattr(sys, "argv", ["train", *arguments])
         values = flags.FlagValues()
         config_flags.DEFINE_config_file("config", None, "", flag_values=values)
@@ -122,6 +125,23 @@ def test_every_field_is_open(given):
     assert (found.training.clip_norm, found.evaluation.depths, found.data.needles.facts) == (0.5, 3, 2)
     assert (found.checkpoints.keep, found.seed) == (4, 7)
     assert given("evaluation.factors=(1,)", "model.pattern=('a',)").evaluation.factors == (1,)
+
+
+@pytest.mark.parametrize("kind", [*MIXERS, *MLPS])
+def test_every_kind_with_its_defaults(given, kind):
+    """What the command line fills in survives JSON too (`given` looks)."""
+    part, kinds = ("mixer", MIXERS) if kind in MIXERS else ("mlp", MLPS)
+    found = getattr(given(f"model.blocks.a.{part}.kind={kind}").model.blocks["a"], part)
+    assert type(found) is kinds[kind].Config
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(longctx.__file__).parents[1] / "experiments").glob("*.py")), ids=lambda path: path.stem
+)
+def test_an_experiment_file_with_its_defaults(given, path):
+    """As the file alone gives it."""
+    alone = config.parse(runpy.run_path(str(path))["get_config"](), MIXERS, MLPS, TASKS)
+    assert given(file=path) == alone
 
 
 def test_a_value_that_the_file_requires(given, tmp_path):
