@@ -95,6 +95,13 @@ class Block(Options):
 
 
 @dataclasses.dataclass(frozen=True)
+class Embedding(Options):
+    """The vectors of tokens, and those that logits are products with."""
+
+    tied: bool = True  # one matrix is both; else each has its own, and they begin as the same
+
+
+@dataclasses.dataclass(frozen=True)
 class Model(Options):
     """A language model: a pattern of blocks, repeated.
 
@@ -114,6 +121,7 @@ class Model(Options):
     blocks: Mapping[str, Block]  # the kinds of block that the pattern names
     width: int = 128  # D
     repeats: int = 1  # times the pattern is repeated (its parameters stacked, one scan)
+    embedding: Embedding = Embedding()  # of tokens, and back
     dtype: str = "auto"  # of activations; "auto" is bfloat16 on GPU and TPU, float32 on CPU
     remat: str = "none"  # what the backward pass recomputes: "none", "dots", "full", "offload"; see above
 
@@ -163,6 +171,7 @@ class Training(Options):
     accumulate: int = 1  # micro-batches a step
     answer_weight: float = 1.0  # weight of a retrieval answer in the loss; any other token weighs 1
     label_smoothing: float = 0.0  # part of a target that is shared by the whole vocabulary
+    z_loss: float = 0.0  # coefficient of the squared log of the softmax's sum, which is lowered beside the loss
     log_every: Tokens = 20  # steps between scalars
 
     def problems(self):
@@ -184,7 +193,7 @@ class Training(Options):
             yield f"stages has {self.steps:,} steps; at most {2**31 - 1:,} are possible"
         if not 1e-6 <= self.answer_weight <= 1e6:
             yield f"answer_weight is {self.answer_weight}; give a number from 1e-6 to 1e6, 1 for that of other tokens"
-        for name in ("warmup_steps", "schedule_steps", "weight_decay", "final_learning_rate"):
+        for name in ("warmup_steps", "schedule_steps", "weight_decay", "final_learning_rate", "z_loss"):
             if getattr(self, name) < 0:
                 yield f"{name} is {getattr(self, name)}; it must not be negative"
         for name in ("beta1", "beta2", "label_smoothing"):

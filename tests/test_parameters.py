@@ -97,7 +97,7 @@ def every_parameter():
             if valid(kind, options):
                 found[kind] |= layer(kind, **options)
     block = config.Block(Attention.Config(), MLPS["relu2"].Config())
-    options = config.Model(("a",), {"a": block}, width=D)
+    options = config.Model(("a",), {"a": block}, width=D, embedding=config.Embedding(tied=False))
     model = parameters(lambda: LanguageModel(options, 64, nnx.Rngs(params=0)))
     found["language_model"] = {path: v for path, v in model.items() if ".mixer." not in path and ".mlp." not in path}
     return found

@@ -1,4 +1,4 @@
-"""A language model: embedding, a pattern of blocks repeated by one scan, a norm, and the embedding again."""
+"""A language model: embedding, a pattern of blocks repeated by one scan, a norm, and logits."""
 
 from __future__ import annotations
 
@@ -33,8 +33,16 @@ _REMAT = {
 }
 
 
+_AXES = ("vocab", "embed")
+
+
 class LanguageModel(nnx.Module):
     """`hidden, state = model(tokens, segments, state)`: one call for training, prefill and decoding.
+
+    Logits are products of normed hidden vectors and the embedding, or of a matrix of its own that begins as it. A
+    hidden vector begins as mostly its own token's: with unit logits that token's would be near √D, and the model as
+    sure of the token it has just seen as the width is large. So logits begin at `first_scale`, which the last norm has,
+    or, untied, the matrix.
 
     Args:
       options: the model's part of the experiment.
@@ -47,11 +55,14 @@ class LanguageModel(nnx.Module):
         self.vocab_size = vocab_size
         normal = jax.nn.initializers.normal(options.width**-0.5)
         self.embedding = nnx.Param(
-            normal(rngs.params(), (vocab_size, options.width), jnp.float32), axes=("vocab", "embed"), decays=True
+            normal(rngs.params(), (vocab_size, options.width), jnp.float32), axes=_AXES, decays=True
         )
         # One Block per place in the pattern, each of its parameters stacked over the repeats.
         self.blocks = nnx.List([_stacked(options, options.blocks[name], rngs) for name in options.pattern])
-        self.norm = RMSNorm(options.width)
+        small = first_scale(options.width, vocab_size)
+        self.norm = RMSNorm(options.width, initial=small if options.embedding.tied else 1.0)
+        back = None if options.embedding.tied else nnx.Param(small * self.embedding[...], axes=_AXES, decays=True)
+        self.back = back
 
     @property
     def dtype(self):
@@ -62,8 +73,8 @@ class LanguageModel(nnx.Module):
 
     @property
     def unembedding(self) -> Float[Array, "V D"]:
-        """The matrix from hidden vectors to logits: the embedding itself, float32."""
-        return self.embedding[...]
+        """The matrix from hidden vectors to logits: the embedding itself, or what it has apart from it, float32."""
+        return (self.embedding if self.back is None else self.back)[...]
 
     def __call__(self, tokens: Int[Array, "B T"], segments: Segments | None = None, state: Any = None):
         """Hidden vectors of a span, and the state after it.
@@ -77,9 +88,9 @@ class LanguageModel(nnx.Module):
         Returns:
           `hidden[B, T, D]`, normed and ready for `logits` or the chunked loss, and the state (None if none was given).
         """
-        # Scaled to unit variance, since the same matrix serves as the unembedding.
+        # Scaled to unit variance, since the same matrix may serve as the unembedding.
         # Rows gathered whole: a lookup in columns split over devices would make the compiler copy activations about.
-        table = constrain(gathered(self.embedding[...], ("vocab", "embed")), ("vocab", None))
+        table = constrain(gathered(self.embedding[...], _AXES), ("vocab", None))
         x = table[tokens].astype(self.dtype) * math.sqrt(self.options.width)
         x = embedded = constrain(x, ("batch", "time", None))
 
@@ -132,6 +143,17 @@ def _stacked(options: config.Model, block: config.Block, rngs: nnx.Rngs) -> Bloc
     """A Block whose parameters have a leading axis of `options.repeats`, each repeat initialised on its own."""
     keys = jax.random.split(rngs.params(), options.repeats)
     return jax.vmap(lambda key: Block(options.width, block, nnx.Rngs(params=key)))(keys)
+
+
+def first_scale(width: int, vocab_size: int, share: float = 0.02) -> float:
+    """How large logits may begin, as a fraction of unit logits, that the loss is that of a uniform guess, log V.
+
+    Of an initial loss of log V, noise of deviation s in the logits adds s² / 2, and the logit s √D of the token itself
+    about exp(s √D) / V; each may add `share` of log V. s is as large as that allows: the smaller logits begin, the
+    longer a tied embedding takes to make them large.
+    """
+    uniform = math.log(vocab_size)
+    return min(1.0, math.sqrt(2 * share * uniform), math.log1p(share * vocab_size * uniform) / math.sqrt(width))
 
 
 def parameter_count(model: nnx.Module) -> int:

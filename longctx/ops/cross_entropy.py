@@ -9,8 +9,12 @@ For a token with hidden vector h (width D), target y and unembedding E[V, D]:
 With label smoothing s the total's target is not y alone, but t = (1 - s) onehot(y) + s / V (Szegedy et al., 2016):
 z_y gives way to t . z. The best logits then are finite ones, and loss remains wherever they vary.
 
+With a z-loss of coefficient c (PaLM, Chowdhery et al., 2022) the total also has weight * c (log sum_v exp(z_v))^2 of
+every token, which keeps logits from drifting all together, where the loss does not see it.
+
 The row is cut into chunks and a `lax.scan` goes over them. Since `total` is one number, its gradient is known up to
-that number's cotangent as soon as the loss is: with p = softmax(z) and g = weight (p - t),
+that number's cotangent as soon as the loss is: with p = softmax(z), Z = sum_v exp(z_v) and
+g = weight (p - t + 2 c p log Z),
 
     d total / d h = E^T g,    d total / d E = sum over tokens of g h^T
 
@@ -42,12 +46,14 @@ class CrossEntropy(NamedTuple):
     """What `cross_entropy` returns.
 
     Attributes:
-      total: the sum of `weights * losses`, float32; with label smoothing, of the smoothed losses.
+      total: the sum of `weights * losses`, float32; with label smoothing, of the smoothed losses; z-loss included.
+      z_loss: the part of `total` that is z-loss.
       losses: `[B, T]` float32, -log p(target) in nats, not weighted.
       correct: `[B, T]` bool, true where no logit is larger than the target's.
     """
 
     total: Float[Array, ""]
+    z_loss: Float[Array, ""]
     losses: Float[Array, "B T"]
     correct: Bool[Array, "B T"]
 
@@ -60,6 +66,7 @@ def cross_entropy(
     weights: Float[Array, "B T"] | Bool[Array, "B T"],
     *,
     smoothing: float = 0.0,
+    z_loss: float = 0.0,
     chunk: int | None = None,
 ) -> CrossEntropy:
     """Cross-entropy of `hidden @ unembedding.T` against `targets`.
@@ -70,53 +77,61 @@ def cross_entropy(
       targets: below V; where the weight is 0 any value in range will do.
       weights: weight of each token in `total`.
       smoothing: s, from 0 to below 1, of the total's targets.
+      z_loss: c, not negative.
       chunk: tokens of each row whose logits are held at once; a multiple of the devices that the row is sharded
         over. None holds at most `HELD` logits at once.
 
     Returns:
-      `CrossEntropy`. `total` is differentiable once, with respect to `hidden` and `unembedding`; `losses` and
-      `correct` are for reading and carry no gradient.
+      `CrossEntropy`. `total` is differentiable once, with respect to `hidden` and `unembedding`; the others are
+      for reading and carry no gradient.
     """
     batch, length, _ = hidden.shape
     if chunk is None:
         chunk = max(1, HELD // (batch * unembedding.shape[0]))
     chunk = min(chunk, length)
-    found = _scan(chunk, smoothing, hidden, unembedding.astype(hidden.dtype), targets, weights.astype(jnp.float32))
-    return CrossEntropy(found.total, *jax.lax.stop_gradient((found.losses, found.correct)))
+    options = _Options(chunk, smoothing, z_loss)
+    found = _scan(options, hidden, unembedding.astype(hidden.dtype), targets, weights.astype(jnp.float32))
+    return CrossEntropy(found.total, *jax.lax.stop_gradient(found[1:]))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(chunk, smoothing, hidden, matrix, targets, weights) -> CrossEntropy:
-    def step(total, inputs):
-        smoothed, losses, correct, _ = _chunk(smoothing, matrix, *inputs[:2])
-        return total + jnp.sum(inputs[2] * smoothed), (losses, correct)
-
-    inputs = (_strided(x, chunk) for x in (hidden, targets, weights))
-    total, (losses, correct) = jax.lax.scan(step, jnp.zeros((), jnp.float32), tuple(inputs))
-    return CrossEntropy(total, _whole(losses, targets), _whole(correct, targets))
+class _Options(NamedTuple):
+    chunk: int
+    smoothing: float
+    z_loss: float
 
 
-def _forward(chunk, smoothing, hidden, matrix, targets, weights):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(options: _Options, hidden, matrix, targets, weights) -> CrossEntropy:
+    def step(sums, inputs):
+        terms, losses, correct, _ = _chunk(options, matrix, *inputs[:2])
+        return sums + _weighted(inputs[2], terms), (losses, correct)
+
+    inputs = (_strided(x, options.chunk) for x in (hidden, targets, weights))
+    sums, (losses, correct) = jax.lax.scan(step, jnp.zeros(2, jnp.float32), tuple(inputs))
+    return CrossEntropy(sums.sum(), sums[1], _whole(losses, targets), _whole(correct, targets))
+
+
+def _forward(options: _Options, hidden, matrix, targets, weights):
     def step(carry, inputs):
-        total, d_matrix = carry
+        sums, d_matrix = carry
         hidden, targets, weights = inputs
-        smoothed, losses, correct, slopes = _chunk(smoothing, matrix, hidden, targets)
+        terms, losses, correct, slopes = _chunk(options, matrix, hidden, targets)
         slopes *= weights[..., None]
         d_hidden = _product("bcv,vd->bcd", slopes.astype(matrix.dtype), matrix)
         # Over one axis of tokens: over two XLA:CPU copies both factors, which takes longer than the product.
         rows = (x.reshape(-1, x.shape[-1]) for x in (slopes.astype(hidden.dtype), hidden))
         d_matrix += _product("nv,nd->vd", *rows)
-        return (total + jnp.sum(weights * smoothed), d_matrix), (losses, correct, d_hidden.astype(hidden.dtype))
+        return (sums + _weighted(weights, terms), d_matrix), (losses, correct, d_hidden.astype(hidden.dtype))
 
-    inputs = (_strided(x, chunk) for x in (hidden, targets, weights))
-    start = jnp.zeros((), jnp.float32), jnp.zeros(matrix.shape, jnp.float32)
-    (total, d_matrix), (losses, correct, d_hidden) = jax.lax.scan(step, start, tuple(inputs))
-    found = CrossEntropy(total, _whole(losses, targets), _whole(correct, targets))
+    inputs = (_strided(x, options.chunk) for x in (hidden, targets, weights))
+    start = jnp.zeros(2, jnp.float32), jnp.zeros(matrix.shape, jnp.float32)
+    (sums, d_matrix), (losses, correct, d_hidden) = jax.lax.scan(step, start, tuple(inputs))
+    found = CrossEntropy(sums.sum(), sums[1], _whole(losses, targets), _whole(correct, targets))
     return found, (_whole(d_hidden, targets), d_matrix.astype(matrix.dtype))
 
 
-def _backward(chunk, smoothing, slopes, cotangents):
-    del chunk, smoothing
+def _backward(options, slopes, cotangents):
+    del options
     d_hidden, d_matrix = (slope * cotangents.total.astype(slope.dtype) for slope in slopes)
     return d_hidden, d_matrix, None, None
 
@@ -124,8 +139,14 @@ def _backward(chunk, smoothing, slopes, cotangents):
 _scan.defvjp(_forward, _backward)
 
 
-def _chunk(smoothing, matrix, hidden, targets):
-    """Of `[B, chunk]` tokens: smoothed losses, losses, hits, and the smoothed losses' slopes in the logits."""
+def _weighted(weights, terms):
+    """`[2]`: the sums of the smoothed losses and of the z-losses."""
+    return jnp.stack([jnp.sum(weights * term) for term in terms])
+
+
+def _chunk(options: _Options, matrix, hidden, targets):
+    """Of `[B, chunk]` tokens: (smoothed losses, z-losses), losses, hits, and slopes of the first two in the logits."""
+    smoothing = options.smoothing
     logits = _product("bcd,vd->bcv", hidden, matrix)
     # A comparison with iota, not a gather: it stays local where the vocabulary is sharded.
     here = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
@@ -133,10 +154,14 @@ def _chunk(smoothing, matrix, hidden, targets):
     found = jnp.sum(jnp.where(here, logits, 0), axis=-1)
     exponentials = jnp.exp(logits - peak)
     mass = jnp.sum(exponentials, axis=-1, keepdims=True)
-    losses = jnp.log(mass[..., 0]) + peak[..., 0] - found
+    log_mass = jnp.log(mass) + peak
+    losses = log_mass[..., 0] - found
     smoothed = losses + smoothing * (found - jnp.mean(logits, axis=-1)) if smoothing else losses
-    slopes = exponentials / mass - (1 - smoothing) * here - smoothing / logits.shape[-1]
-    return smoothed, losses, found >= peak[..., 0], slopes
+    chances = exponentials / mass
+    slopes = chances - (1 - smoothing) * here - smoothing / logits.shape[-1]
+    if options.z_loss:
+        slopes += 2 * options.z_loss * log_mass * chances
+    return (smoothed, options.z_loss * jnp.square(log_mass[..., 0])), losses, found >= peak[..., 0], slopes
 
 
 _product = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)

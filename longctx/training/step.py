@@ -44,25 +44,33 @@ class TrainState(NamedTuple):
 class Sums(NamedTuple):
     """Sums over the tokens of a batch, from which its metrics follow."""
 
-    loss: Array  # float32: of weights * losses
+    total: Array  # float32: of weights * losses, z-loss included: what a step lowers
+    z_loss: Array  # float32: the part of it that is z-loss
     weight: Array  # float32: of weights
     hits: Array  # int32: retrieval answers that have the largest logit
     answers: Array  # int32: retrieval answers
 
+    @property
+    def loss(self) -> Array:
+        """Of weights * losses alone."""
+        return self.total - self.z_loss
 
-def loss_sums(model: LanguageModel, batch: Batch, answer_weight: float, label_smoothing: float = 0.0) -> Sums:
+
+def loss_sums(
+    model: LanguageModel, batch: Batch, answer_weight: float, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> Sums:
     """The sums of one (micro-)batch, split over the ambient mesh.
 
     A token weighs what the batch's `weights` say, and a retrieval answer `answer_weight` times that; of every target
-    the whole vocabulary shares `label_smoothing`.
+    the whole vocabulary shares `label_smoothing`. `z_loss` is the coefficient of the squared log of the softmax's sum.
     """
     segments = Segments.from_ids(batch["segment_ids"], batch["positions"])
     hidden, _ = model(batch["tokens"], segments)
     weights = token_weights(batch, answer_weight)
 
     def own_tokens(*arrays):
-        found = cross_entropy(*arrays, smoothing=label_smoothing)
-        return found.total[None, None], found.correct
+        found = cross_entropy(*arrays, smoothing=label_smoothing, z_loss=z_loss)
+        return found.total[None, None], found.z_loss[None, None], found.correct
 
     if meshes.size("data") * meshes.size("context") > 1:
         # An island over the tokens, so that the unembedding's gradient is summed over devices once, not once a chunk.
@@ -70,14 +78,14 @@ def loss_sums(model: LanguageModel, batch: Batch, answer_weight: float, label_sm
         own_tokens = jax.shard_map(
             own_tokens,
             in_specs=(rows, whole, rows, rows),
-            out_specs=(rows, rows),
+            out_specs=(rows, rows, rows),
             axis_names={"data", "context"},
             check_vma=False,
         )
     unembedding = rules.gathered(model.unembedding, ("vocab", "embed"))
-    totals, correct = own_tokens(hidden, unembedding, batch["targets"], weights)
+    totals, squares, correct = own_tokens(hidden, unembedding, batch["targets"], weights)
     answers = batch["answers"]
-    return Sums(totals.sum(), weights.sum(), jnp.sum(correct & answers), jnp.sum(answers))
+    return Sums(totals.sum(), squares.sum(), weights.sum(), jnp.sum(correct & answers), jnp.sum(answers))
 
 
 def token_weights(batch: Batch, answer_weight: float) -> Array:
@@ -209,8 +217,8 @@ class Program:
         """The step at one size of batch: `(state, batch, rate) -> (state, metrics)`.
 
         It consumes the state that it is given. The metrics are float32 scalars: `loss`, the mean over all weight in
-        the batch, smoothed if targets are; `gradient_norm`, before clipping; `learning_rate`; and `hits` of `answers`,
-        counts.
+        the batch, smoothed if targets are; `z_loss`, where there is one, of which `loss` has nothing; `gradient_norm`,
+        before clipping; `learning_rate`; and `hits` of `answers`, counts.
         """
         return self.trace(stage).lower().compile()
 
@@ -249,6 +257,8 @@ class Program:
             "hits": sums.hits,
             "answers": sums.answers,
         }
+        if self.experiment.training.z_loss:
+            metrics["z_loss"] = sums.z_loss / weight
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, moments), jax.tree.map(jnp.float32, metrics)
 
@@ -264,13 +274,14 @@ class Program:
 
         def add(before, batch):
             def mean(params):
-                sums = loss_sums(self.model(params), batch, options.answer_weight, options.label_smoothing)
-                return sums.loss / weight, sums
+                model = self.model(params)
+                sums = loss_sums(model, batch, options.answer_weight, options.label_smoothing, options.z_loss)
+                return sums.total / weight, sums
 
             after = jax.grad(mean, has_aux=True)(params)
             return jax.tree.map(jnp.add, before, after), None
 
-        zero = Sums(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.int32(0))
+        zero = Sums(*(jnp.float32(0),) * 3, *(jnp.int32(0),) * 2)
         start = jax.tree.map(jnp.zeros_like, params), zero
         return jax.lax.scan(add, start, jax.tree.map(micro_batches, dict(batch)))[0]
 

@@ -1,7 +1,9 @@
 """The language model: repeats, states, and what it says of itself."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from longctx import config
@@ -13,11 +15,14 @@ DELTA = {"mixer": {"kind": "gated_delta", "heads": 2, "key_width": 8, "value_wid
 FULL = {"mixer": {"kind": "attention", "heads": 2, "kv_heads": 1, "head_width": 8}, "mlp": {"kind": "swiglu"}}
 
 
-def make(pattern, repeats=1, **options):
-    blocks = {"delta": DELTA, "full": FULL}
-    tree = {"model": {"pattern": pattern, "repeats": repeats, "width": 16, "blocks": blocks, **options}}
+SMALL = {"mixer": FULL["mixer"], "mlp": {"kind": "relu2", "hidden": 16}}
+
+
+def make(pattern, repeats=1, vocab_size=50, **options):
+    model = {"pattern": pattern, "repeats": repeats, "width": 16, "blocks": {"delta": DELTA, "full": FULL}}
+    tree = {"model": model | options}
     experiment = config.parse(tree | {"training": {"stages": ((1, 1, 64),)}}, MIXERS, MLPS)
-    return LanguageModel(experiment.model, 50, nnx.Rngs(params=0))
+    return LanguageModel(experiment.model, vocab_size, nnx.Rngs(params=0))
 
 
 def test_repeats_are_blocks_in_turn():
@@ -34,6 +39,36 @@ def test_repeats_are_blocks_in_turn():
     np.testing.assert_allclose(hidden, model.norm(x), atol=1e-4)
     first, second = (np.asarray(model.blocks[0].mixer.query.weight[...][i]) for i in range(2))
     assert np.abs(first - second).max() > 0.1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("width", "vocabulary"), [(16, 2048), (64, 2048), (512, 512), (2048, 64)])
+def test_the_initial_loss_is_a_uniform_guess(width, vocabulary, tied):
+    """Of any width and vocabulary, within 5 %, on targets drawn at random and on the tokens themselves.
+
+    Seen to fail: unit logits, of which a token's own is √D.
+    """
+    model = make(("full",), width=width, vocab_size=vocabulary, embedding={"tied": tied}, blocks={"full": SMALL})
+    tokens, targets = jax.random.randint(jax.random.key(1), (2, 2, 64), 0, vocabulary)
+
+    @jax.jit
+    def losses(model):
+        log_p = jax.nn.log_softmax(model.logits(model(tokens)[0]))
+        return tuple(-jnp.take_along_axis(log_p, t[..., None], -1).mean() for t in (targets, tokens))
+
+    uniform = np.log(vocabulary)
+    at_random, own = losses(model)
+    assert abs(at_random - uniform) < 0.05 * uniform
+    assert own < uniform  # the right way round
+
+
+def test_an_untied_model_begins_as_a_tied_one():
+    """The same logits to rounding, from two matrices, of which each has a gradient of its own."""
+    tied, untied = make(("full",)), make(("full",), embedding={"tied": False})
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
+    run = jax.jit(lambda model: model.logits(model(tokens)[0]))
+    np.testing.assert_allclose(run(untied), run(tied), atol=1e-5)
+    assert parameter_count(untied) == parameter_count(tied) + 50 * 16
 
 
 def test_bounded_and_parameters():
