@@ -17,7 +17,7 @@ from grain.experimental import set_next_index
 from longctx import config, data
 from longctx.errors import UsageError, refused
 from longctx.folder import lock
-from longctx.models import LanguageModel
+from longctx.models import LanguageModel, parameter_table
 from longctx.parallel import mesh as meshes
 from longctx.parallel.processes import Votes
 from longctx.training import origin, start
@@ -136,7 +136,8 @@ def _train(experiment, workdir, source, program, checkpoints, iterators, heldout
         if jax.process_index() == 0 and step < training.steps:
             facts = start.facts(program, source, workdir)
             start.write(workdir, facts)
-            metrics.say("\n".join([*start.lines(facts), *data.notes(source, experiment.data, training.stages)]))
+            table = parameter_table(experiment, source.vocab_size)
+            metrics.say("\n".join([table, *start.lines(facts), *data.notes(source, experiment.data, training.stages)]))
         measure = heldout(program.graphdef, experiment, source) if heldout and experiment.evaluation.every else None
         run = _Run(experiment, program, checkpoints, metrics, measure)
         step = run.steps(step, state, iterators, Votes(stop, program.mesh))

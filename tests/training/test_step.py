@@ -58,7 +58,7 @@ def close(found, expected, atol=2e-5):
 
 @pytest.fixture(scope="module")
 def experiment(parse):
-    return dataclasses.replace(parse(answer_weight=3.0, label_smoothing=0.1), mesh=config.Mesh(1, 1, 1))
+    return dataclasses.replace(parse(answer_weight=3.0, label_smoothing=0.1, z_loss=0.2), mesh=config.Mesh(1, 1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +67,23 @@ def plain(cache, experiment, batch):
 
 
 def test_loss_is_the_weighted_mean_of_the_definition(experiment, batch, plain):
-    """Answers weigh three times as much, and the vocabulary shares a tenth of every target.
+    """Answers weigh three times as much, and the vocabulary shares a tenth of every target; z-loss is told apart.
 
-    Seen to fail: the smoothing not handed to the loss.
+    Seen to fail: the smoothing not handed to the loss; the loss with the z-loss in it.
     """
     model = new_model(experiment, VOCABULARY)
     segments = Segments.from_ids(batch["segment_ids"], batch["positions"])
     hidden, _ = jax.jit(lambda tokens: model(tokens, segments))(jnp.asarray(batch["tokens"]))
     logits = np.asarray(model.logits(hidden), np.float64)
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    log_mass = np.log(np.exp(logits).sum(-1, keepdims=True))
+    log_p = logits - log_mass
     losses = -0.9 * np.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0] - 0.1 * log_p.mean(-1)
     weights = batch["weights"] * np.where(batch["answers"], 3, 1)
     found = plain[0][0]
     np.testing.assert_allclose(found["loss"], (weights * losses).sum() / weights.sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        found["z_loss"], 0.2 * (weights * log_mass[..., 0] ** 2).sum() / weights.sum(), rtol=1e-5
+    )
     hits = (logits.argmax(-1) == batch["targets"]) & batch["answers"]
     assert (found["hits"], found["answers"]) == (hits.sum(), batch["answers"].sum())
 

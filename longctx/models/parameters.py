@@ -1,0 +1,51 @@
+"""Where a model's parameters are: by part and by kind of block, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+
+from flax import nnx
+
+from longctx import config
+from longctx.models.language import LanguageModel
+
+_PARTS = ("mixer", "mlp", "norms")
+
+
+def parameter_table(experiment: config.Experiment, vocab_size: int) -> str:
+    """A table of the model's parameters, to match models by: a row for each kind of block and for what is around them.
+
+    A block's row is of all its copies, `repeats` times its places in the pattern; no array is made.
+
+    Raises:
+      ValueError: as the model's layers, of options that cannot be.
+    """
+    options = experiment.model
+    state = nnx.state(nnx.eval_shape(lambda: LanguageModel(options, vocab_size, nnx.Rngs(params=0))), nnx.Param)
+    sizes = {path: math.prod(variable.get_value().shape) for path, variable in nnx.to_flat_state(state)}
+    rows = []
+    for name in dict.fromkeys(options.pattern):
+        places = {i for i, other in enumerate(options.pattern) if other == name}
+        counts = dict.fromkeys(_PARTS, 0)
+        for path, size in sizes.items():
+            if path[0] == "blocks" and path[1] in places:
+                counts[path[2] if path[2] in counts else "norms"] += size
+        block = options.blocks[name]
+        kinds = f"{name}: {block.mixer.kind}, {block.mlp.kind}"
+        rows.append((kinds, len(places) * options.repeats, *counts.values(), 0))
+    around = {path[0]: size for path, size in sizes.items() if path[0] != "blocks"}
+    norm = around.pop("norm")
+    rows.append(("embedding" if options.embedding.tied else "embedding, and back", "", 0, 0, 0, sum(around.values())))
+    rows.append(("last norm", "", 0, 0, norm, 0))
+    sums = [sum(column) for column in zip(*(row[2:] for row in rows), strict=True)]
+    rows.append(("all", "", *sums))
+    lines = [("parameters", "copies", *_PARTS, "embedding", "together")]
+    lines += [
+        (name, str(copies), *(f"{n:,}" if n else "" for n in numbers), f"{sum(numbers):,}")
+        for name, copies, *numbers in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([name.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=True))])
+        for name, *cells in lines
+    )
