@@ -83,6 +83,31 @@ def load(names: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
+def apart(names: Any, folder: Path) -> None:
+    """Refuses plugins that are in `folder`: a workdir from elsewhere must not bring the code that opening it runs.
+
+    Args:
+      names: what a config has as plugins, whatever it is.
+      folder: the workdir.
+
+    Raises:
+      UsageError: one of them is in the folder.
+    """
+    inside = os.path.realpath(folder)
+    for name in names if isinstance(names, list | tuple) else ():
+        if not isinstance(name, str):
+            continue
+        places = [Path(name)]
+        if not name.endswith(".py"):
+            top = name.split(".")[0]
+            places = [Path(entry, f"{top}{ending}") for entry in sys.path for ending in ("", ".py")]
+        if any(Path(os.path.realpath(place)).is_relative_to(inside) for place in places if os.path.exists(place)):
+            raise UsageError(
+                f"plugins names {show(name)}, which is in the workdir itself, and a workdir brings no code. Look at "
+                "it, and if you trust it, move it elsewhere and write in plugins where it is then."
+            )
+
+
 def of(options: Any) -> set[str]:
     """The plugins that these options, and those within them, come from."""
     if isinstance(options, Mapping):

@@ -30,7 +30,7 @@ def parsed(name):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
 def test_on_eight_devices(name):
-    """Its last stage, and its longest rows. Seen to fail for seven files where -1 takes all devices."""
+    """Its last stage, and its longest rows. Guards against an axis of -1 that takes all devices."""
     experiment = parsed(name)
     longest = dataclasses.replace(experiment.evaluation, factors=(max(experiment.evaluation.factors),))
     mesh = loop.make_mesh(experiment)

@@ -86,7 +86,7 @@ def test_operations_of_scans_count_as_often_as_they_run(layers):
 
 
 def test_without_peers_layers_are_measured_and_others_refused_first(layers, tmp_path, monkeypatch):
-    """Neither torch nor transformers is here. Seen to fail: the table ended in an ImportError, all being measured."""
+    """Neither torch nor transformers is here. Guards against an ImportError after all is measured."""
     timing = sys.modules["timing"]
     for name in ("torch", "transformers"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -16,6 +16,7 @@ from longctx.errors import UsageError
 from longctx.layers import MIXERS, MLPS
 from longctx.layers.positions import YaRN
 from longctx.overrides import ExperimentParser
+from longctx.training import workdir as workdirs
 
 FILE = """
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -195,3 +196,18 @@ def test_a_layer_of_ones_own(tmp_path, given):
     (tmp_path / "file.py").unlink()
     with pytest.raises(UsageError, match=r"plugins names '.*file.py', where layers are .*there is no such file"):
         config.parse(saved, MIXERS, MLPS, TASKS)
+
+
+@pytest.mark.parametrize(
+    "name", ["{folder}/file.py", "{folder}/inner/../file.py", "{folder}/link.py", "file", "file.of"]
+)
+def test_a_workdir_brings_no_code(tmp_path, monkeypatch, name):
+    """Guards against code that runs because a workdir from elsewhere is looked at, here or from within."""
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "file.py").write_text("raise SystemExit('it ran')")
+    (tmp_path / "link.py").symlink_to(tmp_path / "file.py")
+    (tmp_path / "config.json").write_text(json.dumps({"plugins": [name.format(folder=tmp_path)]}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    with pytest.raises(UsageError, match="a workdir brings no code"):
+        workdirs.open_run(tmp_path)

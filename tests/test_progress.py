@@ -21,7 +21,7 @@ def clock(monkeypatch):
 
 
 def test_log_gets_a_line_in_thirty_seconds(monkeypatch, clock):
-    """An hour of steps is some 120 whole lines; seen to fail with tqdm, which returns the carriage instead."""
+    """An hour of steps is some 120 whole lines; guards against tqdm, which returns the carriage instead."""
     log = io.StringIO()
     monkeypatch.setattr("sys.stderr", log)
     with progress.Progress("training", "step", 3700, done=100) as bar:

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from longctx import config
+from longctx import config, plugins
 from longctx.data import TASKS, Source, Task, Tokenizer
 from longctx.errors import UsageError
 from longctx.folder import files
@@ -97,12 +97,14 @@ def check(workdir: Path, experiment: config.Experiment) -> list[str]:
       What differs and may, in sentences.
 
     Raises:
-      UsageError: another experiment was started there, with the fields that differ; or no run can be there.
+      UsageError: another experiment was started there, with the fields that differ; or no run can be there; or its
+        plugins are there.
     """
     workdir = Path(workdir)
     paths.check(workdir)
     paths.writable(workdir)
     _check_forms(workdir)
+    plugins.apart(experiment.plugins, workdir)
     if not (workdir / "config.json").exists():
         if (workdir / "checkpoints").exists():
             raise UsageError(
@@ -267,6 +269,7 @@ def _check_tokenizer(workdir: Path) -> None:
 def _read_config(workdir: Path) -> config.Experiment:
     tree = _read_json(workdir / "config.json")
     try:
+        plugins.apart(tree.get("plugins"), workdir)
         return config.parse(tree, MIXERS, MLPS, TASKS)
     except UsageError as error:
         raise UsageError(f"{workdir / 'config.json'} cannot be used: {error}") from error

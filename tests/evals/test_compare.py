@@ -95,7 +95,7 @@ def test_bits_a_byte_are_paired_over_documents_of_any_tokenizer():
 
 
 def test_copies_of_a_text_all_count():
-    """Seen to fail: the last copy alone. They hang together in the error."""
+    """Guards against the last copy alone. They hang together in the error."""
     copies = HELD | {"names": ["x", "y", "y"]}
     found = compare.compare([run("a", heldout=copies), run("b", config="b", heldout=copies | {"nats": [70, 710, 150]})])
     first, second = found.cells[compare.BITS, None]
@@ -112,7 +112,7 @@ def test_windows_measured_by_one_run_alone_are_left_out_of_the_difference():
 
 
 def test_needles_found_alike_are_no_proof_of_equality():
-    """80 of 80 and 80 of 80 differ by 0 ± something. Seen to fail: ± 0.0 %."""
+    """80 of 80 and 80 of 80 differ by 0 ± something. Guards against ± 0.0 %."""
     right = [[1] * 16] * 5
     missed = [[0] * 4 + [1] * 12, *[[1] * 16] * 4]
     found = compare.compare([run("a", needles=right), run("b", config="b", needles=right)])

@@ -151,7 +151,7 @@ def test_commit_is_of_the_checkout_that_holds_the_package(tmp_path):
 
 
 def test_what_is_not_finite_is_left_out_and_told(tmp_path, bigram, experiment, corpus, monkeypatch):
-    """Seen to fail: "nan ± nan" in the table, and NaN in summary.json."""
+    """Guards against "nan ± nan" in the table, and NaN in summary.json."""
     real = perplexity.final_block
 
     def broken(*arguments):

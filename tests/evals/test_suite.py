@@ -35,7 +35,7 @@ TASK = InductionHeads(lengths=(40, 300))
 
 @pytest.mark.parametrize("source", ["corpus", "task"])
 def test_lengths_that_a_layer_refuses(experiment, corpus, source):
-    """Longer rows than those of training, of 64 tokens. Seen to fail without `check`, which raises nothing then."""
+    """Longer rows than those of training, of 64 tokens. Guards against leaving out `check`."""
     given = corpus if source == "corpus" else TASK
     checked(experiment, given)
     short = with_mixer(experiment, lambda options: dataclasses.replace(options, positions=XPos(scale_base=1.0)))

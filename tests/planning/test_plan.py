@@ -246,7 +246,7 @@ def test_what_is_said_of_gpus():
 
 
 def test_what_a_layer_refuses():
-    """Told with the stage, before anything is compiled. Seen to fail with a ValueError."""
+    """Told with the stage, before anything is compiled. Guards against a ValueError."""
     mixer = {"kind": "attention", "heads": 2, "kv_heads": 2, "head_width": 8, "context_parallel": "heads"}
     tree = {
         "model": {"width": 16, "pattern": ("only",), "blocks": {"only": {"mixer": mixer, "mlp": {"kind": "swiglu"}}}},

@@ -86,7 +86,7 @@ def test_attention_tells_its_steps():
 def test_the_model_is_counted_once_and_the_program_as_often_as_it_runs():
     """Mamba-2's keys are the same for all heads: devices that split heads make them twice, and the model once.
 
-    Seen to fail: the model counted as on two devices that split heads, and "with what is computed again" a tenth less.
+    Guards against the model counted as on two devices that split heads, and "with what is computed again" a tenth less.
     """
     tree = {
         "model": {

@@ -336,7 +336,7 @@ def test_a_state_that_is_not_finite(tmp_path, parse, corpus, cache, monkeypatch,
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, parse, corpus, change, told):
-    """Seen to fail for the last two when the steps are traced after `workdirs.start`."""
+    """Guards against steps that are traced only after `workdirs.start` has written."""
     experiment = parse(change.get("mixer"), **change.get("training", {}))
     experiment = dataclasses.replace(experiment, mesh=change.get("mesh", config.Mesh(1, 1, 1)))
     with pytest.raises(UsageError, match=told):

@@ -140,7 +140,7 @@ STAGES = ((4, 4, 32), (5, 2, 64))
     ],
 )
 def test_what_leaves_the_steps_done_as_they_were(tmp_path, parse, corpus, done, training, allowed):
-    """Seen to fail where the rate's fall follows the stages: appended ones would give the steps done another rate."""
+    """Guards against a fall of the rate that follows the stages: appended ones would give the steps done another."""
     workdirs.start(tmp_path, parse(), corpus)
     if done:
         (tmp_path / "checkpoints" / str(done)).mkdir(parents=True)

@@ -115,7 +115,7 @@ def test_no_device_holds_a_whole_matrix(experiment):
 
 
 def test_rates_and_seeds_share_a_program(experiment):
-    """A sweep compiles once. Seen to fail with the schedule traced into the step, and the seed into `init`."""
+    """A sweep compiles once. Guards against a schedule traced into the step, and a seed into `init`."""
     stages = (config.Stage(90, 8, 16),)
     training = dataclasses.replace(
         experiment.training, learning_rate=1e-4, final_learning_rate=0.5, warmup_steps=7, stages=stages
