@@ -40,6 +40,11 @@ OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 5e-4
 MODULES = (importlib.import_module(f"{ops.__name__}.{found.name}") for found in pkgutil.iter_modules(ops.__path__))
 FAMILIES = [module for module in MODULES if hasattr(module, "recurrent") and hasattr(module, "chunked")]
 
+# Mixers that have a short convolution only if asked for one.
+CONVOLVED = [
+    "forgetting", "gla", "hgrn2", "indexer_topk", "infini", "lact", "lru", "lsh", "mlstm",
+    "multi_resolution", "nsa", "retnet", "rwkv7", "s5",
+]  # fmt: skip
 VARIANTS = {
     "attention/window": ("attention", {"pattern": "Window(11)"}),
     "attention/window+sinks": ("attention", {"pattern": "Window(11) | Sinks(3)"}),
@@ -100,13 +105,15 @@ VARIANTS = {
         {"momentum": False, "orthogonal": True, "minibatch": 40, "rank": 0, "fast_width": 32, "rope_base": 0.0},
     ),
     "swiglu/chunk": ("swiglu", {"chunk": 5}),
-}
+} | {f"{name}/conv": (name, {"conv_width": 3}) for name in CONVOLVED}
 LAYERS = {name: (name, {}) for name in (*MIXERS, *MLPS)} | VARIANTS
 # Layers whose state holds every token, so that what crosses devices grows with the sequence.
-UNBOUNDED = {"forgetting", "indexer_topk", "indexer_topk/dense", "lsh", "lsh/centroids", "moba", "nsa", "path"} | {
+ALL_TOKENS = {"indexer_topk", "lsh", "moba", "nsa", "path"}
+UNBOUNDED = {"forgetting", "forgetting/conv"} | {
     name
     for name, (kind, options) in LAYERS.items()
-    if kind == "attention" and causal(parse(options.get("pattern", "Causal()"))).union.reach is None
+    if kind in ALL_TOKENS
+    or (kind == "attention" and causal(parse(options.get("pattern", "Causal()"))).union.reach is None)
 }
 # Layers whose state has room for every token of the document.
 GROWING_STATE = UNBOUNDED
@@ -119,7 +126,14 @@ COUNTING = {
     "retnet", "rglru", "titans_context", "ttt_linear",
 }  # fmt: skip
 # Numbers per token that a layer gathers on all devices: of summaries by which queries choose blocks of keys.
-GATHERED = {"indexer_topk": 16, "indexer_topk/dense": 64, "moba": 32, "nsa": 32}
+GATHERED = {
+    "indexer_topk": 16,
+    "indexer_topk/dense": 64,
+    "indexer_topk/conv": 16,
+    "moba": 32,
+    "nsa": 32,
+    "nsa/conv": 32,
+}
 
 
 def slow(*values):
@@ -257,7 +271,6 @@ def test_states_are_float32(name):
     before = jax.eval_shape(lambda: layer.init_state(2, T, jnp.bfloat16))
     x = jax.ShapeDtypeStruct((2, 16, D), jnp.bfloat16)
     after = jax.eval_shape(lambda x, state: layer(x, Segments.single(2, 16), state)[1], x, before)
-    chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
     alone = jax.eval_shape(lambda x: layer(x, Segments.single(2, 16))[1], x)
 
     def carried(state):
@@ -265,9 +278,10 @@ def test_states_are_float32(name):
             where = jax.tree_util.keystr(path)
             yield from [(where + ".decay", leaf.decay)] if isinstance(leaf, KVCache) else [(where, leaf)]
 
-    for where, leaf in [*carried(before), *carried(alone)]:
+    for where, leaf in [*carried(before), *carried(after), *carried(alone)]:
         held = leaf is None or jnp.issubdtype(leaf.dtype, jnp.integer) or leaf.dtype in (jnp.float32, jnp.complex64)
         assert held, f"{name}: the state's {where or 'only leaf'} is {leaf.dtype}, not float32"
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
 
 
 GOING_ON = [name for name in (*MIXERS, *MLPS) if name not in COUNTING]
@@ -296,6 +310,12 @@ def test_who_cannot_know_where_a_span_stands_says_so(name):
     layer = nnx.merge(*make(name))
     with pytest.raises(ValueError, match=r"how many tokens of the document came before.*offset"):
         jax.eval_shape(lambda x: layer(x, None, layer.init_state(2, 24, x.dtype)), inputs(24))
+
+
+def test_every_mixer_has_a_short_convolution():
+    """All but one, whose cell asks each block's tokens together."""
+    assert [name for name, cls in MIXERS.items() if not hasattr(cls.Config, "conv_width")] == ["block_recurrent"]
+    assert set(CONVOLVED) <= {name for name, cls in MIXERS.items() if cls.Config().conv_width == 0}
 
 
 # Lengths of documents in two rows: no multiple of any chunk, one token, and more than a chunk's edge in the last one.

@@ -13,8 +13,9 @@ then takes a hundred steps to learn instead of thousands.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jaxtyping import Array, Float
 
 from longctx.memory.cache import KVCache
 from longctx.parallel import mesh, rules, sequence
+from longctx.schema import Bound
 from longctx.typing import Segments
 
 _INITIAL = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -181,6 +183,53 @@ class ShortConv(nnx.Module):
         """The inputs before any token: zeros, float32."""
         taps, channels = self.kernel.shape
         return jnp.zeros((batch, taps - 1, channels), jnp.float32)
+
+
+Taps = Annotated[int, Bound(0, 256)]  # of a short convolution; 0: none
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Convolved:
+    """A mixer's state behind a short convolution: its own, and the last inputs of the convolution."""
+
+    mixer: Any
+    conv: Float[Array, "B W-1 C"]
+
+
+def short_conv(width: int, lags: Sequence[int], rngs: nnx.Rngs, axis: str = "heads") -> ShortConv | None:
+    """The convolution in front of a mixer, `ShortConv`; None if `width` is 0."""
+    return ShortConv(width, lags, rngs, axis) if width else None
+
+
+def convolved(conv: ShortConv | None, parts: Sequence[Float[Array, "B T C"]], segments: Segments | None, state: Any):
+    """What a mixer begins with, where it may have a short convolution.
+
+    Args:
+      conv: over the channels of all parts, one after another; None is none.
+      parts: projections, such as queries, keys and values.
+      segments: the documents of the span.
+      state: before the span, as `behind` gave it; None is the empty one.
+
+    Returns:
+      `(parts convolved, the mixer's own state, the last inputs of the convolution)`.
+    """
+    if conv is None:
+        return list(parts), state, None
+    mixer, tail = (None, None) if state is None else (state.mixer, state.conv)
+    mixed, tail = conv(jnp.concatenate(parts, axis=-1), segments, tail)
+    edges = np.cumsum([part.shape[-1] for part in parts])[:-1]
+    return jnp.split(mixed, edges, axis=-1), mixer, tail
+
+
+def behind(state: Any, tail: Float[Array, "B W-1 C"] | None) -> Any:
+    """The state of a mixer that may have a short convolution: its own, and that one's last inputs if there are any."""
+    return state if tail is None else Convolved(state, tail)
+
+
+def empty_tail(conv: ShortConv | None, batch: int) -> Float[Array, "B W-1 C"] | None:
+    """The inputs of a short convolution before any token."""
+    return None if conv is None else conv.init_state(batch)
 
 
 class Projections(nnx.Module):

@@ -10,7 +10,18 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import attend_with_cache
-from longctx.layers.basic import Linear, RMSNorm, document, like_queries, undo_values
+from longctx.layers.basic import (
+    Linear,
+    RMSNorm,
+    Taps,
+    behind,
+    convolved,
+    document,
+    empty_tail,
+    like_queries,
+    short_conv,
+    undo_values,
+)
 from longctx.memory.cache import KVCache
 from longctx.ops import linear_scan
 from longctx.ops.patterns import Causal, Window
@@ -53,6 +64,7 @@ class Forgetting(nnx.Module):
         qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
         output_gate: bool = True  # RMS norm of the output per head, and a gate on it
         shift: bool = True  # keys and values are mixed with those of the token before, by a gate per head
+        conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
             if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
@@ -67,6 +79,8 @@ class Forgetting(nnx.Module):
         like_query = like_queries(self.query, options.kv_heads, options.head_width)
         self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
         self.value = Linear(width, keys, ("embed", "heads"), rngs)
+        lags = [0] * queries + [1] * keys + [0] * keys
+        self.conv = short_conv(options.conv_width, lags, rngs)
         self.forget = Linear(width, options.heads, ("embed", "heads"), rngs)
         # The heads begin with log gates of -1/1,000 to -1/10.
         step = jnp.geomspace(1e-3, 1e-1, options.heads)
@@ -88,7 +102,9 @@ class Forgetting(nnx.Module):
         segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
-        q, k, v, last = self.query(x), self.key(x), self.value(x), None
+        parts = self.query(x), self.key(x), self.value(x)
+        (q, k, v), state, tail = convolved(self.conv, parts, segments, state)
+        last = None
         if options.shift:
             (k, v), last = self._shifted(x, k, v, segments, None if state is None else state.last)
         q, k, v = (y.reshape(batch, length, -1, options.head_width) for y in (q, k, v))
@@ -109,7 +125,7 @@ class Forgetting(nnx.Module):
             y = attend_with_cache(q, k, v, pattern, segments, state.cache, cache, decay)
         if options.output_gate:
             y = self.norm(y) * jax.nn.sigmoid(self.gate(x)).reshape(y.shape)
-        return self.out(y.reshape(batch, length, -1)), ForgettingState(cache, total, last)
+        return self.out(y.reshape(batch, length, -1)), behind(ForgettingState(cache, total, last), tail)
 
     def _shifted(self, x, k, v, segments: Segments, last: Float[Array, "B 1 2*G*K"] | None):
         """Keys and values mixed with those of the token before, and the last of them unmixed."""
@@ -135,4 +151,5 @@ class Forgetting(nnx.Module):
         options = self.options
         total = jnp.zeros((batch, options.heads), jnp.float32)
         last = jnp.zeros((batch, 1, 2 * options.kv_heads * options.head_width), jnp.float32) if options.shift else None
-        return ForgettingState(self._empty(batch, capacity, dtype), total, last)
+        state = ForgettingState(self._empty(batch, capacity, dtype), total, last)
+        return behind(state, empty_tail(self.conv, batch))

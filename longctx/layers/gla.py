@@ -9,7 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, like_queries, undo_values
+from longctx.layers.basic import (
+    Linear,
+    RMSNorm,
+    Taps,
+    behind,
+    convolved,
+    empty_tail,
+    like_queries,
+    short_conv,
+    undo_values,
+)
 from longctx.ops import gated_linear as ops
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -30,6 +40,7 @@ class GLA(nnx.Module):
         value_width: int = 32  # V
         gate_rank: int = 16  # of the projection to the decay
         gate_temperature: float = 16.0  # τ: larger keeps the decay nearer to 1
+        conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
             if min(self.heads, self.key_width, self.value_width, self.gate_rank) < 1 or self.gate_temperature <= 0:
@@ -44,6 +55,8 @@ class GLA(nnx.Module):
         self.value = Linear(width, values, ("embed", "heads"), rngs)
         self.decay_in = Linear(width, options.gate_rank, ("embed", "rank"), rngs)
         self.decay_out = Linear(options.gate_rank, keys, ("rank", "heads"), rngs, bias=0.0)
+        lags = [0] * keys + [1] * keys + [0] * values
+        self.conv = short_conv(options.conv_width, lags, rngs)
         self.norm = RMSNorm(options.value_width, ("head",))
         self.gate = Linear(width, values, ("embed", "heads"), rngs)
         back = undo_values(self.value, options.heads, options.value_width)
@@ -59,14 +72,19 @@ class GLA(nnx.Module):
         def heads(y):
             return y.reshape(batch, length, options.heads, -1)
 
-        q, k, v = heads(self.query(x)) * options.key_width**-0.5, heads(self.key(x)), heads(self.value(x))
+        parts, state, tail = convolved(self.conv, (self.query(x), self.key(x), self.value(x)), segments, state)
+        q, k, v = map(heads, parts)
+        q *= options.key_width**-0.5
         gate = self.decay_out(self.decay_in(x)).astype(jnp.float32)
         log_decay = heads(jax.nn.log_sigmoid(gate) / options.gate_temperature)
-        y, state = sequence.recurrence(ops, q, k, v, log_decay, state=state, segments=segments)
+        y, state = sequence.recurrence(
+            ops, q * options.key_width**-0.5, k, v, log_decay, state=state, segments=segments
+        )
         y = self.norm(y).reshape(batch, length, -1) * jax.nn.silu(self.gate(x))
-        return self.out(y), state
+        return self.out(y), behind(state, tail)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> Float[Array, "B H K V"]:
         """The empty memory; `capacity` does not matter."""
         options = self.options
-        return jnp.zeros((batch, options.heads, options.key_width, options.value_width), jnp.float32)
+        matrix = jnp.zeros((batch, options.heads, options.key_width, options.value_width), jnp.float32)
+        return behind(matrix, empty_tail(self.conv, batch))

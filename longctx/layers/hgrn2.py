@@ -9,7 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, like_queries, undo_values
+from longctx.layers.basic import (
+    Linear,
+    RMSNorm,
+    Taps,
+    behind,
+    convolved,
+    empty_tail,
+    like_queries,
+    short_conv,
+    undo_values,
+)
 from longctx.ops import gated_linear as ops
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -31,6 +41,7 @@ class HGRN2(nnx.Module):
         heads: int = 4  # H
         key_width: int = 32  # K, the expansion of the state
         value_width: int = 32  # V
+        conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
             if min(self.heads, self.key_width, self.value_width) < 1:
@@ -47,6 +58,8 @@ class HGRN2(nnx.Module):
         # Where σ is a half, the channels of a head begin with spans of 10 to 1,000 tokens.
         rate = jnp.tile(2 * jnp.geomspace(1e-3, 1e-1, options.key_width), options.heads)
         self.bound = nnx.Param(jnp.log1p(-rate) - jnp.log(rate), axes=("heads",))
+        lags = [0] * keys + [1] * keys + [0] * values
+        self.conv = short_conv(options.conv_width, lags, rngs)
         self.norm = RMSNorm(values, ("heads",))
         back = undo_values(self.value, options.heads, options.value_width)
         self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
@@ -60,17 +73,19 @@ class HGRN2(nnx.Module):
         def heads(y):
             return y.reshape(batch, length, self.options.heads, -1)
 
-        forget, bound = self.forget(x).astype(jnp.float32), self.bound[...]
+        parts = self.query(x), self.forget(x), self.value(x)
+        (q, forget, v), state, tail = convolved(self.conv, parts, segments, state)
+        forget, bound = forget.astype(jnp.float32), self.bound[...]
         # 1 - f and log f, both without a difference of near numbers.
         k = jax.nn.sigmoid(-bound) * jax.nn.sigmoid(-forget)
         log_decay = jnp.logaddexp(jax.nn.log_sigmoid(bound), jax.nn.log_sigmoid(-bound) + jax.nn.log_sigmoid(forget))
-        q, v = jax.nn.silu(self.query(x)), self.value(x)
         y, state = sequence.recurrence(
-            ops, heads(q), heads(k), heads(v), heads(log_decay), state=state, segments=segments
+            ops, heads(jax.nn.silu(q)), heads(k), heads(v), heads(log_decay), state=state, segments=segments
         )
-        return self.out(self.norm(y.reshape(batch, length, -1))), state
+        return self.out(self.norm(y.reshape(batch, length, -1))), behind(state, tail)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> Float[Array, "B H K V"]:
         """The empty memory; `capacity` does not matter."""
         options = self.options
-        return jnp.zeros((batch, options.heads, options.key_width, options.value_width), jnp.float32)
+        matrix = jnp.zeros((batch, options.heads, options.key_width, options.value_width), jnp.float32)
+        return behind(matrix, empty_tail(self.conv, batch))

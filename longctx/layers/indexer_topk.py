@@ -9,7 +9,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import LayerNorm, Linear, RMSNorm, document, like_queries, undo_values
+from longctx.layers.basic import (
+    Convolved,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    Taps,
+    behind,
+    convolved,
+    document,
+    empty_tail,
+    like_queries,
+    short_conv,
+    undo_values,
+)
 from longctx.memory import row
 from longctx.memory.cache import KVCache
 from longctx.ops import indexer_topk
@@ -50,6 +63,7 @@ class IndexerTopK(nnx.Module):
         count: int = 8  # keys that a query sees
         stage: str = "sparse"  # "dense": a query sees all keys, and so does the indexer's loss
         kl_weight: float = 1e-3  # in the training loss, of the indexer's summed over tokens; 1 / N for a mean over N
+        conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
             if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
@@ -82,6 +96,8 @@ class IndexerTopK(nnx.Module):
         self.value = Linear(width, keys, ("embed", "heads"), rngs)
         back = undo_values(self.value, options.heads, options.head_width)
         self.out = Linear(queries, width, ("heads", "embed"), rngs, initial=back)
+        lags = [0] * queries + [1] * keys + [0] * keys
+        self.conv = short_conv(options.conv_width, lags, rngs)
         self.query_norm = RMSNorm(options.head_width, ("head",), initial=1.5) if options.qk_norm else None
         self.key_norm = RMSNorm(options.head_width, ("head",)) if options.qk_norm else None
         self.index_query = Linear(width, options.index_heads * options.index_width, ("embed", "heads"), rngs)
@@ -95,7 +111,7 @@ class IndexerTopK(nnx.Module):
         segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
-        parts = self.query(x), self.key(x), self.value(x)
+        parts, state, tail = convolved(self.conv, (self.query(x), self.key(x), self.value(x)), segments, state)
         q, k, v = (part.reshape(batch, length, -1, options.head_width) for part in parts)
         if options.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
@@ -106,7 +122,7 @@ class IndexerTopK(nnx.Module):
             turn = rope(options.index_turning, options.rope_base)
             index_q, index_k = (rotate(part, segments.positions, turn) for part in (index_q, index_k))
         count = None if options.stage == "dense" else options.count
-        before = self.init_state(batch, length, x.dtype) if state is None else state
+        before = self._empty(batch, length, x.dtype) if state is None else state
         kept = jnp.concatenate([_flat(k), index_k.astype(x.dtype)], axis=-1)
         after = before.append(kept, _flat(v), segments)
         if state is None:
@@ -117,7 +133,7 @@ class IndexerTopK(nnx.Module):
             keys, index_k = jnp.split(kept[:, :, 0], [options.kv_heads * options.head_width], axis=-1)
             k, v = (part.reshape(*held.ids.shape, -1, options.head_width) for part in (keys, values))
             y, loss = indexer_topk.chunked(q, k, v, index_q, index_k, weights, span, held, count=count)
-        return attach(self.out(y.reshape(batch, length, -1)), loss, options.kl_weight), after
+        return attach(self.out(y.reshape(batch, length, -1)), loss, options.kl_weight), behind(after, tail)
 
     def _index(self, x):
         """Index queries `[B, T, J, I]`, keys `[B, T, 1, I]` and weights `[B, T, J]`."""
@@ -126,8 +142,11 @@ class IndexerTopK(nnx.Module):
         q, k = (part.reshape(*x.shape[:2], -1, options.index_width) for part in parts)
         return q, k, self.index_weight(x) * (options.index_heads * options.index_width) ** -0.5
 
-    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> KVCache:
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> KVCache | Convolved:
         """The state before any token, with room for `capacity` tokens."""
+        return behind(self._empty(batch, capacity, dtype), empty_tail(self.conv, batch))
+
+    def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
         width = self.options.kv_heads * self.options.head_width
         return KVCache.empty(batch, capacity, 1, width + self.options.index_width, width, dtype)
 

@@ -10,7 +10,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import attend_with_cache
-from longctx.layers.basic import Linear, document, like_queries, undo_values
+from longctx.layers.basic import (
+    Linear,
+    Taps,
+    behind,
+    convolved,
+    document,
+    empty_tail,
+    like_queries,
+    short_conv,
+    undo_values,
+)
 from longctx.layers.rotary import rotate
 from longctx.memory.cache import KVCache
 from longctx.ops import infini as ops
@@ -46,6 +56,7 @@ class Infini(nnx.Module):
         segment: int = 64  # tokens a segment
         rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions
         delta: bool = False  # write only what the memory does not hold yet: devices then take turns
+        conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
             if min(self.heads, self.head_width, self.segment) < 1:
@@ -60,6 +71,8 @@ class Infini(nnx.Module):
         like_query = like_queries(self.query, options.heads, options.head_width)
         self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
         self.value = Linear(width, keys, ("embed", "heads"), rngs)
+        lags = [0] * keys + [1] * keys + [0] * keys
+        self.conv = short_conv(options.conv_width, lags, rngs)
         self.balance = nnx.Param(jnp.zeros(options.heads), axes=("heads",))
         back = undo_values(self.value, options.heads, options.head_width)
         self.out = Linear(keys, width, ("heads", "embed"), rngs, initial=back)
@@ -69,7 +82,7 @@ class Infini(nnx.Module):
         segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
-        parts = self.query(x), self.key(x), self.value(x)
+        parts, state, tail = convolved(self.conv, (self.query(x), self.key(x), self.value(x)), segments, state)
         q, k, v = (part.reshape(batch, length, options.heads, options.head_width) for part in parts)
         before = None if state is None else state.memory
         op = infini_delta if options.delta else ops
@@ -85,7 +98,7 @@ class Infini(nnx.Module):
             near = attend_with_cache(q, k, v, pattern, segments, state.cache, cache)
         share = jax.nn.sigmoid(self.balance[...])[:, None].astype(x.dtype)
         y = share * recalled + (1 - share) * near
-        return self.out(y.reshape(batch, length, -1)), InfiniState(cache, memory)
+        return self.out(y.reshape(batch, length, -1)), behind(InfiniState(cache, memory), tail)
 
     def _empty(self, batch: int, dtype) -> KVCache:
         options = self.options
@@ -95,4 +108,5 @@ class Infini(nnx.Module):
         """The state before any token; `capacity` does not matter."""
         options = self.options
         empty = jnp.zeros((batch, options.heads, options.head_width, options.head_width + 1), jnp.float32)
-        return InfiniState(self._empty(batch, dtype), ops.State(empty, empty))
+        state = InfiniState(self._empty(batch, dtype), ops.State(empty, empty))
+        return behind(state, empty_tail(self.conv, batch))

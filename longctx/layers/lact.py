@@ -11,7 +11,19 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import attend_with_cache
-from longctx.layers.basic import Linear, RMSNorm, document, l2_normalise, like_queries, undo_values
+from longctx.layers.basic import (
+    Linear,
+    RMSNorm,
+    Taps,
+    behind,
+    convolved,
+    document,
+    empty_tail,
+    l2_normalise,
+    like_queries,
+    short_conv,
+    undo_values,
+)
 from longctx.layers.rotary import rotate
 from longctx.memory.cache import KVCache
 from longctx.ops import lact as ops
@@ -67,6 +79,7 @@ class LaCT(nnx.Module):
         orthogonal: bool = False
         window: int = 16  # tokens that attention looks back on; as many as a mini-batch has, that none be missed
         rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions
+        conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
             if min(self.heads, self.head_width, self.fast_width, self.hidden, self.minibatch, self.window) < 1:
@@ -101,6 +114,8 @@ class LaCT(nnx.Module):
         self.key = Linear(width, channels, ("embed", "heads"), rngs, initial=like_queries(self.query, heads, size))
         self.value = Linear(width, channels, ("embed", "heads"), rngs)
         self.out = Linear(channels, width, ("heads", "embed"), rngs, initial=undo_values(self.value, heads, size))
+        lags = [0] * channels + [1] * channels + [0] * channels
+        self.conv = short_conv(options.conv_width, lags, rngs)
         # Of the MLPs' queries and keys.
         self.scale = nnx.Param(jnp.ones((2, channels), jnp.float32), axes=(None, "heads"))
         self.offset = nnx.Param(jnp.zeros((2, channels), jnp.float32), axes=(None, "heads"))
@@ -117,7 +132,8 @@ class LaCT(nnx.Module):
         segments = document(segments, x, state)
         options = self.options
         batch, length, _ = x.shape
-        q, k, v = self.query(x), self.key(x), self.value(x)
+        parts = self.query(x), self.key(x), self.value(x)
+        (q, k, v), state, tail = convolved(self.conv, parts, segments, state)
         y, model = self._learned(x, q, k, v, segments, None if state is None else state.model)
 
         def turned(part):
@@ -131,7 +147,7 @@ class LaCT(nnx.Module):
         else:
             window = state.window.append(k, v, segments)
             near = attend_with_cache(q, k, v, pattern, segments, state.window, window)
-        return self.out(near.reshape(y.shape) + y), LaCTState(model, window)
+        return self.out(near.reshape(y.shape) + y), behind(LaCTState(model, window), tail)
 
     def _learned(self, x, q, k, v, segments: Segments, state: ops.State | None):
         """What the MLPs give, `[B, T, C]`, and their state."""
@@ -173,7 +189,8 @@ class LaCT(nnx.Module):
         before = share = None
         if self.options.momentum:
             before, share = weights, jnp.zeros((batch, self.options.fast_heads), jnp.float32)
-        return LaCTState(ops.State(weights, weights, before, share), self._empty(batch, dtype))
+        state = LaCTState(ops.State(weights, weights, before, share), self._empty(batch, dtype))
+        return behind(state, empty_tail(self.conv, batch))
 
 
 class FastWeight(nnx.Module):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Complex, Float
 
-from longctx.layers.basic import Linear
+from longctx.layers.basic import Linear, Taps, behind, convolved, empty_tail, short_conv
 from longctx.ops import linear_scan as ops
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -30,6 +30,7 @@ class LRU(nnx.Module):
         r_min: float = 0.9  # eigenvalues begin uniform on the ring between this radius
         r_max: float = 0.999  # and this one
         max_phase: float = math.pi / 10  # and between the angles 0 and this
+        conv_width: Taps = 0  # taps of a causal convolution on the inputs; 0: none
 
         def problems(self):
             if self.hidden < 1:
@@ -49,6 +50,7 @@ class LRU(nnx.Module):
         self.write_imaginary = Linear(width, hidden, ("embed", "heads"), rngs, initial=imaginary, decays=False)
         self.read_real = Linear(hidden, width, ("heads", "embed"), rngs)
         self.read_imaginary = Linear(hidden, width, ("heads", "embed"), rngs)
+        self.conv = short_conv(options.conv_width, [0] * width, rngs, axis="width")
         self.skip = nnx.Param(jax.random.normal(rngs.params(), (width,), jnp.float32), axes=("embed",))
         self.out = Linear(width, width, ("embed", "width"), rngs)
         self.gate = Linear(width, width, ("embed", "width"), rngs)
@@ -57,14 +59,16 @@ class LRU(nnx.Module):
         self, x: Float[Array, "B T D"], segments: Segments | None = None, state: Complex[Array, "B N"] | None = None
     ):
         """Returns `(y[B, T, D], state[B, N])`."""
+        (x,), state, tail = convolved(self.conv, (x,), segments, state)
         u = jax.lax.complex(*(w(x).astype(jnp.float32) for w in (self.write_real, self.write_imaginary)))
         log_decay = jax.lax.complex(-jnp.exp(self.log_rate[...]), jnp.exp(self.log_phase[...]))
         scaled = jnp.exp(self.log_scale[...]) * u
         h, state = sequence.recurrence(ops, scaled, parameters=(log_decay,), state=state, segments=segments)
         y = self.read_real(h.real.astype(x.dtype)) - self.read_imaginary(h.imag.astype(x.dtype))
         y = jax.nn.gelu(y + self.skip[...].astype(x.dtype) * x)
-        return self.out(y) * jax.nn.sigmoid(self.gate(y)), state
+        return self.out(y) * jax.nn.sigmoid(self.gate(y)), behind(state, tail)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> Complex[Array, "B N"]:
         """The state before any token; `capacity` does not matter."""
-        return jnp.zeros((batch, self.log_rate.shape[0]), jnp.complex64)
+        hidden = jnp.zeros((batch, self.log_rate.shape[0]), jnp.complex64)
+        return behind(hidden, empty_tail(self.conv, batch))

@@ -10,7 +10,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, document, l2_normalise, undo_values
+from longctx.layers.basic import (
+    Convolved,
+    Linear,
+    Taps,
+    behind,
+    convolved,
+    document,
+    empty_tail,
+    l2_normalise,
+    short_conv,
+    undo_values,
+)
 from longctx.layers.rotary import rotate
 from longctx.memory import row
 from longctx.memory.cache import KVCache
@@ -55,6 +66,7 @@ class LSH(nnx.Module):
         seed: Seed = 0  # of the random directions
         scale: float = 0.0  # of the logits; 0: 1 / √K
         centroid_weight: float = 0.0  # of Σ (1 - cosine) to the nearest centroid in the training loss; 0: no centroids
+        conv_width: Taps = 0  # taps of a causal convolution on queries and values; 0: none
 
         def problems(self):
             if min(self.heads, self.head_width, self.rounds) < 1:
@@ -73,6 +85,7 @@ class LSH(nnx.Module):
         self.value = Linear(width, inner, ("embed", "heads"), rngs)
         back = undo_values(self.value, options.heads, options.head_width)
         self.out = Linear(inner, width, ("heads", "embed"), rngs, initial=back)
+        self.conv = short_conv(options.conv_width, [0] * 2 * inner, rngs)
         learned = options.centroid_weight > 0
         self.centroids = nnx.Param(self._random, axes=("heads", None, None, "head")) if learned else None
 
@@ -92,6 +105,8 @@ class LSH(nnx.Module):
         options = self.options
         # Float32, as rounding must not choose the bucket.
         parts = self.query(x.astype(jnp.float32)), self.value(x)
+        parts, state, tail = convolved(self.conv, parts, segments, state)
+        parts = parts[0], parts[1].astype(x.dtype)
         q, v = (part.reshape(batch, length, -1, options.head_width) for part in parts)
         k = l2_normalise(q)
         directions = self._random if self.centroids is None else l2_normalise(self.centroids[...])
@@ -100,7 +115,7 @@ class LSH(nnx.Module):
         if options.rope_base:
             q, k = (rotate(each, segments.positions, options.rope_base) for each in (q, k))
         settings = {"buckets": options.buckets, "scale": options.scale or None}
-        before = self.init_state(batch, length, x.dtype) if state is None else state
+        before = self._empty(batch, length, x.dtype) if state is None else state
         after = LSHState(before.cache.append(k, v, segments), before.hashes.append(hashes, hashes[..., :0], segments))
         if state is None:
             y = sequence.attention_in_buckets(q, k, v, hashes, segments, **settings)
@@ -111,10 +126,13 @@ class LSH(nnx.Module):
         y = self.out(y.reshape(batch, length, -1))
         if self.centroids is not None:
             y = attach(y, jnp.where(segments.valid[..., None, None], 1 - cosine, 0.0), options.centroid_weight)
-        return y, after
+        return y, behind(after, tail)
 
-    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> LSHState:
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> LSHState | Convolved:
         """The state before any token, with room for `capacity` tokens."""
+        return behind(self._empty(batch, capacity, dtype), empty_tail(self.conv, batch))
+
+    def _empty(self, batch: int, capacity: int, dtype) -> LSHState:
         options = self.options
         cache = KVCache.empty(batch, capacity, options.heads, options.head_width, options.head_width, dtype)
         return LSHState(cache, KVCache.empty(batch, capacity, options.heads, options.rounds, 0, jnp.int32))

@@ -9,7 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, like_queries, scaled, undo_values
+from longctx.layers.basic import (
+    Linear,
+    Taps,
+    behind,
+    convolved,
+    empty_tail,
+    like_queries,
+    scaled,
+    short_conv,
+    undo_values,
+)
 from longctx.ops import mlstm as ops
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -32,6 +42,7 @@ class MLSTM(nnx.Module):
         value_width: int = 32  # V
         input_bias: float = 0.0  # of the input gate; -10 in xLSTM 7B, for large models' stability
         soft_cap: float = 15.0  # c, of the gates' logits
+        conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
             if min(self.heads, self.key_width, self.value_width) < 1:
@@ -53,6 +64,8 @@ class MLSTM(nnx.Module):
         self.forget_gate = Linear(width, heads, ("embed", "heads"), rngs, bias=0.0, initial=closed)
         self.forget_gate.bias[...] = jnp.linspace(3.0, 6.0, heads)
         self.output_gate = Linear(width, values, ("embed", "heads"), rngs)
+        lags = [0] * keys + [1] * keys + [0] * values
+        self.conv = short_conv(options.conv_width, lags, rngs)
         self.norm_scale = nnx.Param(jnp.ones(values), axes=("heads",))
         back = undo_values(self.value, heads, options.value_width)
         self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
@@ -68,17 +81,19 @@ class MLSTM(nnx.Module):
         def gate(projection):
             return options.soft_cap * jnp.tanh(projection(x).astype(jnp.float32) / options.soft_cap)
 
-        q, k = heads(self.query(x)) * options.key_width**-0.5, heads(self.key(x))
-        v = heads(self.value(x)).astype(jnp.float32)
+        parts, state, tail = convolved(self.conv, (self.query(x), self.key(x), self.value(x)), segments, state)
+        q, k, v = map(heads, parts)
+        q, v = q * options.key_width**-0.5, v.astype(jnp.float32)
         log_forget = jax.nn.log_sigmoid(gate(self.forget_gate))
         y, state = sequence.recurrence(ops, q, k, v, gate(self.input_gate), log_forget, state=state, segments=segments)
         y -= jnp.mean(y, axis=-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
         y = scaled(y.reshape(batch, length, -1), self.norm_scale[...])
-        return self.out(y.astype(x.dtype) * jax.nn.sigmoid(self.output_gate(x))), state
+        return self.out(y.astype(x.dtype) * jax.nn.sigmoid(self.output_gate(x))), behind(state, tail)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> ops.State:
         """The empty memory; `capacity` does not matter."""
         options = self.options
         matrix = jnp.zeros((batch, options.heads, options.key_width, options.value_width), jnp.float32)
-        return ops.State(matrix, matrix[..., 0], matrix[..., 0, 0])
+        state = ops.State(matrix, matrix[..., 0], matrix[..., 0, 0])
+        return behind(state, empty_tail(self.conv, batch))

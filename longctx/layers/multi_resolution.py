@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.config import Mixer
-from longctx.layers.basic import Linear, RMSNorm, ShortConv, document
+from longctx.layers.basic import Linear, RMSNorm, ShortConv, Taps, behind, convolved, document, empty_tail, short_conv
 from longctx.layers.gated_delta import GatedDelta
 from longctx.layers.mlp import Hidden, SwiGLU
 from longctx.parallel import sequence
@@ -47,6 +47,7 @@ class MultiResolution(nnx.Module):
         layers: int = 1  # inside
         hidden: int = 256  # F of their MLPs, SwiGLU
         inner: Mixer = _INNER  # their mixer, such as {"kind": "attention", "heads": 8}
+        conv_width: Taps = 0  # taps of a causal convolution on the inputs; 0: none
 
         def problems(self):
             if min(self.factor, self.layers, self.hidden) < 1:
@@ -62,6 +63,7 @@ class MultiResolution(nnx.Module):
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options
+        self.conv = short_conv(options.conv_width, [0] * width, rngs, axis="width")
         # The newest token shows first; the others come in with noise.
         self.pool = ShortConv(options.factor, [0] * width, rngs)
         self.down = Linear(width, width, ("embed", "heads"), rngs)
@@ -78,6 +80,7 @@ class MultiResolution(nnx.Module):
         """Returns `(y[B, T, D], MultiResolutionState)`."""
         segments = document(segments, x, state)
         factor = self.options.factor
+        (x,), state, last = convolved(self.conv, (x,), segments, state)
         pooled, tail = self.pool(x, segments, None if state is None else state.conv)
         z, coarse = sequence.coarsen(self.down(pooled), segments, factor)
         states = []
@@ -91,12 +94,13 @@ class MultiResolution(nnx.Module):
         y = self.out(pooled + sequence.refine(u, told.astype(u.dtype), segments))
         # By a sum, which devices that share the row can each begin.
         newest = coarse.valid & (jnp.cumsum(coarse.valid[:, ::-1], axis=1)[:, ::-1] == 1)
-        last = jnp.sum(jnp.where(newest[..., None, None], u.astype(jnp.float32), 0), axis=1)
-        told = jnp.where(coarse.valid.any(1)[:, None, None], last, told)
-        return y, MultiResolutionState(tail, told, tuple(states))
+        latest = jnp.sum(jnp.where(newest[..., None, None], u.astype(jnp.float32), 0), axis=1)
+        told = jnp.where(coarse.valid.any(1)[:, None, None], latest, told)
+        return y, behind(MultiResolutionState(tail, told, tuple(states)), last)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> MultiResolutionState:
         """The state before any token, with room for `capacity` tokens."""
         factor, width = self.options.factor, self.down.weight.shape[0]
         inner = tuple(mixer.init_state(batch, -(-capacity // factor), dtype) for mixer in self.mixers)
-        return MultiResolutionState(self.pool.init_state(batch), jnp.zeros((batch, factor, width)), inner)
+        state = MultiResolutionState(self.pool.init_state(batch), jnp.zeros((batch, factor, width)), inner)
+        return behind(state, empty_tail(self.conv, batch))

@@ -9,7 +9,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, document, like_queries, undo_values
+from longctx.layers.basic import (
+    Convolved,
+    Linear,
+    RMSNorm,
+    Taps,
+    behind,
+    convolved,
+    document,
+    empty_tail,
+    like_queries,
+    short_conv,
+    undo_values,
+)
 from longctx.layers.rotary import rotate
 from longctx.memory import row
 from longctx.memory.cache import KVCache
@@ -43,6 +55,7 @@ class NSA(nnx.Module):
         window: int = 8  # w, the last tokens, the own included
         rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions (NoPE)
         qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
+        conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
             if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
@@ -68,6 +81,8 @@ class NSA(nnx.Module):
         self.key = Linear(width, 3 * keys, ("embed", "heads"), rngs, initial=self._thrice(like_query))
         value = Linear(width, keys, ("embed", "heads"), rngs)
         self.value = Linear(width, 3 * keys, ("embed", "heads"), rngs, initial=self._thrice(value.weight[...]))
+        lags = [0] * queries + [1] * 3 * keys + [0] * 3 * keys
+        self.conv = short_conv(options.conv_width, lags, rngs)
         self.gate = Linear(width, 3 * options.heads, ("embed", "heads"), rngs, bias=0.0)
         back = undo_values(value, options.heads, options.head_width)
         self.out = Linear(queries, width, ("heads", "embed"), rngs, initial=back)
@@ -87,9 +102,8 @@ class NSA(nnx.Module):
         segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
-        q, k, v = (
-            part.reshape(batch, length, -1, options.head_width) for part in (self.query(x), self.key(x), self.value(x))
-        )
+        parts, state, tail = convolved(self.conv, (self.query(x), self.key(x), self.value(x)), segments, state)
+        q, k, v = (part.reshape(batch, length, -1, options.head_width) for part in parts)
         if options.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         if options.rope_base:
@@ -102,17 +116,20 @@ class NSA(nnx.Module):
             return x.reshape(*x.shape[:2], -1, 3, options.head_width)
 
         if state is None:
-            cache = self.init_state(batch, length, x.dtype).append(k, v, segments)
+            cache = self._empty(batch, length, x.dtype).append(k, v, segments)
             inputs = q, branches(k), branches(v), gates
             y = sequence.chosen_blocks(nsa, *inputs, parameters=pools, segments=segments, **sizes)
         else:
             cache = state.append(k, v, segments)
             k, v, held, span = row.join(state, cache, k, v, segments)
             y = nsa.chunked(q, branches(k), branches(v), gates, *pools, span, held, **sizes)
-        return self.out(y.reshape(batch, length, -1)), cache
+        return self.out(y.reshape(batch, length, -1)), behind(cache, tail)
 
-    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> KVCache:
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> KVCache | Convolved:
         """The state before any token, with room for `capacity` tokens."""
+        return behind(self._empty(batch, capacity, dtype), empty_tail(self.conv, batch))
+
+    def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
         options = self.options
         width = options.head_width
         return KVCache.empty(batch, capacity, 3 * options.kv_heads, width, width, dtype)

@@ -10,7 +10,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, document, like_queries, undo_values
+from longctx.layers.basic import (
+    Linear,
+    RMSNorm,
+    Taps,
+    behind,
+    convolved,
+    document,
+    empty_tail,
+    like_queries,
+    short_conv,
+    undo_values,
+)
 from longctx.ops import gated_linear as ops
 from longctx.ops.positions import Rotation, rotate
 from longctx.parallel import sequence
@@ -38,6 +49,7 @@ class RetNet(nnx.Module):
         key_width: int = 32  # K, even
         value_width: int = 64  # V; the paper takes 2 K
         rope_base: float = 10_000.0  # of the rotary frequencies, which go from 1 to 1 / base
+        conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
             if min(self.heads, self.key_width, self.value_width) < 1 or self.key_width % 2:
@@ -52,6 +64,8 @@ class RetNet(nnx.Module):
         like_query = like_queries(self.query, options.heads, options.key_width)
         self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
         self.value = Linear(width, values, ("embed", "heads"), rngs)
+        lags = [0] * keys + [1] * keys + [0] * values
+        self.conv = short_conv(options.conv_width, lags, rngs)
         self.norm = RMSNorm(options.value_width, ("head",))
         self.gate = Linear(width, values, ("embed", "heads"), rngs)
         back = undo_values(self.value, options.heads, options.value_width)
@@ -69,16 +83,19 @@ class RetNet(nnx.Module):
             return y.reshape(batch, length, options.heads, -1)
 
         turn = Rotation(options.rope_base ** -np.linspace(0, 1, options.key_width // 2))
-        q, k = (rotate(heads(part(x)), segments.positions, turn) for part in (self.query, self.key))
+        parts, state, tail = convolved(self.conv, (self.query(x), self.key(x), self.value(x)), segments, state)
+        q, k, v = map(heads, parts)
+        q, k = (rotate(part, segments.positions, turn) for part in (q, k))
         log_decay = jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(options.heads))))
         log_decay = jnp.broadcast_to(log_decay, (batch, length, options.heads))
         y, state = sequence.recurrence(
-            ops, q * options.key_width**-0.5, k, heads(self.value(x)), log_decay, state=state, segments=segments
+            ops, q * options.key_width**-0.5, k, v, log_decay, state=state, segments=segments
         )
         y = self.norm(y).reshape(batch, length, -1) * jax.nn.silu(self.gate(x))
-        return self.out(y), state
+        return self.out(y), behind(state, tail)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> Float[Array, "B H K V"]:
         """The empty memory; `capacity` does not matter."""
         options = self.options
-        return jnp.zeros((batch, options.heads, options.key_width, options.value_width), jnp.float32)
+        matrix = jnp.zeros((batch, options.heads, options.key_width, options.value_width), jnp.float32)
+        return behind(matrix, empty_tail(self.conv, batch))

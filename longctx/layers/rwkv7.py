@@ -10,7 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, like_queries, undo_values
+from longctx.layers.basic import (
+    Convolved,
+    Linear,
+    Taps,
+    behind,
+    convolved,
+    empty_tail,
+    like_queries,
+    short_conv,
+    undo_values,
+)
 from longctx.ops import diagonal_low_rank as ops
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -49,6 +59,7 @@ class RWKV7(nnx.Module):
         key_width: int = 32  # K
         value_width: int = 32  # V; the paper has K = V = D / H
         rank: int = 32  # of the projections to decay, learning rate and gate
+        conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
             if min(self.heads, self.key_width, self.value_width, self.rank) < 1:
@@ -64,6 +75,8 @@ class RWKV7(nnx.Module):
         like_query = like_queries(self.query, heads, options.key_width) * options.key_width**-0.5
         self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
         self.value = Linear(width, values, ("embed", "heads"), rngs)
+        # Keys begin as of the token before without it.
+        self.conv = short_conv(options.conv_width, [0] * (2 * keys + values), rngs)
         self.decay_in = Linear(width, options.rank, ("embed", "rank"), rngs)
         self.decay_out = Linear(options.rank, keys, ("rank", "heads"), rngs)
         # The channels' memories begin with spans of 10 to 1,000 tokens.
@@ -84,15 +97,19 @@ class RWKV7(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: RWKV7State | None = None):
         """Returns `(y[B, T, D], RWKV7State)`."""
         batch, length, width = x.shape
+        own = state.mixer if isinstance(state, Convolved) else state
         lag = jnp.ones((2, width), x.dtype).at[1].set(0)
-        before, last = sequence.convolution(x, lag, None if state is None else state.last, segments)
+        before, last = sequence.convolution(x, lag, None if own is None else own.last, segments)
         mixed = (x + mix * (before - x) for mix in self.mix[...].astype(x.dtype))
 
         def heads(y):
             return y.reshape(batch, length, self.options.heads, -1)
 
         x_r, x_k, x_v, x_w, x_a, x_g = mixed
-        r, k, v = heads(self.query(x_r)), heads(self.key(x_k)).astype(jnp.float32), heads(self.value(x_v))
+        parts = self.query(x_r), self.key(x_k), self.value(x_v)
+        parts, state, tail = convolved(self.conv, parts, segments, state)
+        r, k, v = map(heads, parts)
+        k = k.astype(jnp.float32)
         decay = self.decay_out(jnp.tanh(self.decay_in(x_w))).astype(jnp.float32) + self.decay_bias[...]
         log_decay = heads(-math.exp(-0.5) * jax.nn.sigmoid(decay))
         rate = heads(jax.nn.sigmoid(self.rate_out(self.rate_in(x_a)).astype(jnp.float32)))
@@ -104,7 +121,7 @@ class RWKV7(nnx.Module):
         )  # fmt: skip
         bonus = jnp.sum(r * k * self.bonus[...], axis=-1, keepdims=True).astype(x.dtype)
         y = (self._norm(y) + bonus * v).reshape(batch, length, -1)
-        return self.out(y * self.gate_out(jax.nn.sigmoid(self.gate_in(x_g)))), RWKV7State(matrix, last)
+        return self.out(y * self.gate_out(jax.nn.sigmoid(self.gate_in(x_g)))), behind(RWKV7State(matrix, last), tail)
 
     def _norm(self, y: Float[Array, "B T H V"]) -> Float[Array, "B T H V"]:
         """Layer norm per head, in float32."""
@@ -117,7 +134,8 @@ class RWKV7(nnx.Module):
         """The empty memory; `capacity` does not matter."""
         options = self.options
         matrix = jnp.zeros((batch, options.heads, options.key_width, options.value_width), jnp.float32)
-        return RWKV7State(matrix, jnp.zeros((batch, 1, self.mix.shape[1]), jnp.float32))
+        state = RWKV7State(matrix, jnp.zeros((batch, 1, self.mix.shape[1]), jnp.float32))
+        return behind(state, empty_tail(self.conv, batch))
 
 
 def _unit(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Complex, Float
 
-from longctx.layers.basic import Linear
+from longctx.layers.basic import Linear, Taps, behind, convolved, empty_tail, short_conv
 from longctx.ops import linear_scan as ops
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -32,6 +32,7 @@ class S5(nnx.Module):
         discretisation: str = "zoh"  # zoh, for zero-order hold, or bilinear
         step_min: float = 1e-3  # the steps begin between these two, uniform in their logarithm
         step_max: float = 1e-1  # the longest
+        conv_width: Taps = 0  # taps of a causal convolution on the inputs; 0: none
 
         def problems(self):
             if self.hidden < 1:
@@ -59,6 +60,7 @@ class S5(nnx.Module):
         real, imaginary = jax.random.normal(rngs.params(), (2, hidden, width)) / np.sqrt(4 * hidden)
         self.read_real = Linear(hidden, width, ("heads", "embed"), rngs, initial=real)
         self.read_imaginary = Linear(hidden, width, ("heads", "embed"), rngs, initial=imaginary)
+        self.conv = short_conv(options.conv_width, [0] * width, rngs, axis="width")
         self.skip = nnx.Param(jax.random.normal(rngs.params(), (width,), jnp.float32), axes=("embed",))
         self.gate = Linear(width, width, ("embed", "width"), rngs)
 
@@ -68,11 +70,12 @@ class S5(nnx.Module):
         """Returns `(y[B, T, D], state[B, N])`."""
         eigenvalues = jax.lax.complex(-jnp.exp(self.log_rate[...]), self.frequency[...])
         log_decay, scale = self._discrete(eigenvalues, jnp.exp(self.log_step[...]))
+        (x,), state, tail = convolved(self.conv, (x,), segments, state)
         u = jax.lax.complex(*(w(x).astype(jnp.float32) for w in (self.write_real, self.write_imaginary)))
         h, state = sequence.recurrence(ops, scale * u, parameters=(log_decay,), state=state, segments=segments)
         y = self.read_real(h.real.astype(x.dtype)) - self.read_imaginary(h.imag.astype(x.dtype))
         y = jax.nn.gelu(2 * y + self.skip[...].astype(x.dtype) * x)
-        return y * jax.nn.sigmoid(self.gate(y)), state
+        return y * jax.nn.sigmoid(self.gate(y)), behind(state, tail)
 
     def _discrete(self, eigenvalues, step):
         """The log decay of a step, and the factor of what is written in it."""
@@ -83,4 +86,5 @@ class S5(nnx.Module):
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> Complex[Array, "B N"]:
         """The state before any token; `capacity` does not matter."""
-        return jnp.zeros((batch, self.options.hidden), jnp.complex64)
+        hidden = jnp.zeros((batch, self.options.hidden), jnp.complex64)
+        return behind(hidden, empty_tail(self.conv, batch))
