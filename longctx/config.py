@@ -315,9 +315,53 @@ def parse(
     tree = _resolved(config)
     if isinstance(tree, Mapping) and isinstance(named := tree.get("plugins", ()), tuple | list):
         tree = tree | {"plugins": (*plugins.load(name for name in named if isinstance(name, str)),)}
+    tree = _with_heads(tree, mixers)
     experiment = schema.build(Experiment, tree, {Mixer: mixers, MLP: mlps, Source: {Data.kind: Data, **tasks}})
     needed = sorted(plugins.of(experiment) - set(experiment.plugins))
     return dataclasses.replace(experiment, plugins=(*experiment.plugins, *needed)) if needed else experiment
+
+
+def following(options: type) -> tuple[str, ...]:
+    """Fields of a mixer's options that follow the model's width where an experiment leaves them out: its heads.
+
+    A mixer then has as many heads as make the model's width with the width of a head's values, if that divides it, and
+    no fewer than its `Config` has by default; key-value heads keep their share of the heads.
+    """
+    names = [field.name for field in dataclasses.fields(options)]
+    return tuple({"heads", "kv_heads"}.intersection(names)) if {"head_width", "value_width"}.intersection(names) else ()
+
+
+def _with_heads(tree: Any, mixers: Mapping[str, type]) -> Any:
+    """The experiment's tree with the heads of its mixers, where they are left out; what is not as expected stays."""
+
+    def fitted(options: Any) -> Any:
+        if not isinstance(options, Mapping):
+            return options
+        options = {name: fitted(value) for name, value in options.items()}  # mixers inside mixers
+        kind = options.get("kind")
+        if not isinstance(kind, str) or kind not in mixers:
+            return options
+        cls = schema.options_of(mixers[kind])
+        names = following(cls)
+        options = {name: value for name, value in options.items() if value is not None or name not in names}
+        if "heads" not in names or "heads" in options:
+            return options
+        values = {field.name: field.default for field in dataclasses.fields(cls)} | options
+        channels = values["head_width"] if "head_width" in values else values["value_width"]
+        groups = options.get("kv_heads", 1)
+        if not all(isinstance(size, int) and 1 <= size <= schema.CHANNELS for size in (width, channels, groups)):
+            return options
+        heads = values["heads"] if width % (channels * groups) else max(values["heads"], width // channels)
+        if "kv_heads" in names and "kv_heads" not in options:
+            options["kv_heads"] = values["kv_heads"] * heads // values["heads"]
+            heads = options["kv_heads"] * values["heads"] // values["kv_heads"]
+        return options | {"heads": heads}
+
+    model = tree.get("model") if isinstance(tree, Mapping) else None
+    if not isinstance(model, Mapping) or not isinstance(model.get("blocks"), Mapping):
+        return tree
+    width = model.get("width", Model.width)
+    return tree | {"model": model | {"blocks": {name: fitted(block) for name, block in model["blocks"].items()}}}
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:

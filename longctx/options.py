@@ -61,6 +61,9 @@ def groups() -> dict[str, Mapping[str, Any]]:
     }
 
 
+FOLLOWS = "as many as make the model's width, at least the default"
+
+
 def listed(names: list[str]) -> str:
     """The options of these kinds; of all without any.
 
@@ -127,7 +130,8 @@ def _rows(cls: Any) -> Iterator[tuple[str, str, str]]:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         default = "required" if required else _shown(field)
         kind = str(field.type).replace("Tokens", "int").replace("Seed", "int")
-        yield f"{field.name}: {kind}", default, told[field.name]
+        more = f"; left out, {FOLLOWS}" if field.name in config.following(options) else ""
+        yield f"{field.name}: {kind}", default, told[field.name] + more
 
 
 def _shown(field: dataclasses.Field) -> str:

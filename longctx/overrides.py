@@ -91,6 +91,9 @@ class _Filler:
     def fill(self, tree: ConfigDict, cls: type, path: str = "") -> dict[str, list[str]]:
         """Fills `tree`, of the dataclass `cls`; returns the fields that were left out where another kind was chosen."""
         hints = schema.hints(cls)
+        for name in config.following(cls):  # known once the width is
+            if name not in tree:
+                tree[name] = config_dict.placeholder(int)
         for field in dataclasses.fields(cls):
             default = field.default
             if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:

@@ -286,3 +286,29 @@ def test_every_kind_inside_and_outside(kind):
     saved = json.loads(json.dumps(config.to_dict(experiment)))
     assert saved["model"]["blocks"]["delta"][part]["kind"] == kind
     assert config.parse(saved, MIXERS, MLPS, TASKS) == experiment
+
+
+@pytest.mark.parametrize(
+    ("width", "given", "heads", "kv_heads"),
+    [
+        (2048, {"kind": "attention"}, 64, 64),
+        (2048, {"kind": "attention", "heads": None, "kv_heads": None, "head_width": 128}, 16, 16),
+        (2048, {"kind": "attention", "kv_heads": 2}, 64, 2),
+        (2048, {"kind": "attention", "heads": 8}, 8, 4),
+        (2048, {"kind": "nsa"}, 64, 32),
+        (1024, {"kind": "multi_resolution", "inner": {"kind": "nsa"}}, 32, 16),
+        (1024, {"kind": "retnet"}, 16, None),
+        (100, {"kind": "attention"}, 4, 4),
+        (64, {"kind": "attention"}, 4, 4),
+    ],
+    ids=str,
+)
+def test_heads_follow_the_width(width, given, heads, kv_heads):
+    """Those that an experiment gives stay. Seen to fail: 4 heads of 32 channels in a model of 2,048."""
+    mlp = {"kind": "relu2", "hidden": 8}
+    model = {"width": width, "pattern": ("a",), "blocks": {"a": {"mixer": given, "mlp": mlp}}}
+    found = config.parse({"model": model, "training": {"stages": ((1, 1, 64),)}}, MIXERS, MLPS)
+    mixer = found.model.blocks["a"].mixer
+    mixer = getattr(mixer, "inner", mixer)
+    assert (mixer.heads, getattr(mixer, "kv_heads", None)) == (heads, kv_heads)
+    assert config.parse(config.to_dict(found), MIXERS, MLPS) == found

@@ -211,3 +211,16 @@ def test_a_workdir_brings_no_code(tmp_path, monkeypatch, name):
     monkeypatch.syspath_prepend("")
     with pytest.raises(UsageError, match="a workdir brings no code"):
         workdirs.open_run(tmp_path)
+
+
+def test_heads_follow_a_width_of_the_command_line(given, tmp_path):
+    """They are no numbers until the width is known, and may be given all the same."""
+    (tmp_path / "other.py").write_text(FILE.replace('"heads": 2, "kv_heads": 2, ', ""))
+
+    def mixer(*overrides):
+        return given("model.width=1024", *overrides, file=tmp_path / "other.py").model.blocks["a"].mixer
+
+    assert (mixer().heads, mixer().kv_heads) == (32, 32)
+    assert mixer("model.blocks.a.mixer.head_width=64").heads == 16
+    assert mixer("model.blocks.a.mixer.kind=gla").heads == 32
+    assert mixer("model.blocks.a.mixer.heads=8").heads == 8
