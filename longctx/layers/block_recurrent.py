@@ -10,7 +10,18 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import attend_with_cache
-from longctx.layers.basic import Linear, document, l2_normalise, like_queries, undo_values
+from longctx.layers.basic import (
+    Linear,
+    Taps,
+    behind,
+    convolved,
+    document,
+    empty_tail,
+    l2_normalise,
+    like_queries,
+    short_conv,
+    undo_values,
+)
 from longctx.layers.rotary import rotate
 from longctx.memory.cache import KVCache
 from longctx.ops import block_recurrent as ops
@@ -54,6 +65,7 @@ class BlockRecurrent(nnx.Module):
         vectors: int = 8  # R
         gate: str = "fixed"  # of the vectors: "fixed", the same at every update, or "lstm", by what was read
         rope_base: float = 10_000.0  # of the rotary frequencies in the window; 0: no positions
+        conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
             if min(self.heads, self.head_width, self.block, self.vectors) < 1:
@@ -74,6 +86,7 @@ class BlockRecurrent(nnx.Module):
         self.out = Linear(keys, width, ("heads", "embed"), rngs, initial=undo_values(self.value, *shape))
         self.cell_query = Linear(width, keys, ("embed", "heads"), rngs)
         self.cell_out = Linear(keys, width, ("heads", "embed"), rngs)
+        self.conv = short_conv(options.conv_width, [0] * keys + [1] * keys + [0] * 2 * keys, rngs)
         normal = jax.nn.initializers.normal(width**-0.5)
         self.initial = nnx.Param(
             0.1 * jax.random.normal(rngs.params(), (options.vectors, width)), axes=("taps", "width")
@@ -102,6 +115,7 @@ class BlockRecurrent(nnx.Module):
         batch, length, _ = x.shape
         options = self.options
         parts = self.query(x), self.key(x), self.value(x), self.cell_query(x)
+        parts, state, tail = convolved(self.conv, parts, segments, state)
         q, k, v, asked = (part.reshape(batch, length, options.heads, options.head_width) for part in parts)
         near, asking, *of_cell = jnp.abs(self.sharpness[...])
         q, k, asked = l2_normalise(q) * _of_heads(near, q), l2_normalise(k), l2_normalise(asked) * _of_heads(asking, q)
@@ -127,7 +141,7 @@ class BlockRecurrent(nnx.Module):
             cache = state.cache.append(k, v, segments)
             near = attend_with_cache(q, k, v, pattern, segments, state.cache, cache, scale=1.0)
         y = self.out(near.reshape(batch, length, -1)) + self.cell_out(told.reshape(batch, length, -1))
-        return y, BlockRecurrentState(cache, after)
+        return y, behind(BlockRecurrentState(cache, after), tail)
 
     def _empty(self, batch: int, dtype) -> KVCache:
         options = self.options
@@ -138,7 +152,7 @@ class BlockRecurrent(nnx.Module):
         options = self.options
         block = jnp.zeros((batch, 2 * options.block, options.heads, options.head_width), jnp.float32)
         cell = ops.State(jnp.zeros((batch, *self.initial.shape), jnp.float32), block, block)
-        return BlockRecurrentState(self._empty(batch, dtype), cell)
+        return behind(BlockRecurrentState(self._empty(batch, dtype), cell), empty_tail(self.conv, batch))
 
 
 def _of_heads(scale, like):

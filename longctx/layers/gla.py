@@ -74,7 +74,6 @@ class GLA(nnx.Module):
 
         parts, state, tail = convolved(self.conv, (self.query(x), self.key(x), self.value(x)), segments, state)
         q, k, v = map(heads, parts)
-        q *= options.key_width**-0.5
         gate = self.decay_out(self.decay_in(x)).astype(jnp.float32)
         log_decay = heads(jax.nn.log_sigmoid(gate) / options.gate_temperature)
         y, state = sequence.recurrence(
