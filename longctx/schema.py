@@ -80,7 +80,8 @@ class Kinds(collections.UserDict):
             names = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}
             cls.Config = options = type("Config", (options,), names | {"__doc__": options.__doc__})
         options.kind = kind
-        options.modules = (cls.__module__, _caller())
+        if "modules" not in vars(options):  # else it is put into another registry, as by `MIXERS | MLPS`
+            options.modules = (cls.__module__, _caller())
         super().__setitem__(kind, cls)
 
     def _refuse(self, kind: str, cls: type) -> None:

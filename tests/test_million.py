@@ -24,7 +24,7 @@ REGISTRY = MIXERS | MLPS
 def build(name):
     cls = REGISTRY[name]
     fields = {field.name for field in dataclasses.fields(cls.Config)}
-    return cls(D, cls.Config(**({"heads": HEADS} if "heads" in fields else {})), nnx.Rngs(params=0))
+    return cls(D, cls.Config(**dict.fromkeys(fields & {"heads", "kv_heads"}, HEADS)), nnx.Rngs(params=0))
 
 
 def state_shapes(name, capacity):

@@ -183,6 +183,8 @@ def test_a_layer_of_ones_own(tmp_path, given):
     (tmp_path / "file.py").write_text(OWN)
     saved = config.to_dict(given())
     assert saved["plugins"] == [str(tmp_path / "file.py")]
+    assert MIXERS | MLPS  # another registry of the same, which changes nothing
+    assert config.to_dict(given()) == saved
 
     def forgotten():
         del MIXERS["mine"]

@@ -6,6 +6,7 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from longctx import config
+from longctx.layers import MIXERS, MLPS
 from longctx.models import LanguageModel
 from longctx.ops.backend import platform
 
@@ -13,7 +14,8 @@ from longctx.ops.backend import platform
 def test_the_platform_is_that_of_the_mesh():
     """Inside of a program and of an island in it too. Seen to fail: `platform` asks for the default backend alone."""
     assert platform() == "cpu"
-    options = config.Model((), {}, width=8)
+    block = config.Block(MIXERS["gla"].Config(), MLPS["relu2"].Config())
+    options = config.Model(("only",), {"only": block}, width=8)
     model = nnx.eval_shape(lambda: LanguageModel(options, 16, nnx.Rngs(params=0)))
     assert model.dtype == jnp.float32
     device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
