@@ -22,9 +22,9 @@ import numpy as np
 from layers import WIDTH, programs, table
 from timing import best, compiled, machine, normal, peak, require_peers
 
-from longctx.evals.programs import operations
 from longctx.ops.attention import attention
 from longctx.ops.patterns import Blocks, Causal, Heads, Pattern, causal, parse
+from longctx.planning.programs import operations
 from longctx.typing import Segments
 
 HEADS, KEYS = 4, 64

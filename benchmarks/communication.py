@@ -36,9 +36,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx import config
-from longctx.evals import programs
 from longctx.layers import MIXERS, MLPS
 from longctx.parallel import mesh
+from longctx.planning import programs
 from longctx.typing import Segments
 
 WIDTH, SHARE = 64, 256  # tokens of the shorter rows on each device

@@ -14,9 +14,8 @@ from jax.sharding import AbstractMesh, AxisType
 from longctx import config
 from longctx.data import Task, Tokenizer
 from longctx.errors import refused
-from longctx.evals import programs
 from longctx.parallel import mesh as meshes
-from longctx.planning import work
+from longctx.planning import programs, work
 from longctx.planning.chips import Passes
 from longctx.planning.report import Report
 from longctx.planning.topology import Topology

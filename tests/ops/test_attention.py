@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.evals.programs import operations
 from longctx.ops import attention as ops
 from longctx.ops import biases, blockwise
 from longctx.ops.attention import attention, attention_partial
@@ -33,6 +32,7 @@ from longctx.ops.patterns import (
     Window,
     terms,
 )
+from longctx.planning.programs import operations
 from longctx.typing import Segments
 
 TOLERANCE = 2e-5  # float32, of values of order 1 to 10

@@ -11,8 +11,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from longctx import config
-from longctx.evals import programs
 from longctx.parallel import mesh, rules
+from longctx.planning import programs
 
 SIZES = {"data": 2, "context": 2, "model": 2}
 

@@ -16,11 +16,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import longctx
 from longctx import config
 from longctx.errors import UsageError
-from longctx.evals.programs import collectives
 from longctx.layers import MIXERS, MLPS
 from longctx.parallel import mesh as meshes
 from longctx.parallel import rules
 from longctx.planning import chips, compiled, topology
+from longctx.planning.programs import collectives
 from longctx.planning.report import Report
 
 ROOT = Path(longctx.__file__).parents[1]

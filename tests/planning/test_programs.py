@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from longctx.evals.programs import collectives, messages, operations
+from longctx.planning.programs import collectives, messages, operations
 
 X = jax.ShapeDtypeStruct((16, 32, 32), jnp.float32)
 
