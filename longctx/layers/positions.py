@@ -227,7 +227,7 @@ class Llama3(Rope, kind="llama3"):
 
 @dataclasses.dataclass(frozen=True)
 class LongRoPE(ByLength, kind="longrope"):
-    """`longctx.ops.positions.longrope`: a factor for every pair; `longctx.evals.longrope` searches for them."""
+    """`longctx.ops.positions.longrope`: a factor for every pair, as `short` and `long` give them."""
 
     trained: int = 2048  # L
     factor: float = 1.0  # s
