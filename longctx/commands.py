@@ -30,7 +30,7 @@ from longctx.folder import path as paths
 from longctx.layers import MIXERS, MLPS
 from longctx.models import checks
 from longctx.overrides import ExperimentParser, RunParser
-from longctx.parallel import processes
+from longctx.training import processes
 
 _CONFIG = (
     "The experiment file, as FILE.py or FILE.py:ARGUMENT; --config.a.b=VALUE overrides a field of it, or sets one that "

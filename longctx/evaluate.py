@@ -16,10 +16,9 @@ import jax
 
 from longctx import commands, config, data, evals
 from longctx.errors import UsageError
-from longctx.folder import lock
 from longctx.folder import path as paths
 from longctx.parallel import mesh as meshes
-from longctx.training import loop, metrics
+from longctx.training import lock, loop, metrics
 from longctx.training import workdir as workdirs
 
 

@@ -18,9 +18,8 @@ import jax
 from absl import flags
 
 from longctx import commands, config, data, evals
-from longctx.folder import lock
 from longctx.models import checks
-from longctx.training import loop, origin
+from longctx.training import lock, loop, origin
 from longctx.training import workdir as workdirs
 
 _INIT_FROM = flags.DEFINE_string(

@@ -1,1 +1,1 @@
-"""The folder of a run: what its path may be, how files in it are written, its lock, its log of steps."""
+"""The folder of a run: what its path may be, how files in it are written, its log of steps."""

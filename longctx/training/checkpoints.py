@@ -29,7 +29,7 @@ from orbax.checkpoint import v1 as ocp
 
 from longctx.errors import RunError, UsageError
 from longctx.folder import path as paths
-from longctx.parallel.processes import from_first
+from longctx.training.processes import from_first
 from longctx.training.step import TrainState
 
 SUMS = "SHA256SUMS"

@@ -16,14 +16,13 @@ from grain.experimental import set_next_index
 
 from longctx import config, data
 from longctx.errors import UsageError, refused
-from longctx.folder import lock
 from longctx.models import LanguageModel, parameter_table
 from longctx.parallel import mesh as meshes
-from longctx.parallel.processes import Votes
-from longctx.training import origin, start
+from longctx.training import lock, origin, start
 from longctx.training import workdir as workdirs
 from longctx.training.checkpoints import Checkpoints
 from longctx.training.metrics import Metrics, Row, summarise
+from longctx.training.processes import Votes
 from longctx.training.step import Program, TrainState
 
 

@@ -8,7 +8,7 @@ checkpoints/     see longctx.training.checkpoints
 metrics.jsonl    see longctx.training.metrics
 logs/            TensorBoard's
 report/          see longctx.evals
-training.lock    there while a run trains, evaluating.lock while a report is made, see longctx.folder.lock
+training.lock    there while a run trains, evaluating.lock while a report is made, see longctx.training.lock
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from longctx.errors import RunError, UsageError
-from longctx.folder import lock, rows
-from longctx.training import loop, metrics
+from longctx.folder import rows
+from longctx.training import lock, loop, metrics
 from longctx.training import workdir as workdirs
 from longctx.training.checkpoints import Checkpoints
 from longctx.training.step import Program

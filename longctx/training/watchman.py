@@ -1,6 +1,6 @@
 """Names the process that was lost: a small process beside each one of a run.
 
-    python -S longctx/parallel/watchman.py FOLDER INDEX COUNT
+    python -S longctx/training/watchman.py FOLDER INDEX COUNT
 
 jax ends a process that has lost the first one by an abort, which no code of that process survives, and one whose
 collective waits for a dead process may wait for long. So what names the dead stands beside the process, needs nothing

@@ -14,13 +14,12 @@ import sys
 import pytest
 
 from longctx.errors import UsageError
-from longctx.folder import lock
-from longctx.parallel import processes
+from longctx.training import lock, processes
 
 HOLD = """
 import fcntl, sys, time
 from pathlib import Path
-from longctx.parallel import watchman
+from longctx.training import watchman
 own = watchman.hold(Path(sys.argv[1]))
 watchman.write(own, "pid 77 on elsewhere")
 print("held", flush=True)

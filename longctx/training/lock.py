@@ -20,8 +20,8 @@ import jax
 
 from longctx.errors import UsageError
 from longctx.folder import files
-from longctx.parallel import watchman
-from longctx.parallel.processes import from_first
+from longctx.training import watchman
+from longctx.training.processes import from_first
 
 TRIES, BETWEEN = 5, 0.1  # who only looks holds a lock for a moment
 

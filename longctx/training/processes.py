@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from longctx.errors import RunError, UsageError
-from longctx.parallel import watchman
+from longctx.training import watchman
 
 AUTO = "auto"
 HEARTBEAT = 30  # seconds after which jax takes a silent process for dead, where the watchmen see no locks
