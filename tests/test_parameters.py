@@ -11,7 +11,7 @@ import pathlib
 import jax
 import pytest
 from flax import nnx
-from test_laws import LAYERS
+from laws.cases import LAYERS
 
 from longctx import config
 from longctx.errors import UsageError

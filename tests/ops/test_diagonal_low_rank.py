@@ -1,4 +1,4 @@
-"""The recurrence of RWKV-7 against a loop in float64, at extremes; its laws are in tests/test_laws.py."""
+"""The recurrence of RWKV-7 against a loop in float64, at extremes; its laws are in tests/laws."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Products of delta steps against a loop in float64, at extremes; their laws are in tests/test_laws.py."""
+"""Products of delta steps against a loop in float64, at extremes; their laws are in tests/laws."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Log-linear attention against the sum over all pairs of tokens, in float64; its laws are in tests/test_laws.py."""
+"""Log-linear attention against the sum over all pairs of tokens, in float64; its laws are in tests/laws."""
 
 import functools
 

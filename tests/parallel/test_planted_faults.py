@@ -259,7 +259,7 @@ def test_the_law_that_catches_a_fault(name, monkeypatch):
     """The law that the page names fails under the fault."""
     plant, case = FAULTS[name]
     module, arguments = {
-        "test_shard": ("test_laws", (LAYERS[case], "1x4x1")),
+        "test_shard": ("laws.test_shard", (LAYERS[case],)),
         "test_shards_equal_whole": ("test_sequence", ("linear_scan", (2, 4, 1))),
     }[rows()[name][3].strip("`")]
     law = getattr(importlib.import_module(module), rows()[name][3].strip("`"))

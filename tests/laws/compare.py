@@ -1,0 +1,37 @@
+"""How two ways of computing the same are compared: in float32, with errors relative to the largest entry."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 5e-4
+
+
+def close(actual, expected, tolerance, what):
+    """Every leaf of `actual` is within `tolerance` of `expected`, relative to that leaf's largest entry."""
+    chex.assert_trees_all_equal_structs(actual, expected)
+    for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert np.isfinite(a).all(), f"{what}{jax.tree_util.keystr(path)} is not finite"
+        error, scale = np.abs(a - b).max(initial=0.0), np.abs(b).max(initial=1e-3)
+        assert error <= tolerance * scale, f"{what}{jax.tree_util.keystr(path)}: error {error:.2e} at scale {scale:.2e}"
+
+
+def with_gradients(run):
+    """`run(params, x) -> y`, jitted, as a function that also returns the gradients of a fixed mixture of y."""
+
+    def loss(params, x):
+        y = run(params, x)
+        return jnp.vdot(y, jnp.sin(jnp.arange(y.size, dtype=jnp.float32) * 0.7).reshape(y.shape)), y
+
+    def both(params, x):
+        (_, y), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+        return y, gradients
+
+    return jax.jit(both)
+
+
+def compare(actual, expected):
+    close(actual[0], expected[0], OUTPUT_TOLERANCE, "output")
+    close(actual[1], expected[1], GRADIENT_TOLERANCE, "gradient")
