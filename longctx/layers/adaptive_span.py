@@ -1,4 +1,9 @@
-"""Adaptive attention span (Sukhbaatar et al., 2019) as a mixer: every head learns how far back it looks."""
+"""Adaptive attention span (Sukhbaatar et al., 2019) as a mixer: every head learns how far back it looks.
+
+Group: hierarchical and adaptive attention
+Transition: the last tokens
+Devices: a halo of Z+R-1 keys and values
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Softmax attention as a mixer: any pattern, any positions, grouped keys and values."""
+"""Softmax attention (Vaswani et al., 2017) as a mixer: any pattern, any positions, grouped keys and values.
+
+Group: softmax attention
+Transition: the tokens themselves: concatenation
+Devices: all keys and values, by a ring, all-to-all or gathering: grows with T; a halo and the anchors where the
+    pattern is bounded
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The Block-Recurrent Transformer's layer (Hutchins et al., 2022) as a mixer."""
+"""The Block-Recurrent Transformer's layer (Hutchins et al., 2022) as a mixer.
+
+Group: softmax attention
+Transition: none: the state does not compose
+Devices: a halo of W-1 keys and values; device after device, R·D + 4·W·H·K
+"""
 
 from __future__ import annotations
 

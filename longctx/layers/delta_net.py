@@ -1,4 +1,9 @@
-"""DeltaNet (Yang et al., "Parallelizing Linear Transformers with the Delta Rule", 2024) as a mixer."""
+"""DeltaNet (Yang et al., "Parallelizing Linear Transformers with the Delta Rule", 2024) as a mixer.
+
+Group: the delta rule
+Transition: S ↦ M S + B
+Devices: log₂P hops of H·K·(K+V)
+"""
 
 from __future__ import annotations
 

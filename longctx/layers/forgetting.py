@@ -1,4 +1,10 @@
-"""The Forgetting Transformer's attention (Lin et al., 2025) as a mixer: softmax attention with forget gates."""
+"""The Forgetting Transformer's attention (Lin et al., 2025) as a mixer: softmax attention with forget gates.
+
+Group: softmax attention
+Transition: the tokens themselves: concatenation
+Devices: keys, values and sums of log gates around a ring: grows with T (with a window: a halo); the sums by log₂P
+    hops of 2·H; the last keys and values, for their shift
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Gated DeltaNet (Yang, Kautz and Hatamizadeh, 2024) as a mixer."""
+"""Gated DeltaNet (Yang, Kautz and Hatamizadeh, 2024) as a mixer.
+
+Group: the delta rule
+Transition: S ↦ M S + B
+Devices: log₂P hops of H·K·(K+V)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Gated DeltaProduct (Siems et al., 2025) as a mixer."""
+"""Gated DeltaProduct (Siems et al., 2025) as a mixer.
+
+Group: the delta rule
+Transition: S ↦ M S + B
+Devices: log₂P hops of H·K·(K+V)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Gated linear attention (Yang et al., 2023) as a mixer."""
+"""Gated linear attention (Yang et al., 2023) as a mixer.
+
+Group: linear attention and matrix memories with elementwise decay
+Transition: S ↦ a ⊙ S + B
+Devices: log₂P hops of H·K·(V+1)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""H-Transformer-1D (Zhu and Soricut, 2021) as a causal mixer: the further back, the more tokens are seen as one."""
+"""H-Transformer-1D (Zhu and Soricut, 2021) as a causal mixer: the further back, the more tokens are seen as one.
+
+Group: hierarchical and adaptive attention
+Transition: the last nodes of every level
+Devices: log₂P hops of the state
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""HGRN2 (Qin et al., 2024) as a mixer."""
+"""HGRN2 (Qin et al., 2024) as a mixer.
+
+Group: linear attention and matrix memories with elementwise decay
+Transition: S ↦ a ⊙ S + B
+Devices: log₂P hops of H·K·(V+1)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""DeepSeek sparse attention (DeepSeek-AI, 2025) as a mixer: softmax attention to the keys that an indexer chooses."""
+"""DeepSeek sparse attention (DeepSeek-AI, 2025) as a mixer: softmax attention to the keys that an indexer chooses.
+
+Group: hierarchical and adaptive attention
+Transition: the tokens themselves: concatenation
+Devices: T·I index keys, gathered; then the chosen tokens
+"""
 
 from __future__ import annotations
 

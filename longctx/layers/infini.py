@@ -1,4 +1,9 @@
-"""Infini-attention (Munkhdalai et al., 2024) as a mixer: attention within a segment, and a memory of those before."""
+"""Infini-attention (Munkhdalai et al., 2024) as a mixer: attention within a segment, and a memory of those before.
+
+Group: softmax attention
+Transition: S ↦ a ⊙ S + B; with `delta` none: the state does not compose
+Devices: a halo of W-1 keys and values; log₂P hops of 2·H·K·(V+1); with `delta` the memory device after device
+"""
 
 from __future__ import annotations
 

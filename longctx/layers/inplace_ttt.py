@@ -1,4 +1,9 @@
-"""In-Place TTT (ICLR 2026) as an MLP: a gated MLP that goes on learning its last matrix from the document."""
+"""In-Place TTT (ICLR 2026) as an MLP: a gated MLP that goes on learning its last matrix from the document.
+
+Group: fast weights and test-time training
+Transition: S ↦ a ⊙ S + B with a constant a
+Devices: log₂P hops of 3·F·D; or its tokens, D+F numbers each, where they are fewer than F·D
+"""
 
 from __future__ import annotations
 

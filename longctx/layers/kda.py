@@ -1,4 +1,9 @@
-"""Kimi Delta Attention (Kimi Team, "Kimi Linear", 2025) as a mixer."""
+"""Kimi Delta Attention (Kimi Team, "Kimi Linear", 2025) as a mixer.
+
+Group: the delta rule
+Transition: S ↦ M S + B
+Devices: log₂P hops of H·K·(K+V)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""LaCT (Zhang et al., 2025) as a mixer: large-chunk test-time training beside sliding-window attention."""
+"""LaCT (Zhang et al., 2025) as a mixer: large-chunk test-time training beside sliding-window attention.
+
+Group: fast weights and test-time training
+Transition: none: the state does not compose
+Devices: P-1 hops of the state, device after device; a halo
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Linear attention (Katharopoulos et al., 2020) as a mixer, with a choice of feature maps."""
+"""Linear attention (Katharopoulos et al., 2020) as a mixer, with a choice of feature maps.
+
+Group: linear attention and matrix memories with elementwise decay
+Transition: S ↦ a ⊙ S + B
+Devices: log₂P hops of H·F·(V+2)
+"""
 
 from __future__ import annotations
 

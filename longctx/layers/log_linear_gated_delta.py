@@ -1,4 +1,9 @@
-"""Log-linear Gated DeltaNet (Guo et al., "Log-Linear Attention", 2025) as a mixer."""
+"""Log-linear Gated DeltaNet (Guo et al., "Log-Linear Attention", 2025) as a mixer.
+
+Group: the delta rule
+Transition: S ↦ M S + B at every scale
+Devices: log₂P hops of H·K·(K+L·V)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Log-linear Mamba-2 (Guo et al., "Log-Linear Attention", 2025) as a mixer."""
+"""Log-linear Mamba-2 (Guo et al., "Log-Linear Attention", 2025) as a mixer.
+
+Group: linear attention and matrix memories with elementwise decay
+Transition: S ↦ a ⊙ S + B at every scale
+Devices: log₂P hops of H·(1+L·K·V)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The linear recurrent unit (Orvieto et al., 2023) as a mixer."""
+"""The linear recurrent unit (Orvieto et al., 2023) as a mixer.
+
+Group: diagonal state spaces and recurrences
+Transition: s ↦ a ⊙ s + b
+Devices: log₂P hops of 2·N
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Attention within buckets (Reformer, Kitaev et al., 2020; Routing Transformer, Roy et al., 2021) as a mixer."""
+"""Attention within buckets (Reformer, Kitaev et al., 2020; Routing Transformer, Roy et al., 2021) as a mixer.
+
+Group: hierarchical and adaptive attention
+Transition: the tokens themselves: concatenation
+Devices: keys, values and hashes around a ring: grows with T
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Mamba (Gu and Dao, 2023) as a mixer."""
+"""Mamba (Gu and Dao, 2023) as a mixer.
+
+Group: diagonal state spaces and recurrences
+Transition: S ↦ a ⊙ S + B
+Devices: log₂P hops of 2·I·N
+"""
 
 from __future__ import annotations
 

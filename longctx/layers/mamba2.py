@@ -1,4 +1,9 @@
-"""Mamba-2 (Dao and Gu, 2024) as a mixer."""
+"""Mamba-2 (Dao and Gu, 2024) as a mixer.
+
+Group: linear attention and matrix memories with elementwise decay
+Transition: S ↦ a ⊙ S + B
+Devices: log₂P hops of H·K·(V+1)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The mLSTM layer of xLSTM (Beck et al., 2024), in the form of xLSTM 7B (Beck et al., 2025), as a mixer."""
+"""The mLSTM layer of xLSTM (Beck et al., 2024), in the form of xLSTM 7B (Beck et al., 2025), as a mixer.
+
+Group: linear attention and matrix memories with elementwise decay
+Transition: (m, a, B), stabilised in log space
+Devices: log₂P hops of H·(K·(V+1)+2)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Mixture of block attention (Lu et al., 2025) as a mixer: softmax attention to blocks that each query chooses."""
+"""Mixture of block attention (Lu et al., 2025) as a mixer: softmax attention to blocks that each query chooses.
+
+Group: hierarchical and adaptive attention
+Transition: the tokens themselves: concatenation
+Devices: T/C mean keys, gathered; then the chosen blocks
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""A stack of layers at a coarser resolution, as a mixer: downsample, process, upsample, and nothing looks ahead."""
+"""A stack of layers at a coarser resolution (Nawrot et al., 2021) as a mixer: downsample, process, upsample.
+
+Group: resolution
+Transition: those of the mixers inside
+Devices: what the mixers inside send; a halo of C-1 inputs, and what two neighbouring groups exchange
+"""
 
 from __future__ import annotations
 

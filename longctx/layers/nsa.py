@@ -1,4 +1,9 @@
-"""Native sparse attention (Yuan et al., 2025) as a mixer: compressed, selected and near tokens, mixed by gates."""
+"""Native sparse attention (Yuan et al., 2025) as a mixer: compressed, selected and near tokens, mixed by gates.
+
+Group: hierarchical and adaptive attention
+Transition: the tokens themselves: concatenation
+Devices: T/d compressed keys and values, gathered (d tokens from one to the next); the chosen blocks; a halo
+"""
 
 from __future__ import annotations
 

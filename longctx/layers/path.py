@@ -1,4 +1,9 @@
-"""PaTH attention (Yang et al., 2025) as a mixer: softmax attention with positions that the tokens between make."""
+"""PaTH attention (Yang et al., 2025) as a mixer: softmax attention with positions that the tokens between make.
+
+Group: softmax attention
+Transition: the tokens themselves: concatenation
+Devices: keys, values and H·K·K around a ring: grows with T
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Pyramid attention in the manner of Pyraformer (Liu et al., 2022) as a causal mixer."""
+"""Pyramid attention in the manner of Pyraformer (Liu et al., 2022) as a causal mixer.
+
+Group: hierarchical and adaptive attention
+Transition: the last nodes of every level
+Devices: log₂P hops of the state
+"""
 
 from __future__ import annotations
 

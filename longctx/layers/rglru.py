@@ -1,4 +1,9 @@
-"""The real-gated linear recurrent unit of Griffin (De et al., 2024) as a mixer."""
+"""The real-gated linear recurrent unit of Griffin (De et al., 2024) as a mixer.
+
+Group: diagonal state spaces and recurrences
+Transition: s ↦ a ⊙ s + b
+Devices: log₂P hops of 2·N
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""RWKV-7 (Peng et al., 2025): its time mixing as a mixer."""
+"""RWKV-7 (Peng et al., 2025): its time mixing as a mixer.
+
+Group: the delta rule
+Transition: S ↦ M S + B
+Devices: log₂P hops of H·K·(K+V)
+"""
 
 from __future__ import annotations
 

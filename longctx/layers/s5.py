@@ -1,4 +1,9 @@
-"""S5 (Smith, Warrington and Linderman, 2022) as a mixer."""
+"""S5 (Smith, Warrington and Linderman, 2022) as a mixer.
+
+Group: diagonal state spaces and recurrences
+Transition: s ↦ a ⊙ s + b
+Devices: log₂P hops of 2·N
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Titans (Behrouz et al., 2025) as a mixer: a neural memory, alone, before sliding-window attention, or gating it."""
+"""Titans (Behrouz et al., 2025) as a mixer: a neural memory, alone, before sliding-window attention, or gating it.
+
+Group: fast weights and test-time training
+Transition: none: the state does not compose
+Devices: P-1 hops of the state, device after device; a halo
+"""
 
 from __future__ import annotations
 

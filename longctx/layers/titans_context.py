@@ -1,4 +1,9 @@
-"""Titans (Behrouz et al., 2025) with the memory as context, as a mixer."""
+"""Titans (Behrouz et al., 2025) with the memory as context, as a mixer.
+
+Group: fast weights and test-time training
+Transition: none: the state does not compose
+Devices: P-1 hops of the state, device after device
+"""
 
 from __future__ import annotations
 

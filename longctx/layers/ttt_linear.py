@@ -1,4 +1,9 @@
-"""TTT-Linear (Sun et al., 2024) as a mixer."""
+"""TTT-Linear (Sun et al., 2024) as a mixer.
+
+Group: fast weights and test-time training
+Transition: none: the state does not compose
+Devices: P-1 hops of the state, device after device
+"""
 
 from __future__ import annotations
 
