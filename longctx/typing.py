@@ -75,6 +75,11 @@ class Segments:
         ends = jnp.take_along_axis(last, following - 1, axis=1)
         return jnp.where(self.valid, jnp.take_along_axis(self.positions, ends, axis=1) + 1, 0)
 
+    def before(self, keys: Segments) -> Bool[Array, "B T S"]:
+        """Whether each of `keys` is of the token's document and not after it; never for padding."""
+        document = (self.ids[:, :, None] == keys.ids[:, None, :]) & self.valid[:, :, None]
+        return document & (keys.positions[:, None, :] <= self.positions[:, :, None])
+
     @classmethod
     def single(cls, batch: int, length: int, offset: int | Int[Array, ""] = 0) -> Segments:
         """One document per row, of which the span is tokens `offset` to `offset + length`.

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from longctx.ops.gated_linear import einsum
-from longctx.ops.partial import Partial, merge
+from longctx.ops.partial import Partial, of_logits, over_blocks, softmax
 from longctx.typing import Segments, checked
 
 
@@ -73,9 +73,7 @@ def recurrent(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q = q.astype(jnp.float32)
     k, v32 = (x.astype(jnp.float32).repeat(q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    seen = (segments.ids[:, :, None] == held.ids[:, None, :]) & segments.valid[:, :, None]
-    seen &= held.positions[:, None, :] <= segments.positions[:, :, None]
-    seen = seen[:, None]
+    seen = segments.before(held)[:, None]
     logits = scale * jnp.einsum("bthk,bshk->bhts", q, k, precision="highest")
     gates = jnp.where(seen, jax.nn.sigmoid(logits), 0.0)
     positions = jnp.minimum(jnp.flip(jnp.cumsum(jnp.flip(gates, -1), -1), -1), len(embeddings) - 1)
@@ -83,9 +81,7 @@ def recurrent(
     below, above = jnp.floor(positions), jnp.ceil(positions)
     low, high = (jnp.take_along_axis(products, n.astype(jnp.int32), axis=-1) for n in (below, above))
     logits += (positions - below) * high + (1 - positions + below) * low
-    logits = jnp.where(seen, logits, jnp.where(seen.any(-1, keepdims=True), -jnp.inf, 0.0))
-    weights = jnp.where(seen, jax.nn.softmax(logits, axis=-1), 0.0)
-    return jnp.einsum("bhts,bshv->bthv", weights, v32, precision="highest").astype(v.dtype)
+    return jnp.einsum("bhts,bshv->bthv", softmax(logits, seen), v32, precision="highest").astype(v.dtype)
 
 
 @checked
@@ -138,25 +134,25 @@ def attend(
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def row(_, block):
-        q, visited, (ids, places) = block
+        q, visited, (ids, positions) = block
         products = einsum("bgrik,nk->bgrin", q, embeddings.astype(jnp.float32))
 
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def visit(visited, block):
-            k, v, (k_ids, k_places) = block
-            seen = (ids[:, :, None] == k_ids[:, None, :]) & (ids[:, :, None] > 0)
-            seen &= k_places[:, None, :] <= places[:, :, None]
+        def mask(block):
+            *_, (k_ids, k_positions) = block
+            document = (ids[:, :, None] == k_ids[:, None, :]) & (ids[:, :, None] > 0)
+            return document & (k_positions[:, None, :] <= positions[:, :, None])
 
-            def meet(visited):
-                logits = scale * einsum("bgrik,bjgk->bgrij", q, k)
-                gates = jnp.where(seen[:, None, None], jax.nn.sigmoid(logits), 0.0)
-                counted = visited.gates[..., None] + jax.lax.cumsum(gates, axis=gates.ndim - 1, reverse=True)
-                logits += _between(products, jnp.minimum(counted, last))
-                return Visited(merge(visited.partial, _softmax(logits, seen[:, None, None], v)), counted[..., 0])
+        def meet(sums, block):
+            k, v, _ = block
+            visible = mask(block)[:, None, None]
+            logits = scale * einsum("bgrik,bjgk->bgrij", q, k)
+            gates = jnp.where(visible, jax.nn.sigmoid(logits), 0.0)
+            counted = sums[..., None] + jax.lax.cumsum(gates, axis=gates.ndim - 1, reverse=True)
+            logits = jnp.where(visible, logits + _between(products, jnp.minimum(counted, last)), -jnp.inf)
+            return counted[..., 0], of_logits(logits, lambda weights: einsum("bgrij,bjgv->bgriv", weights, v))
 
-            return jax.lax.cond(seen.any(), meet, lambda same: same, visited), None
-
-        return None, jax.lax.scan(visit, visited, keys, reverse=True)[0]
+        gates, partial = over_blocks(meet, lambda block: mask(block).any(), (visited.gates, visited.partial), keys)
+        return None, Visited(partial, gates)
 
     _, visited = jax.lax.scan(row, None, rows)
 
@@ -190,16 +186,3 @@ def _between(products, positions):
     below, above = jnp.floor(positions), jnp.ceil(positions)
     low, high = (jnp.take_along_axis(products, n.astype(jnp.int32), axis=-1) for n in (below, above))
     return low + (positions - below) * (high - low)
-
-
-def _softmax(logits, seen, v) -> Partial:
-    """Attention with these logits `[B, G, R, C, S]` to values `[B, S, G, V]`, where `seen`."""
-    logits = jnp.where(seen, logits, -jnp.inf)
-    peak = jax.lax.stop_gradient(logits.max(-1))
-    peak = jnp.where(jnp.isneginf(peak), 0.0, peak)
-    weights = jnp.exp(logits - peak[..., None])
-    total = weights.sum(-1)
-    any_seen = total > 0
-    total = jnp.where(any_seen, total, 1.0)
-    output = einsum("bgrij,bjgv->bgriv", weights, v) / total[..., None]
-    return Partial(output, jnp.where(any_seen, peak + jnp.log(total), -jnp.inf))

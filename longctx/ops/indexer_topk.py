@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from longctx.ops.key_blocks import WHOLE, Row, choose
+from longctx.ops.partial import softmax, terms
 from longctx.typing import Segments, checked
 
 _QUERIES, _KEYS = 128, 1 << 16  # at most, that attend at once, and of keys for all these together
@@ -126,10 +127,8 @@ def _attend(q, index_q, weights, seen, k, v, index_k, scale):
     """One query, `[H, K]`, with `[J, I]` and `[J]`, and its keys `[n, G, K]`: what it reads, and its loss."""
     logits = jnp.einsum("grk,ngk->grn", q.reshape(k.shape[1], -1, k.shape[2]), k, preferred_element_type=jnp.float32)
     logits = jnp.where(seen, logits * scale, -jnp.inf)
-    peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    shares = jnp.exp(logits - jnp.where(jnp.isneginf(peak), 0.0, peak))
-    total = shares.sum(-1, keepdims=True)
-    shares /= jnp.where(total > 0, total, 1.0)
+    exponentials, total, _ = terms(logits)
+    shares = exponentials / total[..., None]
     y = jnp.einsum("grn,ngv->grv", shares.astype(v.dtype), v, preferred_element_type=jnp.float32)
     products = jnp.einsum("ji,ni->jn", index_q, index_k, preferred_element_type=jnp.float32)
     scores = jnp.einsum("j,jn->n", weights.astype(jnp.float32), jax.nn.relu(products))
@@ -168,8 +167,8 @@ def recurrent(
             order = jnp.argsort(jnp.where(seen, -scores, jnp.inf), axis=-1, stable=True)
             seen &= jnp.argsort(order, axis=-1) < count
         logits = jnp.einsum("bhk,bshk->bhs", q, keys) * scale
-        attention = _softmax_over(logits, seen[:, None])
-        p, indexer = jax.lax.stop_gradient(attention.mean(1)), _softmax_over(scores, seen)
+        attention = softmax(logits, seen[:, None])
+        p, indexer = jax.lax.stop_gradient(attention.mean(1)), softmax(scores, seen)
         tiny = jnp.finfo(jnp.float32).tiny
         loss = p * (jnp.log(jnp.maximum(p, tiny)) - jnp.log(jnp.maximum(indexer, tiny)))
         return jnp.einsum("bhs,bshv->bhv", attention, values), loss.sum(-1)
@@ -177,8 +176,3 @@ def recurrent(
     queries = q, index_q, weights, segments.ids, segments.positions
     y, loss = jax.lax.map(one, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), queries))
     return jnp.moveaxis(y, 0, 1).astype(v.dtype), loss.T
-
-
-def _softmax_over(logits, seen):
-    """Softmax over what is seen; 0 elsewhere, and everywhere if that is nothing."""
-    return jnp.where(seen, jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1), 0.0)

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from longctx.ops.attention import attention_partial
-from longctx.ops.partial import Partial, merge
+from longctx.ops.partial import Partial, merge, softmax
 from longctx.ops.patterns import Causal
 from longctx.typing import Segments, checked
 
@@ -169,12 +169,9 @@ def recurrent(
     k, v, own, k_hashes = (x.repeat(repeats, axis=2) for x in (k, v, own, k_hashes))
     seen = (segments.ids[:, :, None] == held.ids[:, None, :]) & segments.valid[:, :, None]
     seen &= held.positions[:, None, :] < segments.positions[:, :, None]  # [B, T, S]
-    agree = (q_hashes[:, :, None] == k_hashes[:, None, :]).sum(-1) * seen[..., None]  # m, [B, T, S, H]
-    logits = jnp.einsum("bthk,bshk->btsh", q, k, preferred_element_type=jnp.float32) * scale
-    logits = jnp.where(agree > 0, logits, -jnp.inf)
-    peak = jnp.maximum(logits.max(2, keepdims=True), jnp.finfo(jnp.float32).min)
-    weights = agree * jnp.exp(logits - peak)
-    weights /= jnp.maximum(weights.sum(2, keepdims=True), 1e-30)
-    others = jnp.einsum("btsh,bshv->bthv", weights, v.astype(jnp.float32)).astype(v.dtype)
-    alone = segments.valid[..., None] & (agree == 0).all(2)
+    agree = (q_hashes[:, :, None] == k_hashes[:, None, :]).sum(-1).mT * seen[:, :, None]  # m, [B, T, H, S]
+    logits = jnp.einsum("bthk,bshk->bths", q, k, preferred_element_type=jnp.float32) * scale
+    weights = softmax(logits + jnp.log(jnp.maximum(agree, 1)), agree > 0)
+    others = jnp.einsum("bths,bshv->bthv", weights, v.astype(jnp.float32)).astype(v.dtype)
+    alone = segments.valid[..., None] & (agree == 0).all(-1)
     return jnp.where(alone[..., None], own, others)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from longctx.ops import routed
 from longctx.ops.attention import attention_partial
 from longctx.ops.key_blocks import WHOLE, KeyBlocks, Row, choose
-from longctx.ops.partial import Partial, merge
+from longctx.ops.partial import Partial, merge, softmax
 from longctx.ops.patterns import Causal, Chunked
 from longctx.typing import Segments, checked
 
@@ -117,8 +117,4 @@ def recurrent(
     seen = chosen | (same & (theirs[:, None, :] == own[:, :, None]))[:, None]
     seen &= (held.positions[:, None, :] <= segments.positions[:, :, None])[:, None]
     logits = jnp.einsum("bthk,bshk->bhts", q, keys, preferred_element_type=jnp.float32) * scale
-    logits = jnp.where(seen, logits, -jnp.inf)
-    peak = jnp.maximum(logits.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(logits - peak)
-    weights /= jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
-    return jnp.einsum("bhts,bshv->bthv", weights, values).astype(v.dtype)
+    return jnp.einsum("bhts,bshv->bthv", softmax(logits, seen), values).astype(v.dtype)

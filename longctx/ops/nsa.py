@@ -37,7 +37,7 @@ from jaxtyping import Array, Float, Int
 from longctx.ops import routed
 from longctx.ops.attention import attention_partial
 from longctx.ops.key_blocks import WHOLE, KeyBlocks, Row, choose
-from longctx.ops.partial import Partial, merge
+from longctx.ops.partial import Partial, merge, softmax
 from longctx.ops.patterns import Causal, Chunked, Pattern, Window
 from longctx.typing import Segments, checked
 
@@ -175,9 +175,7 @@ def recurrent(
     def attend(keys, values, seen, gate):
         """The weights of a gated attention [B, H, T, S], and what it gives."""
         logits = jnp.einsum("bthk,bshk->bhts", q, keys.repeat(repeats, axis=2), preferred_element_type=jnp.float32)
-        logits = jnp.where(seen, logits * scale, -jnp.inf)
-        weights = jnp.exp(logits - jnp.maximum(logits.max(-1, keepdims=True), jnp.finfo(jnp.float32).min))
-        weights /= jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+        weights = softmax(logits * scale, seen)
         y = jnp.einsum("bhts,bshv->bthv", weights, values.repeat(repeats, axis=2).astype(jnp.float32))
         return weights, gate[..., None] * y
 

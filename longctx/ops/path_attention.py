@@ -38,7 +38,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from longctx.ops.gated_delta import unit_inverse
 from longctx.ops.gated_linear import einsum, split
-from longctx.ops.partial import Partial, merge
+from longctx.ops.partial import Partial, merge, of_logits, over_blocks, softmax
 from longctx.typing import Segments, checked
 
 
@@ -96,10 +96,8 @@ def recurrent(
         turned = turned.at[:, slot].set(k)
         keys = jnp.where(owner[:, None, None, None] > 0, turned, keys)
         seen = (owners == owner[:, None]) & (owner > 0)[:, None] & (jnp.arange(keys.shape[1]) <= slot)
-        logits = jnp.sum(q[:, None] * keys, axis=-1) * k.shape[-1] ** -0.5
-        logits = jnp.where(seen[..., None], logits, jnp.where(seen.any(1)[:, None, None], -jnp.inf, 0.0))
-        weights = jnp.where(seen[..., None], jax.nn.softmax(logits, axis=1), 0.0)
-        return keys, jnp.sum(weights[..., None] * values, axis=1)
+        logits = jnp.sum(q[:, None] * keys, axis=-1).mT * k.shape[-1] ** -0.5
+        return keys, jnp.einsum("bhs,bshv->bhv", softmax(logits, seen[:, None]), values, precision="highest")
 
     tokens = (*(jnp.moveaxis(x.astype(jnp.float32), 1, 0) for x in (q, k, w, beta)), ids.T)
     keys, y = jax.lax.scan(step, keys, (past.keys.shape[1] + jnp.arange(k.shape[1]), *tokens))
@@ -149,20 +147,19 @@ def attend(q, k, v, w, beta, past: Past | None, segments: Segments, chunk: int =
     def row(_, block):
         number, q, part, owner, before = block
 
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def visit(carry, earlier):
-            other, k, v, w, read, held = earlier
-            seen = (owner[:, :, None] == held[:, None, :]) & (owner[:, :, None] > 0)
+        def mask(held):
+            return (owner[:, :, None] == held[:, None, :]) & (owner[:, :, None] > 0)
 
-            def meet(q, part):
-                part = merge(part, _partial(einsum("bhck,bhdk->bhcd", q, k), seen, v))
-                return q - _turn(q, w, read), part
+        def meet(q, earlier):
+            _, k, v, w, read, held = earlier
+            part = _partial(einsum("bhck,bhdk->bhcd", q, k), mask(held), v)
+            return q - _turn(q, w, read), part
 
-            # Documents have no gaps: what lies beyond a block of other documents is not seen either.
-            return jax.lax.cond((other < number) & seen.any(), meet, lambda *same: same, *carry), None
+        def visible(earlier):
+            # Documents have no gaps: what lies beyond a block of other documents is not visible either.
+            return (earlier[0] < number) & mask(earlier[-1]).any()
 
-        others = (numbers, keys, values, w, read, ids)
-        (q, part), _ = jax.lax.scan(visit, (q, part), others, reverse=True)
+        q, part = over_blocks(meet, visible, (q, part), (numbers, keys, values, w, read, ids))
         if past is not None and past.keys.shape[1]:
             logits = einsum("bhck,bshk->bhcs", q, past.keys.astype(jnp.float32))
             seen = before[:, :, None] & past.held[:, None, :]
@@ -205,17 +202,10 @@ def _turn(x, w, read):
     return einsum("bhcd,bhdk->bhck", einsum("bhck,bhdk->bhcd", x, w), read)
 
 
-def _partial(logits, seen, v) -> Partial:
-    """Softmax of logits [..., H, C, S] where `seen` [..., C, S], as a partial result."""
-    logits = jnp.where(seen[..., None, :, :], logits, -jnp.inf)
-    peak = jax.lax.stop_gradient(logits.max(-1))
-    peak = jnp.where(jnp.isneginf(peak), 0.0, peak)
-    weights = jnp.exp(logits - peak[..., None])
-    total = weights.sum(-1)
-    any_seen = total > 0
-    total = jnp.where(any_seen, total, 1.0)
-    output = einsum("...cs,...sv->...cv", weights, v) / total[..., None]
-    return Partial(output, jnp.where(any_seen, peak + jnp.log(total), -jnp.inf))
+def _partial(logits, visible, v) -> Partial:
+    """Softmax of logits [..., H, C, S] where `visible` [..., C, S], as a partial result."""
+    logits = jnp.where(visible[..., None, :, :], logits, -jnp.inf)
+    return of_logits(logits, lambda weights: einsum("...cs,...sv->...cv", weights, v))
 
 
 def _nothing(k, v) -> Past:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from longctx.ops.partial import Partial, merge
+from longctx.ops.partial import Partial, merge, of_logits
 
 _TILE = 64  # assignments a tile
 
@@ -96,11 +96,9 @@ def _attend(scale: float, q, k, v, tiles: Tiles) -> Partial:
 def _forward(scale, q, k, v, tiles):
     def step(part, tile):
         logits = _logits(scale, _rows(q, tile), k[tile.block])
-        peak = logits.max(-1)
-        weights = jnp.exp(logits - peak[..., None])
-        total = weights.sum(-1)
-        out = jnp.einsum("trc,cv->trv", weights.astype(v.dtype), v[tile.block], preferred_element_type=jnp.float32)
-        found = Partial(out / total[..., None], peak + jnp.log(total))
+        values = v[tile.block]
+        read = functools.partial(jnp.einsum, "trc,cv->trv", preferred_element_type=jnp.float32)
+        found = of_logits(logits, lambda weights: read(weights.astype(v.dtype), values))
         merged = merge(jax.tree.map(lambda x: _rows(x, tile), part), found)
         return jax.tree.map(lambda x, rows: x.at[tile.queries].set(rows, mode="drop"), part, merged), None
 
