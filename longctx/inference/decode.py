@@ -78,6 +78,6 @@ def generate(
       seed: of the draws, 32 bits.
     """
     length = tokens.shape[1]
-    span = span_for(length)
+    span, model = span_for(length), model.unrolled()
     logits, state = Prefill(model)(tokens, capacity_for(length + max_tokens, span), span)
     return np.stack(list(Decode(model, sampling)(logits, state, length, max_tokens, seed)), axis=1)

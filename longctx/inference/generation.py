@@ -80,6 +80,7 @@ def complete(
     capacity = capacity_for(length + request.max_tokens, span)
     _check_memory(model, length, request.max_tokens, capacity)
 
+    model = model.unrolled()
     prefill, decode = Prefill(model), Decode(model, request.sampling)
 
     start = time.perf_counter()  # a short run first, which compiles every program

@@ -1,7 +1,12 @@
-"""A language model: embedding, a pattern of blocks repeated by one scan, a norm, and logits."""
+"""A language model: embedding, a pattern of blocks repeated, a norm, and logits.
+
+Training repeats the pattern by one scan over stacked parameters. With a state it is a loop over the layers, written
+out: each layer's state is then a tree of its own, of which a program that is given it may write a part in place.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -82,8 +87,8 @@ class LanguageModel(nnx.Module):
         Args:
           tokens: `[B, T]`.
           segments: the documents of the span; None is one document.
-          state: what `init_state` or an earlier span returned. None: the empty state, and none is returned, so
-            that training keeps no caches.
+          state: what `init_state` or an earlier span returned, one entry a layer. None: the empty state, and none is
+            returned, so that training keeps no caches.
 
         Returns:
           `hidden[B, T, D]`, normed and ready for `logits` or the chunked loss, and the state (None if none was given).
@@ -101,17 +106,20 @@ class LanguageModel(nnx.Module):
         if self.options.remat != "none":
             run = jax.checkpoint(run, policy=_REMAT[self.options.remat])
 
-        def repeat(x, blocks_and_states):
+        def through(x, blocks, states):
             after = []
-            for block, before in zip(*blocks_and_states, strict=True):
+            for block, before in zip(blocks, states, strict=True):
                 x, block_state = run(block, x, before)
                 x = constrain(x, ("batch", "time", None))
-                after.append(None if state is None else block_state)
+                after.append(block_state)
             return x, tuple(after)
 
-        before = (None,) * len(self.blocks) if state is None else state
-        x, after = jax.lax.scan(repeat, x, (tuple(self.blocks), before))
-        return self.norm(x), None if state is None else after
+        if state is None:
+            nothing = (None,) * len(self.blocks)
+            x, _ = jax.lax.scan(lambda x, blocks: (through(x, blocks, nothing)[0], None), x, tuple(self.blocks))
+        else:
+            x, state = through(x, self._layers(), state)
+        return self.norm(x), state
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of hidden vectors."""
@@ -120,13 +128,23 @@ class LanguageModel(nnx.Module):
         )
 
     def init_state(self, batch: int, capacity: int) -> tuple:
-        """The state before any token, with room for `capacity` tokens in caches that grow with the document."""
+        """The state before any token, one entry a layer, with room for `capacity` tokens in caches that grow with the
+        document. The first axis of every array is the row of the batch.
+        """
+        return tuple(block.init_state(batch, capacity, self.dtype) for block in self._layers())
+
+    def unrolled(self) -> LanguageModel:
+        """The same model as one repeat of a pattern that names every layer, each with parameters of its own.
+
+        To be made once, before many steps that are given a state: such a step takes each layer's parameters out of the
+        stacks, which copies them.
+        """
+        model = nnx.merge(*nnx.split(self))
         repeats = self.options.repeats
-
-        def stacked(leaf):
-            return jnp.broadcast_to(leaf, (repeats, *leaf.shape))
-
-        return tuple(jax.tree.map(stacked, block.init_state(batch, capacity, self.dtype)) for block in self._first())
+        model.options = dataclasses.replace(self.options, pattern=self.options.pattern * repeats, repeats=1)
+        apart = (_apart(block, repeats) for block in self.blocks)
+        model.blocks = nnx.List(block for each in zip(*apart, strict=True) for block in each)
+        return model
 
     @property
     def bounded(self) -> bool:
@@ -134,15 +152,23 @@ class LanguageModel(nnx.Module):
         small, large = (jax.eval_shape(lambda c=c: self.init_state(1, c)) for c in (2**20, 2**21))
         return jax.tree.map(jnp.shape, small) == jax.tree.map(jnp.shape, large)
 
-    def _first(self) -> list[Block]:
-        """The blocks of the first repeat."""
-        return [jax.tree.map(lambda leaf: leaf[0], block) for block in self.blocks]
+    def _layers(self) -> list[Block]:
+        """The blocks of all layers, in their order."""
+        repeats = range(self.options.repeats)
+        return [jax.tree.map(lambda leaf, i=i: leaf[i], block) for i in repeats for block in self.blocks]
 
 
 def _stacked(options: config.Model, block: config.Block, rngs: nnx.Rngs) -> Block:
     """A Block whose parameters have a leading axis of `options.repeats`, each repeat initialised on its own."""
     keys = jax.random.split(rngs.params(), options.repeats)
     return jax.vmap(lambda key: Block(options.width, block, nnx.Rngs(params=key)))(keys)
+
+
+def _apart(block: Block, repeats: int) -> list[Block]:
+    """The repeats of a stacked Block, each a stack of one."""
+    leaves, tree = jax.tree.flatten(block)
+    parts = (jnp.split(leaf, repeats) for leaf in leaves)
+    return [tree.unflatten(part) for part in zip(*parts, strict=True)]
 
 
 def first_scale(width: int, vocab_size: int, share: float = 0.02) -> float:

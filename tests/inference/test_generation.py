@@ -65,6 +65,9 @@ def test_the_end_of_the_document_is_the_end(tokenizer):
         def init_state(self, batch, capacity):
             return ()
 
+        def unrolled(self):
+            return self
+
     out, log = Pieces(), io.StringIO()
     text = complete(Scripted(), tokenizer, Request("x", 50, GREEDY), out, log)
     assert text == "é\ufffd"
