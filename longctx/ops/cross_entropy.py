@@ -37,9 +37,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from longctx.ops.sizes import sizes
 from longctx.typing import checked
-
-HELD = 2**20  # logits held at once where the caller names no chunk: 4 MiB of float32, which caches hold
 
 
 class CrossEntropy(NamedTuple):
@@ -79,7 +78,7 @@ def cross_entropy(
       smoothing: s, from 0 to below 1, of the total's targets.
       z_loss: c, not negative.
       chunk: tokens of each row whose logits are held at once; a multiple of the devices that the row is sharded
-        over. None holds at most `HELD` logits at once.
+        over. None: as `ops/sizes.py` says of the platform.
 
     Returns:
       `CrossEntropy`. `total` is differentiable once, with respect to `hidden` and `unembedding`; the others are
@@ -87,7 +86,8 @@ def cross_entropy(
     """
     batch, length, _ = hidden.shape
     if chunk is None:
-        chunk = max(1, HELD // (batch * unembedding.shape[0]))
+        held = max(sizes().loss_tokens, sizes().loss_logits // len(unembedding))
+        chunk = max(1, held // batch)
     chunk = min(chunk, length)
     options = _Options(chunk, smoothing, z_loss)
     found = _scan(options, hidden, unembedding.astype(hidden.dtype), targets, weights.astype(jnp.float32))

@@ -1,5 +1,7 @@
 """The chunked cross-entropy against the formula, its memory, and its behaviour on a sharded row."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx.ops.cross_entropy import cross_entropy
+from longctx.ops.sizes import sizes
 
 
 def inputs(batch=2, length=24, width=8, vocabulary=19, dtype=jnp.float32):
@@ -146,3 +149,11 @@ def test_a_sharded_row_is_not_gathered():
     found = compiled(*map(jax.device_put, (hidden, unembedding, targets, weights), places))
     alone = value_and_slopes(hidden, unembedding, targets, weights)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, alone)
+
+
+def test_a_large_vocabulary_leaves_tokens_enough_at_once():
+    """Fails if the logits held at once are bounded alone: 8 tokens at a time read the unembedding 32 times."""
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 256, 8), (128_256, 8), (1, 256))]
+    traced = str(jax.make_jaxpr(lambda h, e, w: cross_entropy(h, e, w.astype(int), w).total)(*shapes))
+    (steps,) = re.findall(r"length=(\d+)", traced)
+    assert 256 // int(steps) == sizes().loss_tokens
