@@ -1,10 +1,10 @@
-"""Lists every option that an experiment can have, with its type, its default and what it means.
+"""The layers, and every option that an experiment can have, with its type, its default and what it means.
 
-    python -m longctx.options                       # all of them
-    python -m longctx.options attention yarn        # those of some kinds
-    python -m longctx.options my_layers.py mine     # those of a layer of your own
+    python -m longctx.options                       # all of them: the page docs/layers.md
+    python -m longctx.options attention yarn        # some kinds
+    python -m longctx.options my_layers.py mine     # a layer of your own
 
-They are written in an experiment file, or on the command line as --config.model.blocks.NAME.mixer.heads=8.
+Options are written in an experiment file, or on the command line as --config.model.blocks.NAME.mixer.heads=8.
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ import functools
 import inspect
 import io
 import itertools
+import re
 import sys
 import textwrap
 import tokenize
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
 
 from longctx import config, plugins
 from longctx.data import TASKS
@@ -64,8 +69,55 @@ def groups() -> dict[str, Mapping[str, Any]]:
 FOLLOWS = "as many as make the model's width, at least the default"
 
 
+_PAGE = """# Layers and options
+
+`python -m longctx.options` prints this page from the registries of layers and their docstrings;
+`python -m longctx.options attention yarn` prints some kinds. Options are written in an experiment file, or on the
+command line as `--config.model.blocks.NAME.mixer.heads=8`.
+
+In the tables, *bytes* is the whole state of the layer with its default options, D = 64, after 1,024 tokens in float32.
+*Transition* is what a span does to the state, and *devices* what crosses the devices that share a sequence, in numbers
+a device sends forward; P devices. Every mixer has a short convolution (`conv_width`), off where its paper has none; it
+adds its last inputs to the state and log₂P hops of them.
+"""
+
+
+def page() -> str:
+    """The layers by group, then the options of everything, in Markdown."""
+    tables: dict[str, list[str]] = {}
+    for name, cls in (MIXERS | MLPS).items():
+        row = [f"[`{name}`](#{name})", said(cls, "Layer"), said(cls, "State") or "none", f"{_state_bytes(cls):,}"]
+        row += [said(cls, "Transition"), said(cls, "Devices")]
+        tables.setdefault(said(cls, "Group") or "MLPs", []).append(f"| {' | '.join(row)} |")
+    head = ["| `kind` | layer | state | bytes | transition | devices |", "|---|---|---|---:|---|---|"]
+    lines = [_PAGE, *textwrap.wrap(NOTATION, 120), ""]
+    for group, rows in tables.items():
+        lines += [f"## {group[0].upper()}{group[1:]}", "", *head, *rows, ""]
+    for title, group in groups().items():
+        lines += [f"## `{title}`" if "NAME" in title else f"## {title[0].upper()}{title[1:]}", ""]
+        for name, cls in group.items():
+            lines += [f"### {name}", "", "```text", _described(name, cls, whole=True).rstrip(), "```", ""]
+    return "\n".join(lines)
+
+
+def said(cls: type, name: str) -> str:
+    """What a layer's docstring, else its module's, says behind `NAME:`; a "Layer" is what the module's begins with."""
+    module = inspect.getdoc(sys.modules[cls.__module__]) or ""
+    if name == "Layer":
+        return (module if "Group:" in module else inspect.getdoc(cls)).split("\n\n")[0].split(" as a")[0].rstrip(".,")
+    for text in (inspect.getdoc(cls) or "", module):
+        if found := re.search(rf"\b{name}: (.*?)(?=\n[A-Z]\w+: |\n\n|\Z)", text, re.DOTALL):
+            return " ".join(found[1].split()).rstrip(".").replace("|", "\\|")
+    return ""
+
+
+def _state_bytes(cls: type) -> int:
+    state = jax.eval_shape(lambda: cls(64, cls.Config(), nnx.Rngs(params=0)).init_state(1, 1024, jnp.float32))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
 def listed(names: list[str]) -> str:
-    """The options of these kinds; of all without any.
+    """The options of these kinds; all there is to know without any.
 
     Raises:
       UsageError: there is no such kind.
@@ -75,13 +127,9 @@ def listed(names: list[str]) -> str:
         close = difflib.get_close_matches(unknown[0], known, n=1)
         advice = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(known)}"
         raise UsageError(f"'{unknown[0]}' is no kind; {advice}")
-    if names:
-        texts = [_described(name, known[name]) for name in names]
-    else:
-        texts = []
-        for title, group in groups().items():
-            texts += [f"== {title}\n", *(_described(name, cls) for name, cls in group.items())]
-    return "\n".join([*texts, *textwrap.wrap(NOTATION, 120), ""])
+    if not names:
+        return page()
+    return "\n".join([*(_described(name, known[name]) for name in names), *textwrap.wrap(NOTATION, 120), ""])
 
 
 def meanings(cls: type) -> dict[str, str]:
@@ -111,10 +159,14 @@ def _comments(cls: type) -> dict[str, str]:
     return found
 
 
-def _described(name: str, cls: Any) -> str:
-    """A title with what the docstring begins with, and a line for each option."""
-    about = (inspect.getdoc(cls) or "").split("\n\n")[0]
-    lines = textwrap.wrap(" ".join(about.split()), 100, initial_indent="    ", subsequent_indent="    ")
+def _described(name: str, cls: Any, whole: bool = False) -> str:
+    """A title with what the docstring begins with, or the whole of it, and a line for each option."""
+    about = inspect.getdoc(cls) or ""
+    if whole:
+        lines = [*textwrap.indent(about, "    ").splitlines(), ""] if about else []
+    else:
+        about = " ".join(about.split("\n\n")[0].split())
+        lines = textwrap.wrap(about, 100, initial_indent="    ", subsequent_indent="    ")
     rows = [*_rows(cls)]
     widths = [max((min(len(row[i]), 40) for row in rows), default=0) for i in range(2)]
     lines += [f"    {one:{widths[0]}}  {two:{widths[1]}}  {meaning}".rstrip() for one, two, meaning in rows]

@@ -26,7 +26,8 @@ class AdaptiveSpan(nnx.Module):
     """Softmax attention whose weights fade out beyond a learned span per head (`ops/biases.py`).
 
     Longer spans cost: `penalty` times the heads' mean span is added to the loss of every token (section 2.2). The mixer
-    works on the last `longest` + `ramp` tokens, however short the spans are. State: a `KVCache` of as many.
+    works on the last `longest` + `ramp` tokens, however short the spans are.
+    State: a `KVCache` of `longest` + `ramp` tokens.
     """
 
     @dataclasses.dataclass(frozen=True)
