@@ -22,7 +22,7 @@ from flax import nnx
 from timing import best, compiled, machine, normal, peak, require_peers
 
 from longctx.layers import MIXERS
-from longctx.ops import attention, gated_delta
+from longctx.ops import GATED_DELTA, attention
 from longctx.ops.patterns import Causal, Window
 from longctx.typing import Segments
 
@@ -67,7 +67,7 @@ def against_transformers(length: int = 8192) -> list[dict]:
     q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
     beta = 1 / (1 + np.exp(-normal(3, 1, length, HEADS)))
     log_decay = -np.log1p(np.exp(normal(4, 1, length, HEADS) - 3))
-    ours = both_ways(lambda *inputs: gated_delta.chunked(*inputs)[0], 5)
+    ours = both_ways(lambda *inputs: GATED_DELTA(*inputs)[0], 5)
     peers = [torch.from_numpy(x).requires_grad_() for x in (q, k, v, log_decay, beta)]
     seconds = best(
         compiled(ours, q, k, v, beta, log_decay),

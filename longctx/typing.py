@@ -25,7 +25,8 @@ import functools
 import inspect
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,33 +145,55 @@ def checked(op: Callable) -> Callable:
     """
     signature = inspect.signature(op)
 
-    @functools.cache
-    def annotations() -> dict[str, list[type[AbstractArray]]]:
-        """The array types of each argument that has any, read at the first call, when all names are defined."""
-        hints = ((name, hint) for name, hint in typing.get_type_hints(op).items() if name in signature.parameters)
-        types = {name: [kind for kind in typing.get_args(hint) or [hint] if _is_array(kind)] for name, hint in hints}
-        return {name: kinds for name, kinds in types.items() if kinds}
-
     @functools.wraps(op)
     def call(*args, **kwargs):
-        given = signature.bind(*args, **kwargs).arguments
-        sizes: dict[str, int] = {}
-        for name, kinds in annotations().items():
-            array = given.get(name)
-            if not (hasattr(array, "shape") and hasattr(array, "dtype")):
-                continue
-            fits = [found for kind in kinds if (found := _fit(array, kind, sizes)) is not None]
-            if not fits:
-                known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items())
-                raise ValueError(
-                    f"{op.__module__}.{op.__name__}: {name} is {array.dtype}{list(array.shape)}, expected "
-                    + " or ".join(f"{kind.dtype.__name__}[{', '.join(kind.dim_str.split())}]" for kind in kinds)
-                    + (f", where the arguments before it have {known}." if known else ".")
-                )
-            sizes |= fits[0]
+        check(f"{op.__module__}.{op.__name__}", op, signature.bind(*args, **kwargs).arguments)
         return op(*args, **kwargs)
 
     return call
+
+
+def check(name: str, annotated: Any, given: Mapping[str, Any], sizes: Mapping[str, int] | None = None) -> dict:
+    """Refuses arrays that contradict their annotations.
+
+    Args:
+      name: of what the arrays are given to, for the message.
+      annotated: a function, or a class with annotated fields.
+      given: its arguments or fields by name; what is no array is passed over.
+      sizes: of axes that are known already.
+
+    Returns:
+      The sizes of all named axes.
+
+    Raises:
+      ValueError: an array contradicts its annotation, or an array before it.
+    """
+    sizes = dict(sizes or {})
+    for argument, kinds in _array_types(annotated).items():
+        array = given.get(argument)
+        if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+            continue
+        fits = [found for kind in kinds if (found := _fit(array, kind, sizes)) is not None]
+        if not fits:
+            known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items())
+            raise ValueError(
+                f"{name}: {argument} is {array.dtype}{list(array.shape)}, expected "
+                + " or ".join(f"{kind.dtype.__name__}[{', '.join(kind.dim_str.split())}]" for kind in kinds)
+                + (f", where the arguments before it have {known}." if known else ".")
+            )
+        sizes |= fits[0]
+    return sizes
+
+
+@functools.cache
+def _array_types(annotated) -> dict[str, list[type[AbstractArray]]]:
+    """The array types of each argument or field that has any, read at the first use, when all names are defined."""
+    hints = typing.get_type_hints(annotated)
+    hints.pop("return", None)
+    found = {
+        name: [kind for kind in typing.get_args(hint) or [hint] if _is_array(kind)] for name, hint in hints.items()
+    }
+    return {name: kinds for name, kinds in found.items() if kinds}
 
 
 def _is_array(kind) -> bool:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, RMSNorm, ShortConv, delta_inputs, like_queries, undo_values
-from longctx.ops import gated_delta as ops
+from longctx.ops.gated_delta import GATED_DELTA
 from longctx.parallel import sequence
 from longctx.schema import Options
 from longctx.typing import Segments
@@ -76,9 +76,8 @@ class DeltaNet(nnx.Module):
         parts, tail = self.conv(parts, segments, None if state is None else state.conv)
         q, k, v = delta_inputs(parts, options.heads, options.key_width, _ACTIVATIONS[options.activation])
         beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
-        y, matrix = sequence.recurrence(
-            ops, q, k, v, beta, jnp.zeros_like(beta), state=None if state is None else state.matrix, segments=segments
-        )
+        matrix = None if state is None else state.matrix
+        y, matrix = sequence.run(GATED_DELTA, (q, k, v, beta, jnp.zeros_like(beta)), state=matrix, segments=segments)
         return self.out(self.norm(y).reshape(batch, length, -1)), DeltaNetState(matrix, tail)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> DeltaNetState:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, RMSNorm, ShortConv, l2_normalise, like_queries, slow_steps, undo_values
-from longctx.ops import gated_delta_product as ops
+from longctx.ops.gated_delta_product import GATED_DELTA_PRODUCT
 from longctx.parallel import sequence
 from longctx.schema import Options
 from longctx.typing import Segments
@@ -90,9 +90,8 @@ class GatedDeltaProduct(nnx.Module):
         beta = 2 * jax.nn.sigmoid(self.beta(x).astype(jnp.float32)).reshape(per_step[:-1])
         step = jax.nn.softplus(self.step(x).astype(jnp.float32) + self.step_bias[...])
         log_decay = -jnp.exp(self.log_rate[...]) * step
-        y, matrix = sequence.recurrence(
-            ops, q, k, v, beta, log_decay, state=None if state is None else state.matrix, segments=segments
-        )
+        matrix = None if state is None else state.matrix
+        y, matrix = sequence.run(GATED_DELTA_PRODUCT, (q, k, v, beta, log_decay), state=matrix, segments=segments)
         y = self.norm(y).reshape(batch, length, -1) * jax.nn.silu(self.gate(x))
         return self.out(y), GatedDeltaProductState(matrix, tail)
 

@@ -26,7 +26,7 @@ from longctx.layers.basic import (
     short_conv,
     undo_values,
 )
-from longctx.ops import diagonal_low_rank as ops
+from longctx.ops.diagonal_low_rank import DIAGONAL_LOW_RANK
 from longctx.parallel import sequence
 from longctx.schema import Options
 from longctx.typing import Segments
@@ -120,8 +120,8 @@ class RWKV7(nnx.Module):
         rate = heads(jax.nn.sigmoid(self.rate_out(self.rate_in(x_a)).astype(jnp.float32)))
         removal = _unit(k * self.removal[...])
         k *= 1 + (rate - 1) * self.replacement[...]
-        y, matrix = sequence.recurrence(
-            ops, r, k, v, -removal, rate * removal, log_decay,
+        y, matrix = sequence.run(
+            DIAGONAL_LOW_RANK, (r, k, v, -removal, rate * removal, log_decay),
             state=None if state is None else state.matrix, segments=segments,
         )  # fmt: skip
         bonus = jnp.sum(r * k * self.bonus[...], axis=-1, keepdims=True).astype(x.dtype)

@@ -39,8 +39,13 @@ attach         a loss that a layer adds to training
 minibatch      what the fast forms of ttt_linear, titans, titans_context, lact and infini_delta share
 cross_entropy  the loss of a row, its logits never held whole
 
-Each recurrent family is a module of five functions. `recurrent` is the definition, `chunked` the fast form of it;
-`transition` is what a whole span does to any state, `compose` two such one after the other, `apply` one on a state.
-Where a span's effect on the state is not closed under composition (slstm, block_recurrent, ttt_linear, titans,
-titans_context, lact), or is larger than the state (infini_delta), there are the first two only.
+A family that layers call is one object of its module, a `Recurrence` or `Keyed` of `family.py`; `FAMILIES` has all:
+
+    y, state = GATED_DELTA(q, k, v, beta, log_decay)
 """
+
+from longctx.ops.diagonal_low_rank import DIAGONAL_LOW_RANK
+from longctx.ops.gated_delta import GATED_DELTA
+from longctx.ops.gated_delta_product import GATED_DELTA_PRODUCT
+
+FAMILIES = {family.name: family for family in (DIAGONAL_LOW_RANK, GATED_DELTA, GATED_DELTA_PRODUCT)}

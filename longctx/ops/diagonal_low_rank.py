@@ -26,114 +26,70 @@ Reference: Peng et al., "RWKV-7 'Goose' with Expressive Dynamic State Evolution"
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from longctx.ops.gated_delta import Transition, apply, compose, in_columns, unit_inverse
+from longctx.ops.family import Options, Recurrence, by_token
+from longctx.ops.gated_delta import Transition, apply, compose, empty, in_columns, unit_inverse
 from longctx.ops.gated_linear import BEFORE, Clock, by_spans, decay, einsum, join, scores, split, start_clock
-from longctx.typing import Segments, checked
-
-__all__ = ["Transition", "apply", "chunked", "compose", "deferred", "recurrent", "transition"]
+from longctx.typing import Segments
 
 
-@checked
-def recurrent(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    a: Float[Array, "B T H K"],
-    b: Float[Array, "B T H K"],
-    log_decay: Float[Array, "B T H K"],
-    state: Float[Array, "B H K V"] | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """The definition, token by token.
+class Inputs(NamedTuple):
+    """y has the dtype of v.
 
-    Args:
+    Attributes:
       q: what is read from the state; neither scaled nor normalised here.
       k: where v is written.
       v: what is written.
       a: what is read from the state before it decays, to be written at b.
       b: where it is written. Diag(w) + b a^T must not expand, or the state may diverge.
       log_decay: at most 0; -inf is a decay of exactly 0.
-      state: before the span, None for zeros.
-      segment_ids: documents of a packed row. A document's start forgets everything before it; padding leaves the
-        state unchanged and gives 0.
-
-    Returns:
-      y in the dtype of v, and the state after the span, float32.
     """
-    segments = Segments.of(segment_ids, *k.shape[:2])
 
-    def step(s, token):
-        q, k, v, a, b, decay, start, valid = token
-        before = jnp.where(start[..., None], 0, s)
-        read = jnp.sum(a[..., None] * before, axis=-2)
-        after = decay[..., None] * before + b[..., None] * read[..., None, :] + k[..., None] * v[..., None, :]
-        s = jnp.where(valid[..., None], after, s)
-        return s, jnp.where(valid, jnp.sum(q[..., None] * s, axis=-2), 0)
-
-    tokens = (*(leaf.astype(jnp.float32) for leaf in (q, k, v, a, b)), jnp.exp(log_decay.astype(jnp.float32)))
-    tokens += (segments.starts[..., None, None], segments.valid[..., None, None])
-    s = _zeros(k, v) if state is None else state.astype(jnp.float32)
-    s, y = jax.lax.scan(step, s, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
-    return jnp.moveaxis(y, 0, 1).astype(v.dtype), s
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T H V"]
+    a: Float[Array, "B T H K"]
+    b: Float[Array, "B T H K"]
+    log_decay: Float[Array, "B T H K"]
 
 
-@checked
-def chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    a: Float[Array, "B T H K"],
-    b: Float[Array, "B T H K"],
-    log_decay: Float[Array, "B T H K"],
-    state: Float[Array, "B H K V"] | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    chunk: int = 64,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """The same as `recurrent`, chunk by chunk in matrix products; `chunk` is C, a power of two."""
-    s = _zeros(k, v) if state is None else state.astype(jnp.float32)
-    return by_spans(_span, s, (q, k, v, a, b, log_decay), segment_ids, chunk)
+def recurrent(inputs: Inputs, parameters: None, state: Float[Array, "B H K V"], segments: Segments, options: Options):
+    """The definition, token by token."""
+
+    def step(s, q, k, v, a, b, log_decay):
+        read = jnp.sum(a[..., None] * s, axis=-2)
+        s = jnp.exp(log_decay)[..., None] * s + b[..., None] * read[..., None, :] + k[..., None] * v[..., None, :]
+        return jnp.sum(q[..., None] * s, axis=-2), s
+
+    return by_token(step, state, inputs, segments, inputs.v.dtype)
 
 
-@checked
-def transition(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    a: Float[Array, "B T H K"],
-    b: Float[Array, "B T H K"],
-    log_decay: Float[Array, "B T H K"],
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    chunk: int = 64,
-) -> Transition:
-    """What the span does to any state. It does not depend on `q`, and what is computed of it is dropped under `jit`."""
-    return deferred(q, k, v, a, b, log_decay, segment_ids, chunk)[0]
+def chunked(inputs: Inputs, parameters: None, state: Float[Array, "B H K V"], segments: Segments, options: Options):
+    """The same, chunk by chunk in matrix products."""
+    return by_spans(_span, state, inputs, segments, options.chunk)
 
 
-@checked
+def transition(inputs: Inputs, parameters: None, segments: Segments, options: Options) -> Transition:
+    """What the span does to any state. It does not depend on q, and what is computed of it is dropped under `jit`."""
+    return deferred(inputs, parameters, segments, options)[0]
+
+
 def deferred(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    a: Float[Array, "B T H K"],
-    b: Float[Array, "B T H K"],
-    log_decay: Float[Array, "B T H K"],
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    chunk: int = 64,
+    inputs: Inputs, parameters: None, segments: Segments, options: Options
 ) -> tuple[Transition, Callable[[Float[Array, "B H K V"]], Float[Array, "B T H V"]]]:
     """The span in one pass, before the state that enters it is known, as in `gated_delta`."""
-    return in_columns(_span, (q, k, v, a, b, log_decay), segment_ids, chunk)
+    return in_columns(_span, inputs, segments, options)
 
 
 def _span(s, q, k, v, a, b, log_decay, segments, chunk):
     """A few chunks: the state after them, and y."""
-    if segments is not None:
-        valid, starts = segments.valid[..., None, None], segments.starts[..., None, None]
-        k, b, a = jnp.where(valid, k, 0), jnp.where(valid, b, 0), jnp.where(starts, 0, a)
+    valid, starts = segments.valid[..., None, None], segments.starts[..., None, None]
+    k, b, a = jnp.where(valid, k, 0), jnp.where(valid, b, 0), jnp.where(starts, 0, a)
     keys, values, back = split(k, chunk), split(v, chunk), split(b, chunk)
     reads, clock = split(a, chunk), start_clock(log_decay, segments, chunk)
     # a_i meets the state after token i-1: its row stands there, and is moved down when its products are taken.
@@ -161,9 +117,10 @@ def _span(s, q, k, v, a, b, log_decay, segments, chunk):
 
 
 def _down(x, filler=0):
-    """Each row in the place of the next; `filler` in the first."""
+    """Each row moved to the next; `filler` in the first."""
     return jnp.pad(x[..., :-1, :], ((0, 0),) * 3 + ((1, 0), (0, 0)), constant_values=filler)
 
 
-def _zeros(k, v):
-    return jnp.zeros((k.shape[0], k.shape[2], k.shape[3], v.shape[3]))
+DIAGONAL_LOW_RANK = Recurrence(
+    "diagonal_low_rank", Inputs, empty, recurrent, chunked, transition, compose, apply, deferred=deferred
+)

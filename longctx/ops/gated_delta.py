@@ -28,10 +28,29 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from longctx.ops.family import Options, Recurrence, by_token
 from longctx.ops.gated_linear import BEFORE, by_spans, decay, einsum, join, matmul, scores, split, start_clock
-from longctx.typing import Segments, checked
+from longctx.typing import Segments
+
+
+class Inputs(NamedTuple):
+    """y has the dtype of v.
+
+    Attributes:
+      q: what is read from the state; neither scaled nor normalised here.
+      k: where v is written; of norm 1 or less, or the rule may diverge.
+      v: what is written.
+      beta: how much of what the state holds at k is replaced, 0 to 1 (2 with negative eigenvalues).
+      log_decay: at most 0; -inf is a decay of exactly 0. Per head, or per head and key channel.
+    """
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T H V"]
+    beta: Float[Array, "B T H"]
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"]
 
 
 class Transition(NamedTuple):
@@ -40,127 +59,74 @@ class Transition(NamedTuple):
     matrix: Float[Array, "B H K K"]
     state: Float[Array, "B H K V"]
 
-    column_wise = True  # it treats all columns of a state alike
+    column_wise = True
 
     def transposed(self) -> Transition:
         """With the transpose of its linear part."""
         return self._replace(matrix=jnp.swapaxes(self.matrix, -1, -2))
 
 
-@checked
-def recurrent(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    beta: Float[Array, "B T H"],
-    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"],
-    state: Float[Array, "B H K V"] | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """The definition, token by token.
-
-    Args:
-      q: what is read from the state; neither scaled nor normalised here.
-      k: where v is written; of norm 1 or less, or the rule may diverge.
-      v: what is written.
-      beta: how much of what the state holds at k is replaced, 0 to 1 (2 with negative eigenvalues).
-      log_decay: at most 0; -inf is a decay of exactly 0. Per head, or per head and key channel.
-      state: before the span, None for zeros.
-      segment_ids: documents of a packed row. A document's start forgets everything before it; padding leaves the
-        state unchanged and gives 0.
-
-    Returns:
-      y in the dtype of v, and the state after the span, float32.
-    """
-    segments = Segments.of(segment_ids, *k.shape[:2])
-
-    def step(s, token):
-        q, k, v, beta, decay, start, valid = token
-        after = jnp.where(start, 0, decay)[..., None] * s
-        error = v - jnp.sum(k[..., None] * after, axis=-2)
-        after = after + (beta * k)[..., None] * error[..., None, :]
-        s = jnp.where(valid[..., None], after, s)
-        return s, jnp.where(valid, jnp.sum(q[..., None] * s, axis=-2), 0)
-
-    decay = jnp.exp(log_decay.astype(jnp.float32))
-    decay = decay[..., None] if decay.ndim == 3 else decay
-    tokens = (*(leaf.astype(jnp.float32) for leaf in (q, k, v, beta[..., None])), decay)
-    tokens += (segments.starts[..., None, None], segments.valid[..., None, None])
-    s = _zeros(k, v) if state is None else state.astype(jnp.float32)
-    s, y = jax.lax.scan(step, s, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
-    return jnp.moveaxis(y, 0, 1).astype(v.dtype), s
+def empty(inputs, parameters: None, options: Options) -> Float[Array, "B H K V"]:
+    """S before any token, of inputs that have keys k and values v."""
+    batch, heads, width = (inputs.k.shape[axis] for axis in (0, -2, -1))
+    return jnp.zeros((batch, heads, width, inputs.v.shape[-1]))
 
 
-@checked
-def chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    beta: Float[Array, "B T H"],
-    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"],
-    state: Float[Array, "B H K V"] | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    chunk: int = 64,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """The same as `recurrent`, chunk by chunk in matrix products; `chunk` is C, a power of two."""
-    s = _zeros(k, v) if state is None else state.astype(jnp.float32)
-    return by_spans(_span, s, (q, k, v, beta, log_decay), segment_ids, chunk)
+def recurrent(inputs: Inputs, parameters: None, state: Float[Array, "B H K V"], segments: Segments, options: Options):
+    """The definition, token by token."""
+
+    def step(s, q, k, v, beta, log_decay):
+        decay = jnp.exp(log_decay)
+        s = (decay[..., None] if decay.ndim == 2 else decay)[..., None] * s
+        error = v - jnp.sum(k[..., None] * s, axis=-2)
+        s += (beta[..., None] * k)[..., None] * error[..., None, :]
+        return jnp.sum(q[..., None] * s, axis=-2), s
+
+    return by_token(step, state, inputs, segments, inputs.v.dtype)
 
 
-@checked
-def transition(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    beta: Float[Array, "B T H"],
-    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"],
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    chunk: int = 64,
-) -> Transition:
-    """What the span does to any state. It does not depend on `q`, and what is computed of it is dropped under `jit`."""
-    return deferred(q, k, v, beta, log_decay, segment_ids, chunk)[0]
+def chunked(inputs: Inputs, parameters: None, state: Float[Array, "B H K V"], segments: Segments, options: Options):
+    """The same, chunk by chunk in matrix products."""
+    return by_spans(_span, state, inputs, segments, options.chunk)
 
 
-@checked
+def transition(inputs: Inputs, parameters: None, segments: Segments, options: Options) -> Transition:
+    """What the span does to any state. It does not depend on q, and what is computed of it is dropped under `jit`."""
+    return deferred(inputs, parameters, segments, options)[0]
+
+
 def deferred(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    beta: Float[Array, "B T H"],
-    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"],
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    chunk: int = 64,
+    inputs: Inputs, parameters: None, segments: Segments, options: Options
 ) -> tuple[Transition, Callable[[Float[Array, "B H K V"]], Float[Array, "B T H V"]]]:
     """The span in one pass, before the state that enters it is known: what it does to any, and y as a function of it.
 
     M is carried as K more columns of the state, which start as the identity and are written with zeros. What a token
     reads of these columns it reads of the state that enters.
     """
-    return in_columns(_span, (q, k, v, beta, log_decay), segment_ids, chunk)
+    return in_columns(_span, inputs, segments, options)
 
 
-def in_columns(span: Callable, inputs: tuple, segment_ids, chunk: int):
+def in_columns(span: Callable, inputs, segments: Segments, options: Options):
     """`deferred` of a family whose `span`, as that of `by_spans`, treats all columns of states and values alike."""
-    _, k, v = inputs[:3]
-    width = k.shape[-1]
+    dtype, width = inputs.v.dtype, inputs.k.shape[-1]
 
     def beside(s, q, k, v, *others):
         v = jnp.pad(v.astype(jnp.float32), ((0, 0), (0, 0), (0, 0), (width, 0)))
         return span(s, q, k, v, *others)
 
-    zeros = _zeros(k, v)
+    zeros = empty(inputs, None, options)
     identity = jnp.broadcast_to(jnp.eye(width), (*zeros.shape[:2], width, width))
-    y, s = by_spans(beside, jnp.concatenate([identity, zeros], axis=-1), inputs, segment_ids, chunk)
+    y, s = by_spans(beside, jnp.concatenate([identity, zeros], axis=-1), inputs, segments, options.chunk)
 
     def outputs(state):
         reads, own = jnp.split(y, [width], axis=-1)
-        return (own + einsum("bthk,bhkv->bthv", reads, state)).astype(v.dtype)
+        return (own + einsum("bthk,bhkv->bthv", reads, state)).astype(dtype)
 
     return Transition(s[..., :width], s[..., width:]), outputs
 
 
 def compose(first: Transition, then: Transition) -> Transition:
-    """`then` after `first`; associative. Zeros as `first` stand for the zero state."""
+    """`then` after `first`."""
     return Transition(einsum("bhij,bhjk->bhik", then.matrix, first.matrix), apply(then, first.state))
 
 
@@ -171,7 +137,7 @@ def apply(transition: Transition, state: Float[Array, "B H K V"]) -> Float[Array
 
 def _span(s, q, k, v, beta, log_decay, segments, chunk):
     """A few chunks: the state after them, and y."""
-    k = k if segments is None else jnp.where(segments.valid[..., None, None], k, 0)
+    k = jnp.where(segments.valid[..., None, None], k, 0)
     keys, values, clock = split(k, chunk), split(v, chunk), start_clock(log_decay, segments, chunk)
     strength = split(beta[..., None], chunk)
     inverse = unit_inverse(jnp.tril(strength * scores(keys, keys, clock), -1)) * jnp.swapaxes(strength, -1, -2)
@@ -216,5 +182,6 @@ def _unit_inverse_jvp(primals, tangents):
     return inverse, -matmul(matmul(inverse, tangents[0]), inverse)
 
 
-def _zeros(k, v):
-    return jnp.zeros((k.shape[0], k.shape[2], k.shape[3], v.shape[3]))
+GATED_DELTA = Recurrence(
+    "gated_delta", Inputs, empty, recurrent, chunked, transition, compose, apply, deferred=deferred
+)

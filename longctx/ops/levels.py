@@ -81,6 +81,8 @@ class Transition(NamedTuple):
     keep: Float[Array, "B L R"]
     state: Float[Array, "B L R G K+V+1"]
 
+    column_wise = False
+
     def transposed(self) -> Transition:
         """Its linear part is diagonal, and so its own transpose."""
         return self

@@ -41,6 +41,8 @@ class Transition(NamedTuple):
     decay: Inexact[Array, "B N"]
     state: Inexact[Array, "B N"]
 
+    column_wise = False
+
     def transposed(self) -> Transition:
         """Its linear part is diagonal, and so its own transpose."""
         return self

@@ -37,6 +37,8 @@ class Transition(NamedTuple):
     decay: Float[Array, "B D N"]
     state: Float[Array, "B D N"]
 
+    column_wise = False
+
     def transposed(self) -> Transition:
         """Its linear part is diagonal, and so its own transpose."""
         return self

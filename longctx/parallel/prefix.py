@@ -20,7 +20,6 @@ hop of either scan sends no A, which nobody composes any further. Gradients of o
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,39 +27,38 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from longctx.ops.family import Linear, Recurrence
 from longctx.parallel import pipeline
 
 Transition = TypeVar("Transition")
 
 
-def entering(op: types.ModuleType, transition: Any, state: Any, axis_name: str) -> Any:
+def entering(family: Recurrence, transition: Any, state: Any, axis_name: str) -> Any:
     """The state that enters this device's span, inside a `jax.shard_map`.
 
     Args:
-      op: the family's module, of which `compose` and `apply` are called.
-      transition: of this device's span. With a method `transposed` it is a named tuple whose field `state` is b, and
-        the method gives A transposed; if it is `column_wise`, too, A treats all columns of a state [B, H, K, V] alike.
+      family: its `compose` and `apply` are called.
+      transition: of this device's span.
       state: before the first device's span, the same on all devices.
       axis_name: the mesh axis.
     """
-    if not hasattr(transition, "transposed"):
-        before = op.apply(exclusive(op.compose, transition, axis_name), state)
+    if not isinstance(transition, Linear):
+        before = family.apply(exclusive(family.compose, transition, axis_name), state)
         return on_first(state, before, axis_name)
 
-    column_wise = getattr(transition, "column_wise", False)
-    count = pipeline.blocks(transition, jax.lax.axis_size(axis_name)) if column_wise else 0
+    count = pipeline.blocks(transition, jax.lax.axis_size(axis_name)) if transition.column_wise else 0
 
     def coming(transition, state, device, reverse=False):
         if count:
-            return pipeline.handed_on(op.apply, transition, state, axis_name, device, count, reverse)
-        return exclusive(op.compose, transition, axis_name, device, reverse).state
+            return pipeline.handed_on(family.apply, transition, state, axis_name, device, count, reverse)
+        return exclusive(family.compose, transition, axis_name, device, reverse).state
 
     # The device's number is an argument: asked for in here, the compiler of jax 0.10.2 refuses it where equal blocks
     # are recomputed ("PartitionId instruction is not supported").
     @jax.custom_vjp
     def run(transition, state, device):
         # The scan has the state from the first device's transition, and so its last hop needs no A.
-        own = transition.state if count else _where(device == 0, op.apply(transition, state), transition.state)
+        own = transition.state if count else _where(device == 0, family.apply(transition, state), transition.state)
         return _where(device == 0, state, coming(transition._replace(state=own), state, device))
 
     def forward(transition, state, device):
@@ -71,7 +69,7 @@ def entering(op: types.ModuleType, transition: Any, state: Any, axis_name: str) 
         *saved, device = saved
         mirrored = saved[0].transposed()._replace(state=cotangent)
         after = coming(mirrored, jnp.zeros_like(cotangent), device, reverse=True)  # of the state after the span
-        transition, before = jax.vjp(op.apply, *saved)[1](after)
+        transition, before = jax.vjp(family.apply, *saved)[1](after)
         return transition, _where(device == 0, cotangent + before, jnp.zeros_like(cotangent)), None
 
     run.defvjp(forward, backward)

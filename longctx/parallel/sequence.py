@@ -43,11 +43,13 @@ from longctx.ops import attention as attention_ops
 from longctx.ops import causal_conv, cope, lsh, path_attention, resolution
 from longctx.ops.attention import Part
 from longctx.ops.biases import Bias
+from longctx.ops.family import Recurrence
 from longctx.ops.partial import Partial
 from longctx.ops.patterns import Heads, Pattern, parse
 from longctx.parallel import attention as sharded
-from longctx.parallel import chosen, family, halo, mesh, path, prefix
+from longctx.parallel import chosen, halo, mesh, path, prefix
 from longctx.parallel import cope as cope_ring
+from longctx.parallel import family as families
 from longctx.parallel import lsh as buckets_ring
 from longctx.typing import Segments
 
@@ -76,8 +78,64 @@ def recurrence(op: types.ModuleType, *inputs, parameters: tuple = (), state=None
     Raises:
       ValueError: T is not a multiple of the devices along `context`, or the module is no family.
     """
-    family.check(op)
+    families.check(op)
     return _scan(op, inputs, parameters, state, segments, static)
+
+
+def run(
+    family: Recurrence,
+    inputs: tuple,
+    parameters: tuple = (),
+    state: Any = None,
+    *,
+    segments: Segments | None,
+    options: Any = None,
+) -> tuple[Array, Any]:
+    """A family of recurrences on a span.
+
+    Where the states of the family do not compose, devices take turns: each waits for the state that the one before it
+    leaves, so that the span takes as long as on one device. Where a shard's tokens are less to send than a transition
+    (`gathers`), every device gathers them and runs those before its own. Where the family has `deferred`, each device
+    reads its tokens once, before their state is known, and not for the transition first.
+
+    Args:
+      family: such as `longctx.ops.gated_delta.GATED_DELTA`.
+      inputs: its inputs, `[B, T, ...]`.
+      parameters: its parameters, which have neither batch nor time.
+      state: before the span; None is the empty state.
+      segments: the documents of the span; None is one document, which continues that of the state.
+      options: an object of its options; None for their defaults.
+
+    Returns:
+      `(y, state)`: the outputs `[B, T, ...]` and the state after the span.
+
+    Raises:
+      ValueError: T is not a multiple of the devices along `context`, or the arguments do not fit (`Recurrence`).
+    """
+    call = family.prepare(inputs, parameters, state, segments, options)
+    if not _splits(call.segments.ids.shape[1]):
+        return family.run(call)
+
+    def shard(inputs, parameters, state, segments):
+        def chunked(state, segments=segments, inputs=inputs):
+            return family.chunked(inputs, parameters, state, segments, call.options)
+
+        device, last = jax.lax.axis_index("context"), jax.lax.axis_size("context") - 1
+        if family.gathers is not None and family.gathers(inputs):
+            y, after = chunked(chunked(state, *_all_before(segments, inputs))[1])
+        elif family.deferred is not None:
+            transition, outputs = family.deferred(inputs, parameters, segments, call.options)
+            entering = prefix.entering(family, transition, state, "context")
+            y, after = outputs(entering), family.apply(transition, entering)
+        elif family.transition is not None:
+            transition = family.transition(inputs, parameters, segments, call.options)
+            y, after = chunked(prefix.entering(family, transition, state, "context"))
+        else:
+            y, after = chunked(_in_turn(lambda state: chunked(state)[1], state, "context"))
+        return y, jax.lax.psum(jax.tree.map(lambda x: jnp.where(device == last, x, 0), after), "context")
+
+    island = _island(shard, (_SHARD, _WHOLE, _WHOLE, _SHARD), (_SHARD, _WHOLE))
+    return island(call.inputs, _float32(call.parameters), _float32(call.state), call.segments)
 
 
 def convolution(
@@ -395,6 +453,14 @@ def _from_all_before(op, inputs, parameters, state, segments: Segments, static):
     before = jnp.arange(whole.ids.shape[1]) < jax.lax.axis_index("context") * length
     past = Segments(jnp.where(before, whole.ids, 0), whole.positions, whole.starts & before)
     return op.chunked(*inputs, *parameters, state=state, segment_ids=past, **static)[1]
+
+
+def _all_before(segments: Segments, inputs: tuple) -> tuple[Segments, tuple]:
+    """The tokens of all devices, those of devices before this one as tokens and the others as padding."""
+    length = segments.ids.shape[1]
+    inputs, whole = jax.tree.map(lambda x: jax.lax.all_gather(x, "context", axis=1, tiled=True), (inputs, segments))
+    before = jnp.arange(whole.ids.shape[1]) < jax.lax.axis_index("context") * length
+    return Segments(jnp.where(before, whole.ids, 0), whole.positions, whole.starts & before), inputs
 
 
 def _in_turn(run: Callable, state, axis_name: str):

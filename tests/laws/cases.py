@@ -25,6 +25,7 @@ D = 32
 # Every module of ops with a definition and a fast form.
 MODULES = (importlib.import_module(f"{ops.__name__}.{found.name}") for found in pkgutil.iter_modules(ops.__path__))
 FAMILIES = [module for module in MODULES if hasattr(module, "recurrent") and hasattr(module, "chunked")]
+FAMILIES = [module for module in FAMILIES if module.__name__.rpartition(".")[2] not in ops.FAMILIES]
 
 # Mixers that have a short convolution only if asked for one.
 CONVOLVED = [

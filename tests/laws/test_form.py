@@ -9,6 +9,7 @@ from laws.cases import FAMILIES, grow, inputs, layers, make, packed, slow
 from laws.compare import compare, with_gradients
 
 from longctx.ops import attention
+from longctx.ops.family import definitions
 
 # Lengths of documents in two rows: one token, one more than a chunk, and no multiple of any.
 AWKWARD = ([1, 65, 434], [434, 1, 65])
@@ -36,4 +37,5 @@ def test_form(name, rows, monkeypatch):
         monkeypatch.setattr(op, "chunked", lambda *a, op=op, chunk=None, **k: op.recurrent(*a, **k))
     dense = functools.partial(attention.attention, implementation="dense")
     monkeypatch.setattr(attention, "attention", dense)
-    compare(fast, with_gradients(lambda *a: run(*a))(params, inputs(length + 3)))
+    with definitions():
+        compare(fast, with_gradients(lambda *a: run(*a))(params, inputs(length + 3)))

@@ -1,13 +1,16 @@
 """What the laws ask of the registries themselves."""
 
+import dataclasses
 import types
 
 import jax.numpy as jnp
 import pytest
 from laws.cases import CONVOLVED, DEFERRED, FAMILIES, GATHERING, IN_TURN, LAYERS
 
+from longctx import ops
 from longctx.layers import MIXERS, MLPS
 from longctx.ops import linear_scan
+from longctx.ops.family import Recurrence
 from longctx.parallel import family, sequence
 
 
@@ -23,9 +26,12 @@ def test_devices_take_turns_only_where_states_do_not_compose():
     families = {op.__name__.rpartition(".")[2]: op for op in FAMILIES if hasattr(op, "transition")}
     for op in families.values():
         family.check(op)
-    assert {name for name, op in families.items() if op.transition is None} == IN_TURN
-    assert {name for name, op in families.items() if hasattr(op, "deferred")} == DEFERRED
+    objects = {name: op for name, op in ops.FAMILIES.items() if isinstance(op, Recurrence)}
+    assert {name for name, op in (families | objects).items() if op.transition is None} == IN_TURN
+    assert {name for name, op in objects.items() if op.deferred is not None} == DEFERRED
     assert {name for name, op in families.items() if hasattr(op, "gathers")} == GATHERING
+    with pytest.raises(ValueError, match="misspelt needs `transition`, `compose` and `apply`, or none"):
+        dataclasses.replace(ops.FAMILIES["gated_delta"], name="misspelt", transition=None)
 
     broken = types.ModuleType("broken")
     vars(broken).update({name: vars(linear_scan)[name] for name in family.NEEDED if name != "transition"})

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longctx.ops import gated_delta
+from longctx.ops import GATED_DELTA
 
 
 def test_keys_that_repeat():
@@ -12,6 +12,6 @@ def test_keys_that_repeat():
     rng = np.random.default_rng(0)
     k = jnp.zeros((1, 130, 1, 8)).at[..., 0].set(1.0)
     v = jnp.asarray(rng.normal(size=(1, 130, 1, 4)), jnp.float32)
-    y, state = jax.jit(gated_delta.chunked)(k, k, v, jnp.ones((1, 130, 1)), jnp.zeros((1, 130, 1)))
+    y, state = jax.jit(GATED_DELTA)(k, k, v, jnp.ones((1, 130, 1)), jnp.zeros((1, 130, 1)))
     np.testing.assert_allclose(y, v, atol=1e-4)
     np.testing.assert_allclose(state[:, :, 0], v[:, -1], atol=1e-4)

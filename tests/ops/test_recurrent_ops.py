@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops import causal_conv, gated_delta, gated_linear, linear_scan, selective_scan
+from longctx.ops import GATED_DELTA, causal_conv, gated_linear, linear_scan, selective_scan
 
 B, H, K, V, N, W = 4, 2, 8, 4, 6, 4
 
@@ -26,6 +26,24 @@ FAMILIES = (
     "gated_delta",
     "gated_delta_channel",
 )
+
+
+class gated_delta:  # the family's forms, called as the functions of the modules
+    def recurrent(*inputs, state=None, segment_ids=None):
+        return GATED_DELTA(*inputs, state=state, segments=segment_ids, form="recurrent")
+
+    def chunked(*inputs, state=None, segment_ids=None):
+        return GATED_DELTA(*inputs, state=state, segments=segment_ids, form="chunked")
+
+    def transition(*inputs, segment_ids=None):
+        return GATED_DELTA.transition(*GATED_DELTA.prepare(inputs, segments=segment_ids).span)
+
+    def deferred(*inputs, segment_ids=None):
+        return GATED_DELTA.deferred(*GATED_DELTA.prepare(inputs, segments=segment_ids).span)
+
+    compose, apply = GATED_DELTA.compose, GATED_DELTA.apply
+
+
 PARAMETERS = {causal_conv: 1, selective_scan: 1}  # the last inputs, which have no tokens
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from longctx import config
-from longctx.ops import biases, gated_delta, gated_linear, linear_scan, slstm
+from longctx.ops import GATED_DELTA, biases, gated_linear, linear_scan, slstm
 from longctx.ops.patterns import (
     Causal,
     Chunked,
@@ -48,6 +48,10 @@ def recurrent(op):
     return lambda segments, state, *inputs: sequence.recurrence(op, *inputs, state=state, segments=segments, chunk=16)
 
 
+def delta(segments, state, *inputs):
+    return sequence.run(GATED_DELTA, inputs, state=state, segments=segments, options=GATED_DELTA.options(chunk=16))
+
+
 def in_turn(segments, x, wx, r):
     state = slstm.State(x, 1 + x**2, jnp.tanh(x), x)
     return sequence.recurrence(slstm, wx, parameters=(r,), state=state, segments=segments, chunk=16)
@@ -75,7 +79,7 @@ MATRIX = ("batch", "heads", "head", "head")
 OPS = {
     "linear_scan": (recurrent(linear_scan), [("batch", "mlp")] + [("batch", "time", "mlp")] * 2),
     "gated_linear": (recurrent(gated_linear), [MATRIX, HEAD, HEAD, HEAD, HEAD[:3]]),
-    "gated_delta": (recurrent(gated_delta), [MATRIX, HEAD, HEAD, HEAD, HEAD[:3], HEAD[:3]]),
+    "gated_delta": (delta, [MATRIX, HEAD, HEAD, HEAD, HEAD[:3], HEAD[:3]]),
     "slstm": (in_turn, [MATRIX[:3], (*HEAD[:2], "gates", *HEAD[2:]), ("gates", *MATRIX[1:])]),
     "convolution": (convolving, [("batch", "before", "mlp"), ("batch", "time", "mlp"), ("taps", "mlp")]),
     "window": (attending(Causal() & Window(11)), [("heads",)] + [HEAD] * 3),
