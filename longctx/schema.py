@@ -30,6 +30,7 @@ class Bound(NamedTuple):
 
 
 SIZE = Bound(-(2**20), 2**20)  # of a whole number without another: sizes of arrays, and how many there are of something
+Size = Annotated[int, Bound(1, 2**20)]
 Tokens = Annotated[int, Bound(-(2**31) + 1, 2**31 - 1)]  # of a row or a document, and steps of training
 Seed = Annotated[int, Bound(0, 2**32 - 1)]
 SMALLEST, LARGEST = 1e-37, 1e37  # of a number that float32 holds, and some products of it

@@ -59,7 +59,7 @@ def test_fields_and_defaults():
         ("model.pattern", ("delta", "other"), "names the block 'other'"),
         ("model.blocks.delta.mixer.kind", "mamba9", "model.blocks.delta.mixer.kind is 'mamba9'; choose one of"),
         ("model.blocks.delta.mixer.headz", 2, "model.blocks.delta.mixer.headz is not a field"),
-        ("model.blocks.delta.mixer.heads", 0, "must be at least 1"),
+        ("model.blocks.delta.mixer.heads", 0, "heads is 0; give a whole number from 1"),
         ("model.dtype", "float8", "model.dtype is 'float8'; choose one of"),
         ("training.stages", (), "training.stages is empty"),
         ("training.stages", ((10, 4),), "training.stages[0] is (10, 4); expected steps, batch, length"),

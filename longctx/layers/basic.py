@@ -274,21 +274,3 @@ def l2_normalise(x: Float[Array, "... K"]) -> Float[Array, "... K"]:
     """`x / sqrt(Σx² + 1e-6)` over the last axis, in float32."""
     y = x.astype(jnp.float32)
     return (y * jax.lax.rsqrt(jnp.sum(jnp.square(y), axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
-
-
-def delta_inputs(parts: Float[Array, "B T C"], heads: int, key_width: int, activation=jax.nn.silu):
-    """Queries, keys and values of the delta rules from what the convolution gives, C = H (2 K + V).
-
-    Returns:
-      `(q[B, T, H, K], k[B, T, H, K], v[B, T, H, V])`: q and k after `activation`, of norm 1, and q scaled by 1/√K; v
-      after SiLU.
-    """
-    keys = heads * key_width
-    q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in jnp.split(parts, [keys, 2 * keys], axis=-1))
-    return l2_normalise(activation(q)) * key_width**-0.5, l2_normalise(activation(k)), jax.nn.silu(v)
-
-
-def slow_steps(count: int) -> Float[Array, " count"]:
-    """Initial values of a step's bias: softplus of them is 1e-3 to 1e-1, for memories of 1,000 to 10 tokens."""
-    step = jnp.geomspace(1e-3, 1e-1, count)
-    return step + jnp.log(-jnp.expm1(-step))

@@ -14,24 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import (
-    Linear,
-    RMSNorm,
-    Taps,
-    behind,
-    convolved,
-    empty_tail,
-    like_queries,
-    short_conv,
-    undo_values,
-)
+from longctx.layers.basic import Linear, RMSNorm, Taps, like_queries, undo_values
+from longctx.layers.recurrent import Recurrent, State, by_head, flat, qkv_conv
 from longctx.ops import gated_linear as ops
-from longctx.parallel import sequence
-from longctx.schema import Options
+from longctx.schema import Options, Size
 from longctx.typing import Segments
 
 
-class HGRN2(nnx.Module):
+class HGRN2(Recurrent):
     """A gated linear RNN whose state is expanded by an outer product: what a channel forgets makes room for the input.
 
     f = β + (1 - β) σ(x W_f) per key channel;  S_t = Diag(f_t) S_{t-1} + (1 - f_t) v_tᵀ;  y_t = S_tᵀ silu(x W_q);
@@ -43,17 +33,13 @@ class HGRN2(nnx.Module):
 
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
-        heads: int = 4  # H
-        key_width: int = 32  # K, the expansion of the state
-        value_width: int = 32  # V
+        heads: Size = 4  # H
+        key_width: Size = 32  # K, the expansion of the state
+        value_width: Size = 32  # V
         conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
-        def problems(self):
-            if min(self.heads, self.key_width, self.value_width) < 1:
-                yield f"heads, key_width and value_width must be at least 1, given {self}"
-
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
-        self.options = options
+        super().__init__(width, options)
         keys, values = options.heads * options.key_width, options.heads * options.value_width
         self.query = Linear(width, keys, ("embed", "heads"), rngs)
         # Keys are σ(-x W_f): they begin like the queries.
@@ -63,34 +49,17 @@ class HGRN2(nnx.Module):
         # Where σ is a half, the channels of a head begin with spans of 10 to 1,000 tokens.
         rate = jnp.tile(2 * jnp.geomspace(1e-3, 1e-1, options.key_width), options.heads)
         self.bound = nnx.Param(jnp.log1p(-rate) - jnp.log(rate), axes=("heads",))
-        lags = [0] * keys + [1] * keys + [0] * values
-        self.conv = short_conv(options.conv_width, lags, rngs)
+        self.conv = qkv_conv(options.conv_width, self.query, self.forget, self.value, rngs)
         self.norm = RMSNorm(values, ("heads",))
         back = undo_values(self.value, options.heads, options.value_width)
         self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: Float[Array, "B H K V"] | None = None
-    ):
-        """Returns `(y[B, T, D], state[B, H, K, V])`."""
-        batch, length, _ = x.shape
-
-        def heads(y):
-            return y.reshape(batch, length, self.options.heads, -1)
-
-        parts = self.query(x), self.forget(x), self.value(x)
-        (q, forget, v), state, tail = convolved(self.conv, parts, segments, state)
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: State | None = None):
+        """Returns `(y[B, T, D], State)`."""
+        (q, forget, v), run = self.begin([self.query(x), self.forget(x), self.value(x)], segments, state)
         forget, bound = forget.astype(jnp.float32), self.bound[...]
         # 1 - f and log f, both without a difference of near numbers.
         k = jax.nn.sigmoid(-bound) * jax.nn.sigmoid(-forget)
         log_decay = jnp.logaddexp(jax.nn.log_sigmoid(bound), jax.nn.log_sigmoid(-bound) + jax.nn.log_sigmoid(forget))
-        y, state = sequence.recurrence(
-            ops, heads(jax.nn.silu(q)), heads(k), heads(v), heads(log_decay), state=state, segments=segments
-        )
-        return self.out(self.norm(y.reshape(batch, length, -1))), behind(state, tail)
-
-    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> Float[Array, "B H K V"]:
-        """The empty memory; `capacity` does not matter."""
-        options = self.options
-        matrix = jnp.zeros((batch, options.heads, options.key_width, options.value_width), jnp.float32)
-        return behind(matrix, empty_tail(self.conv, batch))
+        y, state = run(ops, *(by_head(part, self.options.heads) for part in (jax.nn.silu(q), k, v, log_decay)))
+        return self.out(self.norm(flat(y))), state

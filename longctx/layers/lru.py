@@ -13,16 +13,16 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, Taps, behind, convolved, empty_tail, short_conv
+from longctx.layers.basic import Linear, Taps, short_conv
+from longctx.layers.recurrent import Recurrent, State
 from longctx.ops import linear_scan as ops
-from longctx.parallel import sequence
-from longctx.schema import Options
+from longctx.schema import Options, Size
 from longctx.typing import Segments
 
 
-class LRU(nnx.Module):
+class LRU(Recurrent):
     """A diagonal linear recurrence with complex eigenvalues, the same for all tokens, and a gated linear unit.
 
     λ = exp(-exp(ν) + i exp(θ));  h_t = λ ⊙ h_{t-1} + exp(γ) ⊙ x_t B;  u = gelu(Re(h C) + d ⊙ x);
@@ -31,19 +31,18 @@ class LRU(nnx.Module):
 
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
-        hidden: int = 64  # N, complex numbers
+        hidden: Size = 64  # N, complex numbers
         r_min: float = 0.9  # eigenvalues begin uniform on the ring between this radius
         r_max: float = 0.999  # and this one
         max_phase: float = math.pi / 10  # and between the angles 0 and this
         conv_width: Taps = 0  # taps of a causal convolution on the inputs; 0: none
 
         def problems(self):
-            if self.hidden < 1:
-                yield f"hidden is {self.hidden}; it must be at least 1"
             if not 0 <= self.r_min < self.r_max < 1 or self.max_phase <= 0:
                 yield f"r_min, r_max and max_phase must be 0 <= r_min < r_max < 1 and above 0, given {self}"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
+        super().__init__(width, options)
         hidden, axes = options.hidden, ("heads",)
         squares = jax.random.uniform(rngs.params(), (hidden,), minval=options.r_min**2, maxval=options.r_max**2)
         phase = options.max_phase * (1 - jax.random.uniform(rngs.params(), (hidden,)))
@@ -60,20 +59,12 @@ class LRU(nnx.Module):
         self.out = Linear(width, width, ("embed", "width"), rngs)
         self.gate = Linear(width, width, ("embed", "width"), rngs)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: Complex[Array, "B N"] | None = None
-    ):
-        """Returns `(y[B, T, D], state[B, N])`."""
-        (x,), state, tail = convolved(self.conv, (x,), segments, state)
-        u = jax.lax.complex(*(w(x).astype(jnp.float32) for w in (self.write_real, self.write_imaginary)))
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: State | None = None):
+        """Returns `(y[B, T, D], State)`."""
+        (x,), run = self.begin([x], segments, state)
+        u = jax.lax.complex(*(write(x).astype(jnp.float32) for write in (self.write_real, self.write_imaginary)))
         log_decay = jax.lax.complex(-jnp.exp(self.log_rate[...]), jnp.exp(self.log_phase[...]))
-        scaled = jnp.exp(self.log_scale[...]) * u
-        h, state = sequence.recurrence(ops, scaled, parameters=(log_decay,), state=state, segments=segments)
+        h, state = run(ops, jnp.exp(self.log_scale[...]) * u, parameters=(log_decay,))
         y = self.read_real(h.real.astype(x.dtype)) - self.read_imaginary(h.imag.astype(x.dtype))
         y = jax.nn.gelu(y + self.skip[...].astype(x.dtype) * x)
-        return self.out(y) * jax.nn.sigmoid(self.gate(y)), behind(state, tail)
-
-    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> Complex[Array, "B N"]:
-        """The state before any token; `capacity` does not matter."""
-        hidden = jnp.zeros((batch, self.log_rate.shape[0]), jnp.complex64)
-        return behind(hidden, empty_tail(self.conv, batch))
+        return self.out(y) * jax.nn.sigmoid(self.gate(y)), state

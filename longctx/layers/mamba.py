@@ -15,22 +15,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, ShortConv
+from longctx.layers.recurrent import Recurrent, State
 from longctx.ops import selective_scan as ops
-from longctx.parallel import sequence
-from longctx.schema import Options
+from longctx.schema import Options, Size
 from longctx.typing import Segments
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class MambaState:
-    """The recurrent state, float32, and the last inputs of the convolution."""
-
-    hidden: Float[Array, "B I N"]
-    conv: Float[Array, "B W-1 I"]
-
-
-class Mamba(nnx.Module):
+class Mamba(Recurrent):
     """A state-space model per channel, whose step, input and output projections depend on the token.
 
     u = silu(conv(x W_in) + b_conv);  (r, B, C) = u W_x;  Δ = softplus(r W_Δ + b_Δ);  A = -exp(A_log);
@@ -40,17 +31,13 @@ class Mamba(nnx.Module):
 
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
-        inner: int = 64  # I, channels; twice the width of the model in the paper
-        state: int = 16  # N, numbers per channel
-        step_rank: int = 4  # of the projection to the steps; a sixteenth of the width of the model in the paper
-        conv_width: int = 4  # taps of the convolution
-
-        def problems(self):
-            if min(self.inner, self.state, self.step_rank, self.conv_width) < 1:
-                yield f"inner, state, step_rank and conv_width must be at least 1, given {self}"
+        inner: Size = 64  # I, channels; twice the width of the model in the paper
+        state: Size = 16  # N, numbers per channel
+        step_rank: Size = 4  # of the projection to the steps; a sixteenth of the width of the model in the paper
+        conv_width: Size = 4  # taps of the convolution
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
-        self.options = options
+        super().__init__(width, options)
         inner, rank = options.inner, options.step_rank
         self.input = Linear(width, inner, ("embed", "heads"), rngs)
         self.gate = Linear(width, inner, ("embed", "heads"), rngs)
@@ -68,24 +55,12 @@ class Mamba(nnx.Module):
         self.skip = nnx.Param(jnp.ones(inner, jnp.float32), axes=("heads",))
         self.out = Linear(inner, width, ("heads", "embed"), rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: MambaState | None = None):
-        """Returns `(y[B, T, D], MambaState)`."""
-        options = self.options
-        u, tail = self.conv(self.input(x), segments, None if state is None else state.conv)
-        u = jax.nn.silu(u + self.conv_bias[...].astype(x.dtype))
-        rank, b, c = jnp.split(self.select(u), [options.step_rank, options.step_rank + options.state], axis=-1)
-        delta = jax.nn.softplus(self.step(rank).astype(jnp.float32) + self.step_bias[...])
-        y, hidden = sequence.recurrence(
-            ops,
-            *(u, delta, b, c),
-            parameters=(-jnp.exp(self.log_rate[...]),),
-            state=None if state is None else state.hidden,
-            segments=segments,
-        )
-        y = (y + self.skip[...].astype(x.dtype) * u) * jax.nn.silu(self.gate(x))
-        return self.out(y), MambaState(hidden, tail)
-
-    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> MambaState:
-        """The state before any token; `capacity` does not matter."""
-        hidden = jnp.zeros((batch, self.options.inner, self.options.state), jnp.float32)
-        return MambaState(hidden, self.conv.init_state(batch))
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: State | None = None):
+        """Returns `(y[B, T, D], State)`."""
+        (u,), run = self.begin([self.input(x)], segments, state, self.conv_bias[...])
+        u = jax.nn.silu(u)
+        rank, states = self.options.step_rank, self.options.state
+        step, b, c = jnp.split(self.select(u), [rank, rank + states], axis=-1)
+        step = jax.nn.softplus(self.step(step).astype(jnp.float32) + self.step_bias[...])
+        y, state = run(ops, u, step, b, c, parameters=(-jnp.exp(self.log_rate[...]),))
+        return self.out((y + self.skip[...].astype(x.dtype) * u) * jax.nn.silu(self.gate(x))), state

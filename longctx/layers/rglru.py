@@ -15,24 +15,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, ShortConv, document, scaled
+from longctx.layers.recurrent import Recurrent, State, by_head
 from longctx.ops import linear_scan as ops
-from longctx.parallel import sequence
-from longctx.schema import Options
+from longctx.schema import Options, Size
 from longctx.typing import Segments
 
 _RATE = 8.0  # c of the paper: log a = -c softplus(Λ) r
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RGLRUState:
-    """The recurrent state, float32, and the last inputs of the convolution."""
-
-    hidden: Float[Array, "B N"]
-    conv: Float[Array, "B W-1 N"]
-
-
-class RGLRU(nnx.Module):
+class RGLRU(Recurrent):
     """A diagonal linear recurrence whose decay and input depend on the token.
 
     With u the convolved branch, r = σ(u W_r + b_r) and i = σ(u W_i + b_i) (block-diagonal W):
@@ -42,16 +33,16 @@ class RGLRU(nnx.Module):
 
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
-        hidden: int = 128  # N
-        heads: int = 4  # blocks of the gates' projections; divides N
-        conv_width: int = 4  # taps of the convolution
+        hidden: Size = 128  # N
+        heads: Size = 4  # blocks of the gates' projections; divides N
+        conv_width: Size = 4  # taps of the convolution
 
         def problems(self):
-            if min(self.hidden, self.heads, self.conv_width) < 1 or self.hidden % self.heads:
+            if self.hidden % self.heads:
                 yield f"hidden is {self.hidden} and heads is {self.heads}; heads must divide hidden"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
-        self.options = options
+        super().__init__(width, options)
         hidden, heads = options.hidden, options.heads
         self.branch = Linear(width, hidden, ("embed", "heads"), rngs)
         self.gate = Linear(width, hidden, ("embed", "heads"), rngs)
@@ -68,13 +59,12 @@ class RGLRU(nnx.Module):
         self.rate = nnx.Param(jnp.log(jnp.expm1(-jnp.log(decay) / _RATE)), axes=("heads",))
         self.out = Linear(hidden, width, ("heads", "embed"), rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: RGLRUState | None = None):
-        """Returns `(y[B, T, D], RGLRUState)`."""
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: State | None = None):
+        """Returns `(y[B, T, D], State)`."""
         segments = document(segments, x, state)
-        batch, length, _ = x.shape
-        u, tail = self.conv(self.branch(x), segments, None if state is None else state.conv)
+        (u,), run = self.begin([self.branch(x)], segments, state)
         u = u.astype(jnp.float32)
-        blocks = u.reshape(batch, length, self.options.heads, -1)
+        blocks = by_head(u, self.options.heads)
 
         def gate(weight, bias):
             y = jnp.einsum("bthi,hij->bthj", blocks, weight[...]).reshape(u.shape)
@@ -86,12 +76,5 @@ class RGLRU(nnx.Module):
         # 1 - a² by expm1, which keeps its digits where a is near 1; the floor keeps the root's gradient finite.
         scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_decay), 1e-12))
         scale = jnp.where(segments.starts[..., None], 1.0, scale)
-        y, hidden = sequence.recurrence(
-            ops, scale * i * u, log_decay, state=None if state is None else state.hidden, segments=segments
-        )
-        y = y.astype(x.dtype) * jax.nn.gelu(self.gate(x))
-        return self.out(y), RGLRUState(hidden, tail)
-
-    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> RGLRUState:
-        """The state before any token; `capacity` does not matter."""
-        return RGLRUState(jnp.zeros((batch, self.options.hidden), jnp.float32), self.conv.init_state(batch))
+        y, state = run(ops, scale * i * u, log_decay)
+        return self.out(y.astype(x.dtype) * jax.nn.gelu(self.gate(x))), state

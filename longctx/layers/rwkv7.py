@@ -9,39 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import (
-    Convolved,
-    Linear,
-    Taps,
-    behind,
-    convolved,
-    empty_tail,
-    like_queries,
-    short_conv,
-    undo_values,
-)
+from longctx.layers.basic import Linear, Taps, like_queries, short_conv, undo_values
+from longctx.layers.recurrent import Recurrent, State, by_head, flat, standardised
 from longctx.ops.diagonal_low_rank import DIAGONAL_LOW_RANK
 from longctx.parallel import sequence
-from longctx.schema import Options
+from longctx.schema import Options, Size
 from longctx.typing import Segments
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RWKV7State:
+class Memory(NamedTuple):
     """The matrix memory and the last input, float32."""
 
     matrix: Float[Array, "B H K V"]
     last: Float[Array, "B 1 D"]
 
 
-class RWKV7(nnx.Module):
+class RWKV7(Recurrent):
     """A matrix memory that decays per channel, removes at one key what it held there, and writes at another.
 
     Each of r, k, v, w, a, g is a projection of its own mixture of the token with the one before it,
@@ -53,25 +43,21 @@ class RWKV7(nnx.Module):
     scale and shift are per channel and ε is 1e-5 V (6.4e-4 at the paper's V of 64). The removal key's norm counts as at
     least 1e-12, as in the authors' code.
 
-    What differs: the paper's mixture of each layer's values with those of the first layer is left out, as a mixer sees
-    its own input alone; and initial values, which here make keys those of the token before.
+    What differs: the paper's mixture of each layer's values with those of the first layer is left out, as a mixer is
+    given its own input alone; and initial values, which here make keys those of the token before.
     State: `[B, H, K, V]` and the last input, float32.
     """
 
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
-        heads: int = 4  # H
-        key_width: int = 32  # K
-        value_width: int = 32  # V; the paper has K = V = D / H
-        rank: int = 32  # of the projections to decay, learning rate and gate
+        heads: Size = 4  # H
+        key_width: Size = 32  # K
+        value_width: Size = 32  # V; the paper has K = V = D / H
+        rank: Size = 32  # of the projections to decay, learning rate and gate
         conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
-        def problems(self):
-            if min(self.heads, self.key_width, self.value_width, self.rank) < 1:
-                yield f"heads, key_width, value_width and rank must be at least 1, given {self}"
-
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
-        self.options = options
+        super().__init__(width, options)
         heads, keys, values = options.heads, options.heads * options.key_width, options.heads * options.value_width
         # Keys begin as those of the token before, all else as of the token itself; in the order r, k, v, w, a, g.
         mix = jnp.zeros((6, width)).at[1].set(1)
@@ -99,48 +85,28 @@ class RWKV7(nnx.Module):
         back = undo_values(self.value, heads, options.value_width)
         self.out = Linear(values, width, ("heads", "embed"), rngs, initial=back)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: RWKV7State | None = None):
-        """Returns `(y[B, T, D], RWKV7State)`."""
-        batch, length, width = x.shape
-        own = state.mixer if isinstance(state, Convolved) else state
-        lag = jnp.ones((2, width), x.dtype).at[1].set(0)
-        before, last = sequence.convolution(x, lag, None if own is None else own.last, segments)
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: State | None = None):
+        """Returns `(y[B, T, D], State)`."""
+        heads, last = self.options.heads, None
+        if state is not None:
+            last, state = state.memory.last, State(state.memory.matrix, state.conv)
+        lag = jnp.ones((2, self.width), x.dtype).at[1].set(0)
+        before, last = sequence.convolution(x, lag, last, segments)
         mixed = (x + mix * (before - x) for mix in self.mix[...].astype(x.dtype))
-
-        def heads(y):
-            return y.reshape(batch, length, self.options.heads, -1)
-
         x_r, x_k, x_v, x_w, x_a, x_g = mixed
-        parts = self.query(x_r), self.key(x_k), self.value(x_v)
-        parts, state, tail = convolved(self.conv, parts, segments, state)
-        r, k, v = map(heads, parts)
+        parts, run = self.begin([self.query(x_r), self.key(x_k), self.value(x_v)], segments, state)
+        r, k, v = (by_head(part, heads) for part in parts)
         k = k.astype(jnp.float32)
         decay = self.decay_out(jnp.tanh(self.decay_in(x_w))).astype(jnp.float32) + self.decay_bias[...]
-        log_decay = heads(-math.exp(-0.5) * jax.nn.sigmoid(decay))
-        rate = heads(jax.nn.sigmoid(self.rate_out(self.rate_in(x_a)).astype(jnp.float32)))
+        log_decay = by_head(-math.exp(-0.5) * jax.nn.sigmoid(decay), heads)
+        rate = by_head(jax.nn.sigmoid(self.rate_out(self.rate_in(x_a)).astype(jnp.float32)), heads)
         removal = _unit(k * self.removal[...])
         k *= 1 + (rate - 1) * self.replacement[...]
-        y, matrix = sequence.run(
-            DIAGONAL_LOW_RANK, (r, k, v, -removal, rate * removal, log_decay),
-            state=None if state is None else state.matrix, segments=segments,
-        )  # fmt: skip
+        y, state = run(DIAGONAL_LOW_RANK, r, k, v, -removal, rate * removal, log_decay)
         bonus = jnp.sum(r * k * self.bonus[...], axis=-1, keepdims=True).astype(x.dtype)
-        y = (self._norm(y) + bonus * v).reshape(batch, length, -1)
-        return self.out(y * self.gate_out(jax.nn.sigmoid(self.gate_in(x_g)))), behind(RWKV7State(matrix, last), tail)
-
-    def _norm(self, y: Float[Array, "B T H V"]) -> Float[Array, "B T H V"]:
-        """Layer norm per head, in float32."""
-        centred = y.astype(jnp.float32) - jnp.mean(y.astype(jnp.float32), axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        scaled = centred * jax.lax.rsqrt(variance + 1e-5 * self.options.value_width)
-        return (scaled * self.scale[...] + self.shift[...]).astype(y.dtype)
-
-    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> RWKV7State:
-        """The empty memory; `capacity` does not matter."""
-        options = self.options
-        matrix = jnp.zeros((batch, options.heads, options.key_width, options.value_width), jnp.float32)
-        state = RWKV7State(matrix, jnp.zeros((batch, 1, self.mix.shape[1]), jnp.float32))
-        return behind(state, empty_tail(self.conv, batch))
+        y = standardised(y.astype(jnp.float32), 1e-5 * self.options.value_width) * self.scale[...] + self.shift[...]
+        y = flat(y.astype(x.dtype) + bonus * v) * self.gate_out(jax.nn.sigmoid(self.gate_in(x_g)))
+        return self.out(y), State(Memory(state.memory, last), state.conv)
 
 
 def _unit(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:

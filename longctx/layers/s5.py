@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, Taps, behind, convolved, empty_tail, short_conv
+from longctx.layers.basic import Linear, Taps, short_conv
+from longctx.layers.recurrent import Recurrent, State
 from longctx.ops import linear_scan as ops
-from longctx.parallel import sequence
-from longctx.schema import Options
+from longctx.schema import Options, Size
 from longctx.typing import Segments
 
 
-class S5(nnx.Module):
+class S5(Recurrent):
     """A diagonal state-space model of many inputs and outputs, s' = Λ s + B x, y = 2 Re(C s) + d x, made discrete.
 
     With a learned step Δ per state, as zero-order hold: a = exp(Δ Λ), scale (a - 1) / Λ; or bilinear:
@@ -33,22 +33,20 @@ class S5(nnx.Module):
 
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
-        hidden: int = 64  # N, complex numbers: half the size of the state-space model
+        hidden: Size = 64  # N, complex numbers: half the size of the state-space model
         discretisation: str = "zoh"  # zoh, for zero-order hold, or bilinear
         step_min: float = 1e-3  # the steps begin between these two, uniform in their logarithm
         step_max: float = 1e-1  # the longest
         conv_width: Taps = 0  # taps of a causal convolution on the inputs; 0: none
 
         def problems(self):
-            if self.hidden < 1:
-                yield f"hidden is {self.hidden}; it must be at least 1"
             if self.discretisation not in ("zoh", "bilinear"):
                 yield f"discretisation is '{self.discretisation}'; choose zoh or bilinear"
             if not 0 < self.step_min <= self.step_max:
                 yield f"step_min is {self.step_min} and step_max {self.step_max}; 0 < step_min <= step_max must hold"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
-        self.options = options
+        super().__init__(width, options)
         hidden, axes = options.hidden, ("heads",)
         # The normal part of HiPPO-LegS is -1/2 plus a skew-symmetric matrix. In the basis of its eigenvectors, a
         # normal B or C is normal again: they are drawn there.
@@ -69,18 +67,16 @@ class S5(nnx.Module):
         self.skip = nnx.Param(jax.random.normal(rngs.params(), (width,), jnp.float32), axes=("embed",))
         self.gate = Linear(width, width, ("embed", "width"), rngs)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: Complex[Array, "B N"] | None = None
-    ):
-        """Returns `(y[B, T, D], state[B, N])`."""
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: State | None = None):
+        """Returns `(y[B, T, D], State)`."""
+        (x,), run = self.begin([x], segments, state)
         eigenvalues = jax.lax.complex(-jnp.exp(self.log_rate[...]), self.frequency[...])
         log_decay, scale = self._discrete(eigenvalues, jnp.exp(self.log_step[...]))
-        (x,), state, tail = convolved(self.conv, (x,), segments, state)
-        u = jax.lax.complex(*(w(x).astype(jnp.float32) for w in (self.write_real, self.write_imaginary)))
-        h, state = sequence.recurrence(ops, scale * u, parameters=(log_decay,), state=state, segments=segments)
+        u = jax.lax.complex(*(write(x).astype(jnp.float32) for write in (self.write_real, self.write_imaginary)))
+        h, state = run(ops, scale * u, parameters=(log_decay,))
         y = self.read_real(h.real.astype(x.dtype)) - self.read_imaginary(h.imag.astype(x.dtype))
         y = jax.nn.gelu(2 * y + self.skip[...].astype(x.dtype) * x)
-        return y * jax.nn.sigmoid(self.gate(y)), behind(state, tail)
+        return y * jax.nn.sigmoid(self.gate(y)), state
 
     def _discrete(self, eigenvalues, step):
         """The log decay of a step, and the factor of what is written in it."""
@@ -88,8 +84,3 @@ class S5(nnx.Module):
             return step * eigenvalues, jnp.expm1(step * eigenvalues) / eigenvalues
         half = step * eigenvalues / 2
         return jnp.log1p(half) - jnp.log1p(-half), step / (1 - half)
-
-    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> Complex[Array, "B N"]:
-        """The state before any token; `capacity` does not matter."""
-        hidden = jnp.zeros((batch, self.options.hidden), jnp.complex64)
-        return behind(hidden, empty_tail(self.conv, batch))

@@ -16,22 +16,13 @@ from jaxtyping import Array, Float
 
 from longctx.errors import UsageError
 from longctx.layers.basic import Linear, ShortConv, scaled
+from longctx.layers.recurrent import Recurrent, State, by_head, flat, standardised
 from longctx.ops import slstm as ops
-from longctx.parallel import sequence
-from longctx.schema import Options
+from longctx.schema import Options, Size
 from longctx.typing import Segments
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SLSTMState:
-    """Cell, normaliser, output and stabiliser, float32, and the last inputs of the convolution."""
-
-    cell: ops.State
-    conv: Float[Array, "B W-1 D"]
-
-
-class SLSTM(nnx.Module):
+class SLSTM(Recurrent):
     """A recurrence with memory mixing: the gates of a head see all its last outputs, by matrices R.
 
     With u = silu(conv(x) + b), the pre-activations are i: u W_i, f: u W_f, z: x W_z, o: x W_o, each with a bias and
@@ -47,16 +38,12 @@ class SLSTM(nnx.Module):
 
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
-        heads: int = 4  # H
-        head_width: int = 16  # K
-        conv_width: int = 4  # taps of the convolution in front of the input and forget gates
-
-        def problems(self):
-            if min(self.heads, self.head_width, self.conv_width) < 1:
-                yield f"heads, head_width and conv_width must be at least 1, given {self}"
+        heads: Size = 4  # H
+        head_width: Size = 16  # K
+        conv_width: Size = 4  # taps of the convolution in front of the input and forget gates
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
-        self.options = options
+        super().__init__(width, options)
         heads, head = options.heads, options.head_width
         if width % heads:
             raise UsageError(f"heads is {heads} and the model's width is {width}; heads must divide it.")
@@ -75,28 +62,14 @@ class SLSTM(nnx.Module):
         self.norm_scale = nnx.Param(jnp.ones(heads * head), axes=("heads",))
         self.out = Linear(heads * head, width, ("heads", "embed"), rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: SLSTMState | None = None):
-        """Returns `(y[B, T, D], SLSTMState)`."""
-        batch, length, _ = x.shape
-        u, tail = self.conv(x, segments, None if state is None else state.conv)
-        u = jax.nn.silu(u + self.conv_bias[...].astype(x.dtype))
-        blocks = (part.reshape(batch, length, self.options.heads, -1) for part in (u, u, x, x))
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: State | None = None):
+        """Returns `(y[B, T, D], State)`."""
+        (u,), run = self.begin([x], segments, state, self.conv_bias[...])
+        u = jax.nn.silu(u)
+        blocks = (by_head(part, self.options.heads) for part in (u, u, x, x))
         gates = [
             jnp.einsum("bthi,hij->bthj", *pair) for pair in zip(blocks, self.input[...].astype(x.dtype), strict=True)
         ]
-        y, cell = sequence.recurrence(
-            ops,
-            jnp.stack(gates, axis=2).astype(jnp.float32) + self.bias[...],
-            parameters=(self.recurrent[...],),
-            state=None if state is None else state.cell,
-            segments=segments,
-        )
-        y -= jnp.mean(y, axis=-1, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-5)
-        y = scaled(y.reshape(batch, length, -1), self.norm_scale[...])
-        return self.out(y.astype(x.dtype)), SLSTMState(cell, tail)
-
-    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> SLSTMState:
-        """The empty memory; `capacity` does not matter."""
-        zeros = jnp.zeros((batch, self.options.heads, self.options.head_width), jnp.float32)
-        return SLSTMState(ops.State(*(zeros,) * 4), self.conv.init_state(batch))
+        gates = jnp.stack(gates, axis=2).astype(jnp.float32) + self.bias[...]
+        y, state = run(ops, gates, parameters=(self.recurrent[...],))
+        return self.out(scaled(flat(standardised(y, 1e-5)), self.norm_scale[...]).astype(x.dtype)), state

@@ -15,10 +15,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import Attention, AttentionState
-from longctx.layers.basic import Linear, RMSNorm, ShortConv, document, l2_normalise, like_queries, undo_values
+from longctx.layers.basic import Linear, RMSNorm, document, l2_normalise
+from longctx.layers.recurrent import Recurrent, State, by_head, flat, projections, qkv_conv
 from longctx.ops import titans as ops
-from longctx.parallel import sequence
-from longctx.schema import Options
+from longctx.schema import Options, Size
 from longctx.typing import Segments
 
 _AXES = ("heads", "head", None)  # of a matrix per head
@@ -27,14 +27,13 @@ _AXES = ("heads", "head", None)  # of a matrix per head
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TitansState:
-    """The memory's weights and surprise, float32, the convolution's last inputs, and the window (None without one)."""
+    """The memory's weights and surprise, float32, with the convolution's last inputs; and the window, None without."""
 
-    memory: ops.State
-    conv: Float[Array, "B W-1 C"]
+    memory: State
     window: AttentionState | None
 
 
-class Titans(nnx.Module):
+class Titans(Recurrent):
     """An MLP per head that learns the document token by token, with momentum η, forgetting α and rate θ per token.
 
     m_t = M_t(q_t), S_t = η_t S_{t-1} - θ_t ∇|M(k_t) - v_t|², M_t = (1 - α_t) M_{t-1} + S_t, the gradient at the weights
@@ -59,20 +58,18 @@ class Titans(nnx.Module):
 
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
-        heads: int = 2  # H
-        head_width: int = 16  # K, of keys and values
+        heads: Size = 2  # H
+        head_width: Size = 16  # K, of keys and values
         depth: int = 2  # layers of the memory: 1 or 2
-        hidden: int = 16  # width between the two layers
-        minibatch: int = 16  # C, tokens whose gradients are taken at the same weights
+        hidden: Size = 16  # width between the two layers
+        minibatch: Size = 16  # C, tokens whose gradients are taken at the same weights
         rate: float = 0.02  # largest θ; repeated keys may diverge where C θ / (1 - η) is above 1
-        conv_width: int = 4  # taps of the convolutions, in the memory and in the attention
+        conv_width: Size = 4  # taps of the convolutions, in the memory and in the attention
         mode: str = "layer"  # "layer" or "gate"
         window: int = 16  # tokens that attention looks back on; 0: no attention
-        persistent: int = 4  # learned tokens that the attention sees besides
+        persistent: int = 4  # learned tokens that the attention reads besides
 
         def problems(self):
-            if min(self.heads, self.head_width, self.hidden, self.minibatch, self.conv_width) < 1:
-                yield f"heads, head_width, hidden, minibatch and conv_width must be at least 1, given {self}"
             if self.depth not in (1, 2):
                 yield f"depth is {self.depth}; give 1 or 2"
             if min(self.rate, self.window, self.persistent) < 0:
@@ -88,13 +85,11 @@ class Titans(nnx.Module):
             return Attention.Config(**shared, kv_heads=self.heads, pattern=f"Window({self.window})")
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
-        self.options = options
+        super().__init__(width, options)
         heads, size = options.heads, options.head_width
         channels = heads * size
-        self.query = Linear(width, channels, ("embed", "heads"), rngs)
-        self.key = Linear(width, channels, ("embed", "heads"), rngs, initial=like_queries(self.query, heads, size))
-        self.value = Linear(width, channels, ("embed", "heads"), rngs)
-        self.conv = ShortConv(options.conv_width, [0] * channels + [1] * channels + [0] * channels, rngs)
+        self.query, self.key, self.value, self.out = projections(width, heads, size, size, rngs)
+        self.conv = qkv_conv(options.conv_width, self.query, self.key, self.value, rngs)
         self.forget = Linear(width, heads, ("embed", "heads"), rngs)
         self.momentum = Linear(width, heads, ("embed", "heads"), rngs, bias=0.0)
         self.rate = Linear(width, heads, ("embed", "heads"), rngs, bias=0.0)
@@ -109,7 +104,6 @@ class Titans(nnx.Module):
         self.memory_in, self.memory_out = first, second[0] if second else None
         self.norm = RMSNorm(size, ("head",))
         self.gate = Linear(width, channels, ("embed", "heads"), rngs)
-        self.out = Linear(channels, width, ("heads", "embed"), rngs, initial=undo_values(self.value, heads, size))
         self.window = Attention(width, options.attention, rngs) if options.window else None
         self.near_norm = RMSNorm(width) if options.mode == "gate" else None
         self.gate_norm = RMSNorm(width) if options.mode == "gate" else None
@@ -121,28 +115,24 @@ class Titans(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: TitansState | None = None):
         """Returns `(y[B, T, D], TitansState)`."""
         segments = document(segments, x, state)
-        options = self.options
-        batch, length, _ = x.shape
-        parts = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
-        parts, tail = self.conv(parts, segments, None if state is None else state.conv)
-        q, k, v = jnp.split(jax.nn.silu(parts).reshape(batch, length, 3 * options.heads, -1), 3, axis=2)
+        options, (memory, window) = self.options, (None, None) if state is None else (state.memory, state.window)
+        parts, run = self.begin([self.query(x), self.key(x), self.value(x)], segments, memory)
+        q, k, v = (by_head(jax.nn.silu(part), options.heads) for part in parts)
         log_keep = jax.nn.log_sigmoid(-(self.forget(x).astype(jnp.float32) + self.forget_bias[...]))
         log_momentum = jax.nn.log_sigmoid(self.momentum(x).astype(jnp.float32))
         rate = options.rate * jax.nn.sigmoid(self.rate(x).astype(jnp.float32))
-        y, memory = sequence.recurrence(
+        y, memory = run(
             ops, l2_normalise(q), l2_normalise(k), v, rate, log_keep, log_momentum, parameters=(self._initial,),
-            state=None if state is None else state.memory, segments=segments, minibatch=options.minibatch,
+            minibatch=options.minibatch,
         )  # fmt: skip
-        y = self.out(self.norm(y).reshape(batch, length, -1) * jax.nn.silu(self.gate(x)))
-        window = None
+        y = self.out(flat(self.norm(y)) * jax.nn.silu(self.gate(x)))
         if self.window is not None:
-            seen = y if options.mode == "layer" else x
-            near, window = self.window(seen, segments, None if state is None else state.window)
+            near, window = self.window(y if options.mode == "layer" else x, segments, window)
             y = near if options.mode == "layer" else self.near_norm(near) * jax.nn.sigmoid(self.gate_norm(y))
-        return y, TitansState(memory, tail, window)
+        return y, TitansState(memory, window)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> TitansState:
         """Nothing learned, and an empty window; `capacity` does not matter."""
         zeros = tuple(jnp.zeros((batch, *w.shape), jnp.float32) for w in self._initial)
         window = None if self.window is None else self.window.init_state(batch, capacity, dtype)
-        return TitansState(ops.State(zeros, zeros, zeros), self.conv.init_state(batch), window)
+        return TitansState(State(ops.State(zeros, zeros, zeros), self.conv.init_state(batch)), window)

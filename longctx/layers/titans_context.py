@@ -14,28 +14,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, ShortConv, document, like_queries, undo_values
+from longctx.layers.basic import Linear, RMSNorm, document, like_queries, undo_values
+from longctx.layers.recurrent import Recurrent, State, by_head, qkv_conv
 from longctx.ops import titans_context as ops
-from longctx.parallel import sequence
-from longctx.schema import Options
+from longctx.schema import Options, Size
 from longctx.typing import Segments
 
 _AXES = ("heads", "head", None)  # of a matrix per head
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TitansContextState:
-    """The memory and the segment in progress, float32, and the convolution's last inputs."""
+class TitansContext(Recurrent):
+    """Attention within segments, which also reads what a neural memory of the earlier segments recalls.
 
-    memory: ops.State
-    conv: Float[Array, "B W-1 C"]
-
-
-class TitansContext(nnx.Module):
-    """Attention within segments, which also sees what a neural memory of the earlier segments recalls.
-
-    With M the memory of `layers/titans.py`, C tokens a segment and p learned tokens, of whom all see all,
+    With M the memory of `layers/titans.py`, C tokens a segment and p learned tokens that all others read,
 
         h = M(x), n = norm(attention([p; h; x])), y = n ⊙ σ(norm(M'(n)))
 
@@ -55,25 +46,23 @@ class TitansContext(nnx.Module):
 
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
-        heads: int = 2  # H
-        head_width: int = 16  # K, of keys and values
+        heads: Size = 2  # H
+        head_width: Size = 16  # K, of keys and values
         depth: int = 2  # layers of the memory: 1 or 2
-        hidden: int = 16  # width between the two layers
-        segment: int = 16  # C, tokens that attend to each other, and whose gradients are taken at the same weights
-        persistent: int = 4  # learned tokens that all others see
+        hidden: Size = 16  # width between the two layers
+        segment: Size = 16  # C, tokens that attend to each other, and whose gradients are taken at the same weights
+        persistent: int = 4  # learned tokens that all others read
         rate: float = 0.25  # largest C θ / (1 - η), of a segment's steps together; 0.64 diverged
-        conv_width: int = 4  # taps of the convolution
+        conv_width: Size = 4  # taps of the convolution
 
         def problems(self):
-            if min(self.heads, self.head_width, self.hidden, self.segment, self.conv_width) < 1:
-                yield f"heads, head_width, hidden, segment and conv_width must be at least 1, given {self}"
             if self.depth not in (1, 2):
                 yield f"depth is {self.depth}; give 1 or 2"
             if min(self.rate, self.persistent) < 0:
                 yield f"rate and persistent must not be negative, given {self}"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
-        self.options = options
+        super().__init__(width, options)
         heads, size = options.heads, options.head_width
         channels = heads * size
 
@@ -89,7 +78,7 @@ class TitansContext(nnx.Module):
         self.key = projection(like_queries(self.query, heads, size))
         self.value = projection()
         self.out = back(self.value)
-        self.conv = ShortConv(options.conv_width, [0] * channels + [1] * channels + [0] * channels, rngs)
+        self.conv = qkv_conv(options.conv_width, self.query, self.key, self.value, rngs)
         tokens = jax.random.normal(rngs.params(), (options.persistent, width))
         self.persistent = nnx.Param(tokens, axes=("taps", "embed"))
         self.norm = RMSNorm(width)
@@ -117,50 +106,34 @@ class TitansContext(nnx.Module):
     def _initial(self):
         return tuple(w[...] for w in (self.memory_in, self.memory_out) if w is not None)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: TitansContextState | None = None
-    ):
-        """Returns `(y[B, T, D], TitansContextState)`."""
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: State | None = None):
+        """Returns `(y[B, T, D], State)`."""
         segments = document(segments, x, state)
-        options = self.options
-        batch, length, width = x.shape
-        parts = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
-        parts, tail = self.conv(parts, segments, None if state is None else state.conv)
-        q, k, v = jnp.split(parts.reshape(batch, length, 3 * options.heads, -1), 3, axis=2)
+        heads = self.options.heads
+        parts, run = self.begin([self.query(x), self.key(x), self.value(x)], segments, state)
 
-        def by_head(linear):
-            return linear.weight[...].reshape(width, options.heads, -1)
+        def to_heads(linear):
+            return linear.weight[...].reshape(self.width, heads, -1)
 
         def back(linear):
-            return linear.weight[...].reshape(options.heads, -1, width)
+            return linear.weight[...].reshape(heads, -1, self.width)
 
         gates = self.forget, self.momentum, self.rate
         cell = ops.Cell(
             initial=self._initial,
-            query=by_head(self.ask),
-            key=by_head(self.write),
-            value=by_head(self.content),
+            query=to_heads(self.ask),
+            key=to_heads(self.write),
+            value=to_heads(self.content),
             gates=jnp.stack([gate.weight[...] for gate in gates]),
             biases=jnp.stack([self.forget_bias[...], self.momentum.bias[...], self.rate.bias[...]]),
             scale=self.recall_norm.scale[...],
             out=back(self.recall),
             persistent=self.persistent[...],
-            near_key=by_head(self.key),
-            near_value=by_head(self.value),
+            near_key=to_heads(self.key),
+            near_value=to_heads(self.value),
             near_out=back(self.out),
             near_scale=self.norm.scale[...],
             gate_scale=self.gate_norm.scale[...],
         )
-        y, memory = sequence.recurrence(
-            ops, x, q, k, v, parameters=(cell,), state=None if state is None else state.memory, segments=segments,
-            segment=options.segment, rate=options.rate,
-        )  # fmt: skip
-        return y, TitansContextState(memory, tail)
-
-    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> TitansContextState:
-        """Nothing learned, and no segment begun; `capacity` does not matter."""
-        options = self.options
-        zeros = tuple(jnp.zeros((batch, *w.shape), jnp.float32) for w in self._initial)
-        held = jnp.zeros((batch, options.segment, 2, options.heads, options.head_width), jnp.float32)
-        memory = ops.State(ops.titans.State(zeros, zeros, zeros), held, held)
-        return TitansContextState(memory, self.conv.init_state(batch))
+        q, k, v = (by_head(part, heads) for part in parts)
+        return run(ops, x, q, k, v, parameters=(cell,), segment=self.options.segment, rate=self.options.rate)

@@ -15,29 +15,20 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.basic import LayerNorm, Linear, ShortConv, document, undo_values
+from longctx.layers.recurrent import Recurrent, State, by_head, flat
 from longctx.layers.rotary import rotate
 from longctx.ops import ttt_linear as ops
-from longctx.parallel import sequence
-from longctx.schema import Options
+from longctx.schema import Options, Size
 from longctx.typing import Segments
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TTTLinearState:
-    """What the heads' models have learned from the document, float32, and the last inputs of the convolution."""
-
-    model: ops.State
-    conv: Float[Array, "B W-1 H*K"]
-
-
-class TTTLinear(nnx.Module):
+class TTTLinear(Recurrent):
     """Each head is a linear model with a norm that is trained on the document, C tokens at a time.
 
     f(x) = x + LN(x W + b) is trained to map k to v, by gradients at the weights the mini-batch starts from, at the rate
-    r = η σ(x W_r + b_r) / K; q is put to the weights that have seen the mini-batch up to q's token, the t-th, times
-    max(1/t + o_t, 0) of what it learned. q and k are one projection after two convolutions, turned by their places in
-    the mini-batch; v is a projection. The output is LN over all heads, gated by gelu(x W_g), and projected.
+    r = η σ(x W_r + b_r) / K. f of q, the t-th of its mini-batch, has the steps of the tokens up to q's, which count
+    max(1/t + o_t, 0). q and k are one projection after two convolutions, rotated by their positions in the mini-batch;
+    v is a projection. The output is LN over all heads, gated by gelu(x W_g), and projected.
     State: the change of (W, b) and the sum of the mini-batch in progress, `[B, H, K+1, K]` each, and W-1 inputs of the
     convolutions.
 
@@ -51,23 +42,21 @@ class TTTLinear(nnx.Module):
 
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
-        heads: int = 4  # H
-        head_width: int = 16  # K, of keys and values
-        minibatch: int = 16  # C, tokens per update
+        heads: Size = 4  # H
+        head_width: Size = 16  # K, of keys and values
+        minibatch: Size = 16  # C, tokens per update
         rate: float = 1.0  # η
-        conv_width: int = 4  # taps of the convolutions
+        conv_width: Size = 4  # taps of the convolutions
         rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions
 
         def problems(self):
-            if min(self.heads, self.head_width, self.minibatch, self.conv_width) < 1:
-                yield f"heads, head_width, minibatch and conv_width must be at least 1, given {self}"
             if self.rate < 0:
                 yield f"rate is {self.rate}; it must not be negative"
             if self.rope_base < 0 or (self.rope_base and self.head_width % 2):
                 yield f"rope_base is {self.rope_base}; give 0, or more than 0 and an even head_width"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
-        self.options = options
+        super().__init__(width, options)
         heads, size = options.heads, options.head_width
         channels = heads * size
         self.query_key = Linear(width, channels, ("embed", "heads"), rngs)
@@ -84,30 +73,20 @@ class TTTLinear(nnx.Module):
         self.gate = Linear(width, channels, ("embed", "heads"), rngs)
         self.out = Linear(channels, width, ("heads", "embed"), rngs, initial=undo_values(self.value, heads, size))
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: TTTLinearState | None = None):
-        """Returns `(y[B, T, D], TTTLinearState)`."""
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: State | None = None):
+        """Returns `(y[B, T, D], State)`."""
         segments = document(segments, x, state)
         options = self.options
-        batch, length, _ = x.shape
-        tail = None if state is None else jnp.concatenate([state.conv] * 2, axis=-1)
-        both, tail = self.conv(jnp.concatenate([self.query_key(x)] * 2, axis=-1), segments, tail)
-        both = (both + self.conv_bias[...].astype(x.dtype)).reshape(batch, length, 2 * options.heads, -1)
+        # Both convolutions are of one projection: its last inputs are kept once.
+        if state is not None:
+            state = State(state.memory, jnp.concatenate([state.conv] * 2, axis=-1))
+        parts, run = self.begin([self.query_key(x)] * 2, segments, state, self.conv_bias[...])
+        q, k, v = (by_head(part, options.heads) for part in (*parts, self.value(x)))
         if options.rope_base:
-            both = rotate(both, segments.positions % options.minibatch, options.rope_base)
-        q, k = jnp.split(both, 2, axis=2)
+            q, k = (rotate(part, segments.positions % options.minibatch, options.rope_base) for part in (q, k))
         rate = options.rate / options.head_width * jax.nn.sigmoid(self.rate(x).astype(jnp.float32))
         discount = 1 / jnp.arange(1, options.minibatch + 1, dtype=jnp.float32) + self.discount[...]
-        y, model = sequence.recurrence(
-            ops, q, k, self.value(x).reshape(q.shape), rate,
-            parameters=(self.initial[...], self.scale[...], self.shift[...], jnp.maximum(discount, 0)),
-            state=None if state is None else state.model, segments=segments,
-        )  # fmt: skip
-        y = self.norm(y.reshape(batch, length, -1)) * jax.nn.gelu(self.gate(x))
-        return self.out(y), TTTLinearState(model, jnp.split(tail, 2, axis=-1)[0])
-
-    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> TTTLinearState:
-        """Nothing learned; `capacity` does not matter."""
-        options = self.options
-        heads, size = options.heads, options.head_width
-        zeros = jnp.zeros((batch, heads, size + 1, size), jnp.float32)
-        return TTTLinearState(ops.State(zeros, zeros), self.conv.init_state(batch)[..., : heads * size])
+        parameters = self.initial[...], self.scale[...], self.shift[...], jnp.maximum(discount, 0)
+        y, state = run(ops, q, k, v, rate, parameters=parameters)
+        state = State(state.memory, jnp.split(state.conv, 2, axis=-1)[0])
+        return self.out(self.norm(flat(y)) * jax.nn.gelu(self.gate(x))), state
