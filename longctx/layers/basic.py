@@ -24,7 +24,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.memory.cache import KVCache
-from longctx.parallel import mesh, rules, sequence
+from longctx.ops.backend import merged, scaled
+from longctx.parallel import rules, sequence
 from longctx.schema import Bound
 from longctx.typing import Segments
 
@@ -111,25 +112,6 @@ class LayerNorm(nnx.Module):
         y -= jnp.mean(y, axis=-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
         return (scaled(y, self.scale[...]) + self.shift[...]).astype(x.dtype)
-
-
-@jax.checkpoint
-def scaled(x: Float[Array, "... D"], scale: Float[Array, " D"]) -> Float[Array, "... D"]:
-    """`x · scale`, float32. Spread over the tokens by a matrix product, the scale gets its gradient by one too: on a
-    CPU in a quarter of the time of sums over tokens. The backward pass spreads it again.
-    """
-    tokens = merged(x)
-    ones = jnp.ones((*tokens.shape[:-1], 1))
-    return (tokens * jnp.matmul(ones, scale[None], precision=jax.lax.Precision.HIGHEST)).reshape(x.shape)
-
-
-def merged(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """`[N, D]`, all axes but the last as one; as it is if several devices share the time, which cannot be merged then.
-
-    The gradient of a weight is a sum over tokens: over one axis it is a plain matrix product, over two XLA:CPU copies
-    both factors first, which takes longer than the product.
-    """
-    return x if mesh.context_size() > 1 else x.reshape(-1, x.shape[-1])
 
 
 def document(segments: Segments | None, x: Float[Array, "B T D"], state: Any) -> Segments:

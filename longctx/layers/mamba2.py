@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, ShortConv, like_queries, scaled, undo_values
+from longctx.layers.basic import Linear, ShortConv, like_queries, undo_values
 from longctx.layers.recurrent import Recurrent, State, by_head, flat, slow_steps
 from longctx.ops import gated_linear as ops
+from longctx.ops.backend import scaled
 from longctx.parallel import mesh
 from longctx.schema import Options, Size
 from longctx.typing import Segments

@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from longctx.ops.backend import scaled
 from longctx.typing import Segments, checked
 
 
@@ -94,18 +95,8 @@ def chunked(
     y = jnp.zeros(x.shape)
     for w in range(width):
         same = segments.valid & (runs[:, w : w + length] == segments.runs)
-        y += _tap(kernel[w].astype(jnp.float32), tokens[:, w : w + length], same)
+        y += scaled(jnp.where(same[..., None], tokens[:, w : w + length], 0), kernel[w].astype(jnp.float32))
     return y.astype(x.dtype), tail
-
-
-@jax.checkpoint
-def _tap(tap: Float[Array, " D"], tokens: Float[Array, "B T D"], same: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
-    """`tap · tokens` where `same`. Spread over the tokens by a matrix product, a tap gets its gradient by one too, not
-    by a slow sum over time; the backward pass spreads it again.
-    """
-    ones = jnp.ones((same.size, 1))
-    spread = jnp.matmul(ones, tap[None], precision=jax.lax.Precision.HIGHEST).reshape(tokens.shape)
-    return spread * jnp.where(same[..., None], tokens, 0)
 
 
 @checked

@@ -1,10 +1,10 @@
 """Positions in attention: rotary frequencies and their extensions, exact rotation, and biases by distance.
 
-RoPE turns channels j and j + R/2 of a query or key at position p by the angle p θ_j,
+RoPE rotates channels j and j + R/2 of a query or key at position p by the angle p θ_j,
 
     θ_j = b^(-2j/R),   j = 0, 1, ..., R/2 - 1        Su et al., "RoFormer", arXiv:2104.09864, equation 15
 
-so that the product of a query and a key depends on the distance between them, not on their places. A model trained
+so that the product of a query and a key depends on the distance between them, not on their positions. A model trained
 on L tokens is extended to s L by other frequencies, and by a magnitude of queries and keys:
 
 linear             θ_j / s                                       Chen et al., arXiv:2306.15595 (PI)
@@ -44,17 +44,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
+from longctx.ops.backend import once
 from longctx.ops.patterns.sparse import hashed
 from longctx.typing import checked
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rotation:
-    """How fast each pair of channels turns: a constant of the traced program, so no pytree, and equal only to itself.
+    """How fast each pair of channels rotates: a constant of the traced program, so no pytree, and equal only to itself.
 
     Attributes:
       frequencies: `[R/2]` float64, radians a token. None of them (R = 0) is NoPE.
-      magnitude: multiplies the channels that turn.
+      magnitude: multiplies the channels that rotate.
     """
 
     frequencies: Float[np.ndarray, " R/2"]
@@ -62,15 +63,15 @@ class Rotation:
 
     @property
     def width(self) -> int:
-        """R, the channels that turn: the first of each head. The others pass (partial rotary)."""
+        """R, the channels that rotate: the first of each head. The others pass (partial rotary)."""
         return 2 * len(self.frequencies)
 
 
 @checked
 def rotate(x: Float[Array, "B T H K"], positions: Int[Array, "B T"], rotation: Rotation) -> Float[Array, "B T H K"]:
-    """`x` turned by its positions.
+    """`x` rotated by its positions.
 
-    Rotations add up: turned by p and then by q is turned by p + q, and -p turns back. To move cached keys, turn them
+    Rotations add up: by p and then by q is by p + q, and -p undoes p. To move cached keys, rotate them
     by the difference of positions with magnitude 1, since they have theirs already.
 
     Args:
@@ -85,7 +86,7 @@ def rotate(x: Float[Array, "B T H K"], positions: Int[Array, "B T"], rotation: R
       ValueError: heads narrower than the rotation.
     """
     if rotation.width > x.shape[-1]:
-        raise ValueError(f"x has {x.shape[-1]} channels a head, the rotation turns {rotation.width}; give it fewer.")
+        raise ValueError(f"x has {x.shape[-1]} channels a head, the rotation has {rotation.width}; give it fewer.")
     return _rotated(x, _angles(positions, *_turns(rotation.frequencies)), rotation.magnitude)
 
 
@@ -124,17 +125,12 @@ def rotate_dynamic_ntk(
 
 def _rotated(x: Float[Array, "B T H K"], angle: Float[Array, "B T R/2"], magnitude: float) -> Float[Array, "B T H K"]:
     """The first R channels of `x` rotated by angles, and multiplied by a magnitude."""
-    half = angle.shape[-1]
-    # Products with the identity, which XLA:CPU does not fuse: else every head takes the cosines of its own, in most of
-    # the time of the whole rotation.
-    cos, sin = (
-        magnitude * jnp.matmul(part, jnp.eye(half, dtype=jnp.float32), precision="highest")[:, :, None]
-        for part in (jnp.cos(angle), jnp.sin(angle))
-    )
-    turned, passed = jnp.split(x, [2 * half], axis=-1)
-    first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.concatenate([turned.astype(x.dtype), passed], axis=-1)
+    # Computed once: else every head computes the cosines again, in most of the time of the whole rotation.
+    cos, sin = (magnitude * once(part)[:, :, None] for part in (jnp.cos(angle), jnp.sin(angle)))
+    rotated, passed = jnp.split(x, [2 * angle.shape[-1]], axis=-1)
+    first, second = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), passed], axis=-1)
 
 
 def _angles(
@@ -231,7 +227,7 @@ def yarn(
     Args:
       beta_fast: the weights begin to fall at the pair that makes so many turns in the trained length,
       beta_slow: and reach 0 at the one that makes so many.
-      truncate: those two are pairs that exist, the next ones outward, not places between them.
+      truncate: those two are pairs that exist, the next ones outward, not fractions between them.
       magnitude: of queries and keys; None for `yarn_magnitude(factor)`. A model with `mscale` and `mscale_all_dim` has
         `yarn_magnitude(factor, mscale) / yarn_magnitude(factor, mscale_all_dim)`.
     """
