@@ -9,22 +9,31 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Projections, Taps, document
-from longctx.layers.recurrent import Recurrent, State, flat
+from longctx.layers.basic import Projections, document
 from longctx.ops import h_transformer as ops
 from longctx.parallel import sequence
-from longctx.schema import Options, Size
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
-class HTransformer(Projections, Recurrent):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HTransformerState:
+    """Sums of 1, key and value over the last 2 N nodes of each level, float32; the last inputs of the convolution."""
+
+    nodes: Float[Array, "B L R G K+V+1"]
+    conv: Float[Array, "B W-1 C"] | None
+
+
+class HTransformer(Projections):
     """Softmax attention to a document's own and previous block of N tokens, and to means of all before them.
 
-    2^l tokens are one to a query, by the means of their keys and values, if they end N/2 2^l tokens back or more: each
+    A query sees 2^l tokens as one, by the means of their keys and values, if they end N/2 2^l tokens back or more: each
     token once, at one of L levels. A mean counts for its tokens; levels above 0 have a bias per head that begins at 0.
     A mean of keys has no one position, so there are no rotary ones; the convolution tells the order of neighbours.
     State: `[B, L, 2N, G, K+V+1]` float32, and W-1 inputs of the convolution.
@@ -32,33 +41,49 @@ class HTransformer(Projections, Recurrent):
 
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
-        heads: Size = 4  # H
-        kv_heads: Size = 4  # G, divides H
-        head_width: Size = 32  # K and V
+        heads: int = 4  # H
+        kv_heads: int = 4  # G, divides H
+        head_width: int = 32  # K and V
         block: int = 4  # N, even: tokens a block, the paper's N_r, which has 16
-        levels: int = 8  # L; documents of up to N 2^L tokens are visible whole
-        conv_width: Taps = 4  # taps of a causal convolution on queries, keys and values; 0: none
+        levels: int = 8  # L; documents of up to N 2^L tokens are seen whole
+        conv_width: int = 4  # taps of a causal convolution on queries, keys and values; 0: none
         qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
 
         def problems(self):
-            if self.heads % self.kv_heads:
+            if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
                 yield f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads"
             if self.block < 2 or self.block % 2:
                 yield f"block is {self.block}; give an even number of at least 2"
             if not 1 <= self.levels <= 30:
                 yield f"levels is {self.levels}; give 1 to 30"
+            if self.conv_width < 0:
+                yield f"conv_width is {self.conv_width}; give 0 for none, or more"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         super().__init__(width, options, rngs)
-        self.width = width
         self.bias = nnx.Param(jnp.zeros((options.heads, options.levels - 1)), axes=("heads", None))
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: State | None = None):
-        """Returns `(y[B, T, D], State)`."""
+    def __call__(
+        self, x: Float[Array, "B T D"], segments: Segments | None = None, state: HTransformerState | None = None
+    ):
+        """Returns `(y[B, T, D], HTransformerState)`."""
         segments = document(segments, x, state)
-        memory, tail = (None, None) if state is None else (state.memory, state.conv)
-        q, k, v, tail = self.project(x, segments, tail)
+        batch, length, _ = x.shape
+        options = self.options
+        q, k, v, tail = self.project(x, segments, None if state is None else state.conv)
         y, nodes = sequence.recurrence(
-            ops, q, k, v, parameters=(self.bias[...],), state=memory, segments=segments, block=self.options.block
+            ops,
+            *(q, k, v),
+            parameters=(self.bias[...],),
+            state=None if state is None else state.nodes,
+            segments=segments,
+            block=options.block,
         )
-        return self.out(flat(y)), State(nodes, tail)
+        return self.out(y.reshape(batch, length, -1)), HTransformerState(nodes, tail)
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> HTransformerState:
+        """The state before any token; `capacity` does not matter."""
+        options = self.options
+        shape = batch, options.levels, 2 * options.block, options.kv_heads, 2 * options.head_width + 1
+        tail = None if self.conv is None else self.conv.init_state(batch)
+        return HTransformerState(jnp.zeros(shape, jnp.float32), tail)

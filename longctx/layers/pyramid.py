@@ -9,19 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Projections, Taps, document
-from longctx.layers.recurrent import Recurrent, State, flat
+from longctx.layers.basic import Projections, document
 from longctx.ops import pyramid as ops
 from longctx.parallel import sequence
-from longctx.schema import Options, Size
+from longctx.schema import Options
 from longctx.typing import Segments
 
 
-class Pyramid(Projections, Recurrent):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PyramidState:
+    """Weighted sums of 1, key and value over the last R nodes of each level, float32; the convolution's last inputs."""
+
+    nodes: Float[Array, "B L R G K+V+1"]
+    conv: Float[Array, "B W-1 C"] | None
+
+
+class Pyramid(Projections):
     """Softmax attention to the last W tokens, and at each level above to the last W summaries of older ones.
 
     A node of level l attends to c nodes of the level below, and so summarises c^l tokens. The query of that attention
@@ -32,41 +41,56 @@ class Pyramid(Projections, Recurrent):
 
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
-        heads: Size = 4  # H
-        kv_heads: Size = 4  # G, divides H
-        head_width: Size = 32  # K and V
+        heads: int = 4  # H
+        kv_heads: int = 4  # G, divides H
+        head_width: int = 32  # K and V
         children: int = 4  # c, nodes of one level that a node of the next summarises
-        window: int = 8  # W, tokens that are visible one by one, and nodes of each level above; at least c - 1
-        levels: int = 5  # L, tokens included; W c^(L-1) tokens back are visible
-        conv_width: Taps = 4  # taps of a causal convolution on queries, keys and values; 0: none
+        window: int = 8  # W, tokens that are seen one by one, and nodes of each level above; at least c - 1
+        levels: int = 5  # L, tokens included; W c^(L-1) tokens back are seen
+        conv_width: int = 4  # taps of a causal convolution on queries, keys and values; 0: none
         qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
 
         def problems(self):
-            if self.heads % self.kv_heads:
+            if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
                 yield f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads"
             if self.children < 2:
                 yield f"children is {self.children}; give at least 2"
             elif self.window < self.children - 1:
                 yield (
                     f"window is {self.window} and children is {self.children}; give a window of at least children - 1, "
-                    "or what no whole node holds is visible at no level"
+                    "or what no whole node holds is seen at no level"
                 )
             if not (1 <= self.levels <= 30 and self.children ** (self.levels - 1) < 2**30):
                 yield f"levels is {self.levels}; give at least 1, and nodes of fewer than 2^30 tokens"
+            if self.conv_width < 0:
+                yield f"conv_width is {self.conv_width}; give 0 for none, or more"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         super().__init__(width, options, rngs)
-        self.width = width
         self.pool = nnx.Param(jnp.zeros((options.kv_heads, options.head_width)), axes=("heads", "head"))
         self.bias = nnx.Param(jnp.zeros((options.heads, options.levels - 1)), axes=("heads", None))
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: State | None = None):
-        """Returns `(y[B, T, D], State)`."""
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: PyramidState | None = None):
+        """Returns `(y[B, T, D], PyramidState)`."""
         segments = document(segments, x, state)
-        memory, tail = (None, None) if state is None else (state.memory, state.conv)
-        q, k, v, tail = self.project(x, segments, tail)
+        batch, length, _ = x.shape
+        options = self.options
+        q, k, v, tail = self.project(x, segments, None if state is None else state.conv)
         y, nodes = sequence.recurrence(
-            ops, q, k, v, parameters=(self.pool[...], self.bias[...]), state=memory, segments=segments,
-            children=self.options.children, window=self.options.window,
-        )  # fmt: skip
-        return self.out(flat(y)), State(nodes, tail)
+            ops,
+            *(q, k, v),
+            parameters=(self.pool[...], self.bias[...]),
+            state=None if state is None else state.nodes,
+            segments=segments,
+            children=options.children,
+            window=options.window,
+        )
+        return self.out(y.reshape(batch, length, -1)), PyramidState(nodes, tail)
+
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> PyramidState:
+        """The state before any token; `capacity` does not matter."""
+        options = self.options
+        slots = ops.slots(options.children, options.window)
+        shape = batch, options.levels, slots, options.kv_heads, 2 * options.head_width + 1
+        tail = None if self.conv is None else self.conv.init_state(batch)
+        return PyramidState(jnp.zeros(shape, jnp.float32), tail)
