@@ -8,7 +8,6 @@ Devices: log₂P hops of H·K·(K+V)
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jaxtyping import Array, Float
 from longctx.layers.basic import Linear, RMSNorm, ShortConv, l2_normalise
 from longctx.layers.recurrent import Recurrent, State, by_head, flat, projections, slow_steps
 from longctx.ops.gated_delta_product import GATED_DELTA_PRODUCT
-from longctx.schema import Bound, Options, Size
+from longctx.schema import Options, Size
 from longctx.typing import Segments
 
 
@@ -27,8 +26,8 @@ class GatedDeltaProduct(Recurrent):
 
     S_t = (Π_i (I - β_ti k_ti k_tiᵀ)) α_t S_{t-1} + writes, y_t = S_tᵀ q_t. q, and k_i and v_i of each step, come from a
     projection, a short convolution and SiLU; q and k are normalised, q scaled by 1/√K; β_i = 2 σ(x W_βi);
-    log α = -exp(A) softplus(x W_α + b); the output is normalised per head and gated by silu(x W_g). One step is
-    `gated_delta` with negative eigenvalues. State: `[B, H, K, V]` float32 and W-1 inputs of the convolution.
+    log α = -exp(A) softplus(x W_α + b); the output is normalised per head and gated by silu(x W_g).
+    State: `[B, H, K, V]` float32 and W-1 inputs of the convolution.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,11 @@ class GatedDeltaProduct(Recurrent):
         key_width: Size = 32  # K
         value_width: Size = 32  # V
         conv_width: Size = 4  # taps of the convolution
-        steps: Annotated[int, Bound(2, 256)] = 2  # n, writes per token
+        steps: Size = 2  # n, writes per token
+
+        def problems(self):
+            if self.steps < 2:
+                yield f"steps must be at least 2, given {self.steps}; gated_delta with negative_eigenvalues is of 1"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         super().__init__(width, options)
