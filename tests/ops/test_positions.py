@@ -162,7 +162,7 @@ def test_yarn_magnitude():
         (lambda: positions.t5_buckets(np.arange(3), 3, causal=False), "buckets is 3; expected at least 2 for each"),
         (lambda: positions.t5_buckets(np.arange(3), 32, 16), "max_distance is 16; expected more than the 16 single"),
         (lambda: positions.xpos_scales(3), "width is 3"),
-        (lambda: turn(np.ones((1, 2, 1, 6)), [0, 1], positions.rope(8, BASE)), "has 6 channels a head, .* turns 8"),
+        (lambda: turn(np.ones((1, 2, 1, 6)), [0, 1], positions.rope(8, BASE)), "has 6 channels a head, .* has 8"),
         (lambda: rotate(jnp.ones((1, 2, 1, 8)), jnp.ones((1, 2)), positions.rope(8, BASE)), "positions is float32"),
     ],
 )
