@@ -22,11 +22,11 @@ from longctx.layers.basic import Projections, document
 from longctx.layers.positions import ROPE, CoPE, Positions
 from longctx.memory.cache import KVCache
 from longctx.ops import attention as ops
-from longctx.ops import cope
 from longctx.ops.biases import Bias
+from longctx.ops.cope import COPE
 from longctx.ops.partial import Partial, add_sinks
 from longctx.ops.patterns import Causal, Heads, Pattern, causal, parse
-from longctx.parallel import choice, sequence, tree
+from longctx.parallel import schemes, sequence, tree
 from longctx.schema import Options
 from longctx.typing import Segments
 
@@ -70,8 +70,8 @@ class Attention(Projections):
             yield from (f"positions.{problem}" for problem in self.positions.refusals(self.head_width))
             if self.length_base and self.length_base <= 1:
                 yield f"length_base is {self.length_base}; give a length above 1, or 0 for no scaling"
-            if self.context_parallel not in choice.NAMES:
-                yield f"context_parallel is '{self.context_parallel}'; choose one of {', '.join(choice.NAMES)}"
+            if self.context_parallel not in schemes.NAMES:
+                yield f"context_parallel is '{self.context_parallel}'; choose one of {', '.join(schemes.NAMES)}"
             try:
                 pattern = causal(parse(self.pattern))
             except ValueError as error:
@@ -127,10 +127,10 @@ class Attention(Projections):
         options, scheme = self.options, self.options.positions
         learned = None if self.positions is None else self.positions[...]
         if isinstance(scheme, CoPE):
-            if caches is None:
-                return sequence.attention_by_context(q, k, v, learned, segments)
-            k, v, _, span, held = _join(k, v, segments, *caches)
-            return cope.chunked(q, k, v, learned, span, held)
+            held = None
+            if caches is not None:
+                k, v, _, segments, held = _join(k, v, segments, *caches)
+            return sequence.attend(COPE, (q,), (k, v), (learned,), segments=segments, key_segments=held).y
         settings = {
             "sinks": self._besides(q),
             "soft_cap": options.soft_cap or None,

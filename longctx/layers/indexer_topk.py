@@ -30,7 +30,7 @@ from longctx.layers.basic import (
 )
 from longctx.memory import row
 from longctx.memory.cache import KVCache
-from longctx.ops import indexer_topk
+from longctx.ops import indexer_topk as ops
 from longctx.ops.attach import attach
 from longctx.ops.positions import rope, rotate
 from longctx.parallel import sequence
@@ -126,19 +126,18 @@ class IndexerTopK(nnx.Module):
             q, k = (rotate(part, segments.positions, rope(options.head_width, options.rope_base)) for part in (q, k))
             turn = rope(options.index_turning, options.rope_base)
             index_q, index_k = (rotate(part, segments.positions, turn) for part in (index_q, index_k))
-        count = None if options.stage == "dense" else options.count
         before = self._empty(batch, length, x.dtype) if state is None else state
         kept = jnp.concatenate([_flat(k), index_k.astype(x.dtype)], axis=-1)
         after = before.append(kept, _flat(v), segments)
-        if state is None:
-            inputs = q, k, v, index_q, index_k[:, :, 0], weights
-            y, loss = sequence.chosen_blocks(indexer_topk, *inputs, segments=segments, count=count)
-        else:
-            kept, values, held, span = row.join(before, after, kept, _flat(v), segments)
+        index_k, held = index_k[:, :, 0], None
+        if state is not None:
+            kept, values, held, segments = row.join(before, after, kept, _flat(v), segments)
             keys, index_k = jnp.split(kept[:, :, 0], [options.kv_heads * options.head_width], axis=-1)
             k, v = (part.reshape(*held.ids.shape, -1, options.head_width) for part in (keys, values))
-            y, loss = indexer_topk.chunked(q, k, v, index_q, index_k, weights, span, held, count=count)
-        return attach(self.out(y.reshape(batch, length, -1)), loss, options.kl_weight), behind(after, tail)
+        inputs = (q, index_q, weights), (k, v, index_k)
+        count = ops.Options(None if options.stage == "dense" else options.count)
+        read = sequence.attend(ops.INDEXER_TOPK, *inputs, segments=segments, key_segments=held, options=count)
+        return attach(self.out(read.y.reshape(batch, length, -1)), read.loss, options.kl_weight), behind(after, tail)
 
     def _index(self, x):
         """Index queries `[B, T, J, I]`, keys `[B, T, 1, I]` and weights `[B, T, J]`."""

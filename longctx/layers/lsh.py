@@ -30,7 +30,7 @@ from longctx.layers.basic import (
 from longctx.layers.rotary import rotate
 from longctx.memory import row
 from longctx.memory.cache import KVCache
-from longctx.ops import lsh
+from longctx.ops import lsh as ops
 from longctx.ops.attach import attach
 from longctx.parallel import sequence
 from longctx.schema import Options, Seed
@@ -115,19 +115,19 @@ class LSH(nnx.Module):
         q, v = (part.reshape(batch, length, -1, options.head_width) for part in parts)
         k = l2_normalise(q)
         directions = self._random if self.centroids is None else l2_normalise(self.centroids[...])
-        hashes, cosine = lsh.nearest(jax.lax.stop_gradient(k), directions)
+        hashes, cosine = ops.nearest(jax.lax.stop_gradient(k), directions)
         q, k = q.astype(x.dtype), k.astype(x.dtype)
         if options.rope_base:
             q, k = (rotate(each, segments.positions, options.rope_base) for each in (q, k))
-        settings = {"buckets": options.buckets, "scale": options.scale or None}
         before = self._empty(batch, length, x.dtype) if state is None else state
         after = LSHState(before.cache.append(k, v, segments), before.hashes.append(hashes, hashes[..., :0], segments))
-        if state is None:
-            y = sequence.attention_in_buckets(q, k, v, hashes, segments, **settings)
-        else:
-            keys, values, held, span = row.join(before.cache, after.cache, k, v, segments)
+        queries, keys, documents = (q, v, hashes), (k, v, hashes), {"segments": segments}
+        if state is not None:
             theirs, *_ = row.join(before.hashes, after.hashes, hashes, hashes[..., :0], segments)
-            y = lsh.chunked(q, keys, values, v, hashes, theirs, span, held, **settings)
+            k, v, held, span = row.join(before.cache, after.cache, k, v, segments)
+            keys, documents = (k, v, theirs), {"segments": span, "key_segments": held}
+        buckets = ops.Options(options.buckets, options.scale or None)
+        y = sequence.attend(ops.LSH, queries, keys, options=buckets, **documents).y
         y = self.out(y.reshape(batch, length, -1))
         if self.centroids is not None:
             y = attach(y, jnp.where(segments.valid[..., None, None], 1 - cosine, 0.0), options.centroid_weight)

@@ -18,7 +18,7 @@ from longctx.layers.basic import Projections, document
 from longctx.layers.rotary import rotate
 from longctx.memory import row
 from longctx.memory.cache import KVCache
-from longctx.ops import moba
+from longctx.ops import moba as ops
 from longctx.parallel import sequence
 from longctx.schema import Options
 from longctx.typing import Segments
@@ -64,14 +64,14 @@ class MoBA(Projections):
         q, k, v, tail = self.project(x, segments, None if state is None else state.conv)
         if options.rope_base:
             q, k = (rotate(part, segments.positions, options.rope_base) for part in (q, k))
-        blocks = {"block": options.block, "count": options.count}
+        held = None
         if state is None:
             cache = self._empty(batch, length, x.dtype).append(k, v, segments)
-            y = sequence.chosen_blocks(moba, q, k, v, segments=segments, **blocks)
         else:
             cache = state.cache.append(k, v, segments)
-            k, v, held, span = row.join(state.cache, cache, k, v, segments)
-            y = moba.chunked(q, k, v, span, held, **blocks)
+            k, v, held, segments = row.join(state.cache, cache, k, v, segments)
+        blocks = ops.Options(options.block, options.count)
+        y = sequence.attend(ops.MOBA, (q,), (k, v), segments=segments, key_segments=held, options=blocks).y
         return self.out(y.reshape(batch, length, -1)), AttentionState(cache, tail)
 
     def _empty(self, batch: int, capacity: int, dtype) -> KVCache:

@@ -30,7 +30,7 @@ from longctx.layers.basic import (
 from longctx.layers.rotary import rotate
 from longctx.memory import row
 from longctx.memory.cache import KVCache
-from longctx.ops import nsa
+from longctx.ops import nsa as ops
 from longctx.parallel import sequence
 from longctx.schema import Options
 from longctx.typing import Segments
@@ -115,19 +115,16 @@ class NSA(nnx.Module):
             q, k = (rotate(part, segments.positions, options.rope_base) for part in (q, k))
         gates = jax.nn.sigmoid(self.gate(x).astype(jnp.float32)).reshape(batch, length, -1, 3)
         pools = self.key_pool[...], self.value_pool[...]
-        sizes = {name: getattr(options, name) for name in ("stride", "selected", "count", "window")}
-
-        def branches(x):
-            return x.reshape(*x.shape[:2], -1, 3, options.head_width)
-
+        held = None
         if state is None:
             cache = self._empty(batch, length, x.dtype).append(k, v, segments)
-            inputs = q, branches(k), branches(v), gates
-            y = sequence.chosen_blocks(nsa, *inputs, parameters=pools, segments=segments, **sizes)
         else:
             cache = state.append(k, v, segments)
-            k, v, held, span = row.join(state, cache, k, v, segments)
-            y = nsa.chunked(q, branches(k), branches(v), gates, *pools, span, held, **sizes)
+            k, v, held, segments = row.join(state, cache, k, v, segments)
+        branches = tuple(x.reshape(*x.shape[:2], -1, 3, options.head_width) for x in (k, v))
+        sizes = ops.Options(options.stride, options.selected, options.count, options.window)
+        documents = {"segments": segments, "key_segments": held}
+        y = sequence.attend(ops.NSA, (q, gates), branches, pools, options=sizes, **documents).y
         return self.out(y.reshape(batch, length, -1)), behind(cache, tail)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> KVCache | Convolved:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, RMSNorm, ShortConv, document, l2_normalise, like_queries, undo_values
 from longctx.memory.cache import KVCache
-from longctx.ops.path_attention import Past
+from longctx.ops.path_attention import PATH
 from longctx.parallel import sequence
 from longctx.schema import Options
 from longctx.typing import Segments
@@ -86,15 +86,20 @@ class Path(nnx.Module):
         w = l2_normalise(w.astype(jnp.float32))
         beta = 2 * jax.nn.sigmoid(self.beta(x).astype(jnp.float32) + self.beta_bias[...])
         if state is None:
-            y, keys = sequence.attention_on_paths(q, k, v, w, beta, None, segments)
             cache = self._empty(batch, length, x.dtype)
+            read = sequence.attend(PATH, (q, w, beta), (k, v), segments=segments)
         else:
             cache = state.cache
-            past = Past(cache.keys, cache.values, cache.positions >= 0)
-            y, keys = sequence.attention_on_paths(q, k, v, w, beta, past, segments)
-            cache = dataclasses.replace(cache, keys=keys[:, :-length])
-        cache = cache.append(keys[:, -length:], v, segments)
-        return self.out(y.reshape(batch, length, -1)), PathState(cache, tail)
+            span = dataclasses.replace(segments, ids=jnp.where(segments.valid, segments.runs + 1, 0))
+            keys, values, held = jax.tree.map(
+                lambda cached, own: jnp.concatenate([cached, own.astype(cached.dtype)], axis=1),
+                (cache.keys, cache.values, cache.segments),
+                (k, v, span),
+            )
+            read = sequence.attend(PATH, (q, w, beta), (keys, values), segments=span, key_segments=held)
+            cache = dataclasses.replace(cache, keys=read.keys[:, :-length])
+        cache = cache.append(read.keys[:, -length:], v, segments)
+        return self.out(read.y.reshape(batch, length, -1)), PathState(cache, tail)
 
     def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
         options = self.options

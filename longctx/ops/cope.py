@@ -19,7 +19,10 @@ the partial softmax over them; in the next block
 
     p_ts = min(G_t + sum_{u >= s} g_tu, N - 1)
 
-so that keys may be in a cache or on other devices, if only the later ones come first.
+so that keys may be in a cache or on other devices, if only the later ones come first. Devices that share a row pass
+their keys and values round: device p meets its own keys, then those of p-1, of p-2, and so on; the sums of gates and
+the partial softmax stay with the queries. Keys of later shards, which come last, are after all queries and cost no
+work. Backwards this is differentiated plainly, so that a device keeps the keys and values of all shards.
 
 Reference: Golovneva et al., "Contextual Position Encoding: Learning to Count What's Important", 2024
 (arXiv:2405.18719), section 4.
@@ -27,6 +30,7 @@ Reference: Golovneva et al., "Contextual Position Encoding: Learning to Count Wh
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -34,9 +38,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from longctx.ops.family import Keyed, Keys, Queries, Result
 from longctx.ops.gated_linear import einsum
 from longctx.ops.partial import Partial, of_logits, over_blocks, softmax
-from longctx.typing import Segments, checked
+from longctx.ops.row import Row
+from longctx.typing import Segments
 
 
 class Visited(NamedTuple):
@@ -46,31 +52,31 @@ class Visited(NamedTuple):
     gates: Float[Array, "B T H"]  # their sum
 
 
-@checked
-def recurrent(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S G K"],
-    v: Float[Array, "B S G V"],
-    embeddings: Float[Array, "N K"],
-    segments: Segments,
-    held: Segments,
-    *,
-    scale: float | None = None,
-) -> Float[Array, "B T H V"]:
-    """The definition. Holds all logits.
+class Parameters(NamedTuple):
+    """Embeddings of the positions 0 to N - 1."""
 
-    Args:
-      q: queries; head h reads the keys and values of group h // (H // G).
-      k, v: keys and values, those of a document in the order of their positions; they hold the queries' own tokens.
-      embeddings: of the positions 0 to N - 1.
-      segments: of the queries.
-      held: of the keys; the same document has the same id in both.
+    embeddings: Float[Array, "N K"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What CoPE has beside arrays.
+
+    Attributes:
       scale: of the products of queries and keys; None for 1 / sqrt(K).
-
-    Returns:
-      `[B, T, H, V]` in v's dtype; 0 for padding.
+      chunk: tokens a block of queries and of keys.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    scale: float | None = None
+    chunk: int = 128
+
+
+def definition(
+    queries: Queries, keys: Keys, parameters: Parameters, segments: Segments, held: Segments, options: Options
+) -> Result:
+    """The definition. Holds all logits. Keys of a document are in the order of their positions."""
+    (q,), (k, v), (embeddings,) = queries, keys, parameters
+    scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
     q = q.astype(jnp.float32)
     k, v32 = (x.astype(jnp.float32).repeat(q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     seen = segments.before(held)[:, None]
@@ -81,46 +87,59 @@ def recurrent(
     below, above = jnp.floor(positions), jnp.ceil(positions)
     low, high = (jnp.take_along_axis(products, n.astype(jnp.int32), axis=-1) for n in (below, above))
     logits += (positions - below) * high + (1 - positions + below) * low
-    return jnp.einsum("bhts,bshv->bthv", softmax(logits, seen), v32, precision="highest").astype(v.dtype)
+    y = jnp.einsum("bhts,bshv->bthv", softmax(logits, seen), v32, precision="highest")
+    return Result(y.astype(v.dtype))
 
 
-@checked
 def chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S G K"],
-    v: Float[Array, "B S G V"],
-    embeddings: Float[Array, "N K"],
+    queries: Queries, keys: Keys, parameters: Parameters, segments: Segments, held: Segments, options: Options
+) -> Result:
+    """The same, by blocks of queries and keys; memory grows linearly with T and S."""
+    visited = attend(queries, keys, parameters, segments, held, options)
+    return Result(visited.partial.output.astype(keys.v.dtype))
+
+
+def sharded(
+    queries: Queries,
+    keys: Keys,
+    parameters: Parameters,
     segments: Segments,
     held: Segments,
-    *,
-    scale: float | None = None,
-    chunk: int = 128,
-) -> Float[Array, "B T H V"]:
-    """The same as `recurrent`, by blocks of `chunk` queries and keys; memory grows linearly with T and S."""
-    visited = attend(q, k, v, embeddings, segments, held, scale=scale, chunk=chunk)
-    return visited.partial.output.astype(v.dtype)
+    options: Options,
+    row: Row,
+) -> Result:
+    """Keys and values go round the devices, and meet the queries from the last to the first."""
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def hop(carry, _):
+        visited, (keys, held) = carry
+        visited = attend(queries, keys, parameters, segments, held, options, visited)
+        # The last hop sends the keys home for nothing, which costs less than a second copy of it to compile.
+        return (visited, row.onward((keys, held))), None
+
+    start = _nothing(queries.q, keys.v), (keys, held)
+    (visited, _), _ = jax.lax.scan(hop, start, None, length=row.parts)
+    return Result(visited.partial.output.astype(keys.v.dtype))
 
 
 def attend(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S G K"],
-    v: Float[Array, "B S G V"],
-    embeddings: Float[Array, "N K"],
+    queries: Queries,
+    keys: Keys,
+    parameters: Parameters,
     segments: Segments,
     held: Segments,
+    options: Options,
     after: Visited | None = None,
-    *,
-    scale: float | None = None,
-    chunk: int = 128,
 ) -> Visited:
-    """Attention to these keys once those `after` them have been visited; arguments else as `chunked`.
+    """Attention to these keys once those `after` them have been visited.
 
     The keys of a document that are in `after` must all be later than those given here. Backwards, each block of
     queries visits its keys again.
     """
+    (q,), (k, v), (embeddings,), chunk = queries, keys, parameters, options.chunk
     batch, length, heads, width = q.shape
     groups = k.shape[2]
-    scale = width**-0.5 if scale is None else scale
+    scale = width**-0.5 if options.scale is None else options.scale
     last = len(embeddings) - 1
 
     def of_queries(x):  # [blocks, B, G, R, C, ...]
@@ -128,9 +147,9 @@ def attend(
         return jnp.moveaxis(x.reshape(*x.shape[:3], groups, -1, *x.shape[4:]), 2, 4)
 
     if after is None:
-        after = nothing(q, v)
-    rows = of_queries(q), jax.tree.map(of_queries, after), _places(segments, chunk)
-    keys = *(_blocks(x.astype(jnp.float32), chunk) for x in (k, v)), _places(held, chunk)
+        after = _nothing(q, v)
+    rows = of_queries(q), jax.tree.map(of_queries, after), _tokens(segments, chunk)
+    keys = *(_blocks(x.astype(jnp.float32), chunk) for x in (k, v)), _tokens(held, chunk)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def row(_, block):
@@ -163,7 +182,7 @@ def attend(
     return jax.tree.map(by_token, visited)
 
 
-def nothing(q: Float[Array, "B T H K"], v: Float[Array, "B S G V"]) -> Visited:
+def _nothing(q: Float[Array, "B T H K"], v: Float[Array, "B S G V"]) -> Visited:
     """Before any key."""
     rows = q.shape[:3]
     return Visited(Partial(jnp.zeros((*rows, v.shape[-1])), jnp.full(rows, -jnp.inf)), jnp.zeros(rows))
@@ -176,7 +195,7 @@ def _blocks(x, size):
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
 
-def _places(segments: Segments, size: int):
+def _tokens(segments: Segments, size: int):
     """Ids and positions by block."""
     return _blocks(segments.ids, size), _blocks(segments.positions, size)
 
@@ -186,3 +205,16 @@ def _between(products, positions):
     below, above = jnp.floor(positions), jnp.ceil(positions)
     low, high = (jnp.take_along_axis(products, n.astype(jnp.int32), axis=-1) for n in (below, above))
     return low + (positions - below) * (high - low)
+
+
+COPE = Keyed(
+    "cope",
+    Queries,
+    Keys,
+    definition,
+    chunked,
+    partial=None,
+    sharded=sharded,
+    parameters=Parameters,
+    options=Options,
+)

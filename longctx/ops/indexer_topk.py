@@ -20,51 +20,63 @@ that several devices share, each needs all of the keys' indices, and of keys and
 
 from __future__ import annotations
 
+import dataclasses
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from longctx.ops.key_blocks import WHOLE, Row, choose
+from longctx.ops.family import Keyed, Result
+from longctx.ops.key_blocks import choose
 from longctx.ops.partial import softmax, terms
-from longctx.typing import Segments, checked
+from longctx.ops.row import WHOLE, Row
+from longctx.typing import Segments
 
 _QUERIES, _KEYS = 128, 1 << 16  # at most, that attend at once, and of keys for all these together
 
 
-@checked
-def chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S G K"],
-    v: Float[Array, "B S G V"],
-    index_q: Float[Array, "B T J I"],
-    index_k: Float[Array, "B S I"],
-    weights: Float[Array, "B T J"],
-    segments: Segments,
-    held: Segments,
-    *,
-    count: int | None,
-    scale: float | None = None,
-    row: Row = WHOLE,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B T"]]:
-    """The fast form.
+class Queries(NamedTuple):
+    """Head h reads the keys and values of group h // (H // G); qI and w are those of the indexer."""
 
-    Args:
-      q: queries; head h reads the keys and values of group h // (H // G).
-      k, v: keys and values of a row in which documents are contiguous; it holds the queries' own tokens.
-      index_q: qI.
-      index_k: kI, of the keys.
-      weights: w, of the heads of the indexer.
-      segments: of the queries.
-      held: of the keys.
+    q: Float[Array, "B T H K"]
+    index_q: Float[Array, "B T J I"]
+    weights: Float[Array, "B T J"]
+
+
+class Keys(NamedTuple):
+    """Of a row in which documents are contiguous; kI is the indexer's."""
+
+    k: Float[Array, "B S G K"]
+    v: Float[Array, "B S G V"]
+    index_k: Float[Array, "B S I"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What attention to the n best keys has beside arrays.
+
+    Attributes:
       count: n; None for no limit.
       scale: of the logits; None for 1 / sqrt(K).
-      row: of which k and v are a part.
-
-    Returns:
-      `(y[B, T, H, V], loss[B, T])`: y in v's dtype, 0 for padding; the loss of each token, float32, whose gradients are
-      those of `index_q`, `index_k` and `weights`.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    count: int | None
+    scale: float | None = None
+
+
+def chunked(
+    queries: Queries,
+    keys: Keys,
+    parameters: None,
+    segments: Segments,
+    held: Segments,
+    options: Options,
+    row: Row = WHOLE,
+) -> Result:
+    """The fast form, on a part of a `row`. The loss of each token has gradients for what is the indexer's alone."""
+    (q, index_q, weights), (k, v, index_k), count = queries, keys, options.count
+    scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
     index_k, held = row.gather((index_k, held))
     if count is None:
         k, v = row.gather((k, v))
@@ -107,7 +119,7 @@ def chunked(
     tokens = (segments.ids, segments.positions) if chosen is None else chosen
     y, loss = jax.lax.map(lambda args: some(*args), jax.tree.map(split, ((q, index_q, weights), tokens)))
     y, loss = (jnp.moveaxis(x, 0, 1).reshape(len(q), -1, *x.shape[3:])[:, :length] for x in (y, loss))
-    return y.astype(v.dtype), loss
+    return Result(y.astype(v.dtype), loss)
 
 
 def _visible(ids, positions, held: Segments):
@@ -139,22 +151,12 @@ def _attend(q, index_q, weights, seen, k, v, index_k, scale):
     return y.reshape(-1, y.shape[-1]), loss
 
 
-@checked
-def recurrent(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S G K"],
-    v: Float[Array, "B S G V"],
-    index_q: Float[Array, "B T J I"],
-    index_k: Float[Array, "B S I"],
-    weights: Float[Array, "B T J"],
-    segments: Segments,
-    held: Segments,
-    *,
-    count: int | None,
-    scale: float | None = None,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B T"]]:
-    """The definition, query by query; arguments as `chunked`."""
-    repeats, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5 if scale is None else scale
+def definition(
+    queries: Queries, keys: Keys, parameters: None, segments: Segments, held: Segments, options: Options
+) -> Result:
+    """The definition, query by query."""
+    (q, index_q, weights), (k, v, index_k), count = queries, keys, options.count
+    repeats, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5 if options.scale is None else options.scale
     keys, values, indices = (x.astype(jnp.float32) for x in (k, v, index_k))
     keys, values = keys.repeat(repeats, axis=2), values.repeat(repeats, axis=2)
 
@@ -175,4 +177,7 @@ def recurrent(
 
     queries = q, index_q, weights, segments.ids, segments.positions
     y, loss = jax.lax.map(one, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), queries))
-    return jnp.moveaxis(y, 0, 1).astype(v.dtype), loss.T
+    return Result(jnp.moveaxis(y, 0, 1).astype(v.dtype), loss.T)
+
+
+INDEXER_TOPK = Keyed("indexer_topk", Queries, Keys, definition, chunked, partial=None, sharded=chunked, options=Options)

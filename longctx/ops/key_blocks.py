@@ -4,58 +4,21 @@ Blocks are counted from the start of each document, so that a packed row has the
 A block is there once its last token is; what a document has beyond its last block is seen by other means. Blocks begin
 every `stride` tokens and have at least as many, so that the last tokens of any two, of different documents too, are
 `stride` places apart: a row of T tokens, cut into cells of `stride` places, has at most one block that ends in each.
-
-An op that chooses blocks is written once, for a row on one device and for one that several devices share: what it has
-to know of the rest of the row it asks of a `Row`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
+from longctx.ops.row import Row
 from longctx.typing import Segments
 
 _QUERIES = 64  # whose scores are held at once: few enough for the cache of a CPU
-
-
-class Row(Protocol):
-    """How a part of a row of keys reaches the rest: `WHOLE`, or `longctx.parallel.chosen.Shards`."""
-
-    @property
-    def first(self) -> int | Int[Array, ""]:
-        """Place in the row of the part's first token."""
-
-    def near(self, tree: Any, count: int) -> Any:
-        """Arrays `[B, T, ...]` by token with up to `count` tokens before them; zeros before the row's first."""
-
-    def gather(self, tree: Any) -> Any:
-        """Arrays `[B, N, ...]` by block, of all parts, in the order of the row."""
-
-    def fetch(self, tree: Any, chosen: Int[Array, "B T G n"]) -> Any:
-        """The same for `[B, N, C, G, ...]`, with anything in place of blocks that are not among the chosen."""
-
-
-class _Whole:
-    """A row of which nothing is elsewhere."""
-
-    first = 0
-
-    def near(self, tree, count):
-        return tree
-
-    def gather(self, tree):
-        return tree
-
-    def fetch(self, tree, chosen):
-        return tree
-
-
-WHOLE: Row = _Whole()
 
 
 class KeyBlocks(NamedTuple):

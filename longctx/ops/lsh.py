@@ -24,14 +24,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from longctx.ops.attention import attention_partial
+from longctx.ops.family import Keyed, Result
 from longctx.ops.partial import Partial, merge, softmax
 from longctx.ops.patterns import Causal
+from longctx.ops.row import Row
 from longctx.typing import Segments, checked
 
 
@@ -52,59 +55,82 @@ def nearest(
     return jnp.argmax(products, axis=-1).astype(jnp.int32), products.max(-1)
 
 
-@checked
-def chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S G K"],
-    v: Float[Array, "B S G V"],
-    own: Float[Array, "B T G V"],
-    q_hashes: Int[Array, "B T H R"],
-    k_hashes: Int[Array, "B S G R"],
-    segments: Segments,
-    held: Segments,
-    *,
-    buckets: int,
-    scale: float | None = None,
-) -> Float[Array, "B T H V"]:
-    """The fast form.
+class Queries(NamedTuple):
+    """Head h reads the keys and values of group h // (H // G). Hashes are numbers of buckets, from 0 to N - 1.
 
-    Args:
-      q: queries; head h reads the keys and values of group h // (H // G).
-      k, v: keys and values, in any order.
+    Attributes:
       own: values of the queries' own tokens.
-      q_hashes, k_hashes: the numbers of the buckets of queries and keys, from 0 to N - 1.
-      segments: of the queries.
-      held: of the keys.
+    """
+
+    q: Float[Array, "B T H K"]
+    own: Float[Array, "B T G V"]
+    hashes: Int[Array, "B T H R"]
+
+
+class Keys(NamedTuple):
+    """Keys, values and the numbers of their buckets, in any order."""
+
+    k: Float[Array, "B S G K"]
+    v: Float[Array, "B S G V"]
+    hashes: Int[Array, "B S G R"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What attention within buckets has beside arrays.
+
+    Attributes:
       buckets: N.
       scale: of the logits; None for 1 / sqrt(K).
-
-    Returns:
-      `[B, T, H, V]` in v's dtype; 0 for padding.
     """
-    others = partial(q, k, v, q_hashes, k_hashes, segments, held, buckets=buckets, scale=scale)
-    return or_own(others, own, segments)
+
+    buckets: int
+    scale: float | None = None
 
 
-def or_own(others: Partial, own: Float[Array, "B T G V"], segments: Segments) -> Float[Array, "B T H V"]:
+def chunked(
+    queries: Queries, keys: Keys, parameters: None, segments: Segments, held: Segments, options: Options
+) -> Result:
+    """The fast form."""
+    return _or_own(partial(queries, keys, None, segments, held, options), queries.own, segments)
+
+
+def sharded(
+    queries: Queries,
+    keys: Keys,
+    parameters: None,
+    segments: Segments,
+    key_segments: Segments,
+    options: Options,
+    row: Row,
+) -> Result:
+    """A bucket's tokens are everywhere: keys, values and hashes go round the devices, once for all rounds of hashing.
+
+    The bytes are those of full attention, and the hashes. What is saved is work: a device sorts the keys that it holds
+    at each hop, and attends bucket by bucket.
+    """
+
+    def some(q, entries, mine, theirs):
+        (hashes, segments), (key_hashes, held) = mine, theirs
+        others = Keys(*entries, key_hashes)
+        return partial(Queries(q, queries.own, hashes), others, None, segments, held, options)
+
+    hashes = (queries.hashes, segments), (keys.hashes, key_segments)
+    return _or_own(row.merged(some, queries.q, (keys.k, keys.v), *hashes), queries.own, segments)
+
+
+def _or_own(others: Partial, own: Float[Array, "B T G V"], segments: Segments) -> Result:
     """What a token sees of the others, or its own value if that is nothing; 0 for padding."""
     own = jnp.repeat(own, others.output.shape[2] // own.shape[2], axis=2)
     alone = segments.valid[..., None, None] & jnp.isneginf(others.logsumexp)[..., None]
-    return jnp.where(alone, own, others.output.astype(own.dtype))
+    return Result(jnp.where(alone, own, others.output.astype(own.dtype)))
 
 
 def partial(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S G K"],
-    v: Float[Array, "B S G V"],
-    q_hashes: Int[Array, "B T H R"],
-    k_hashes: Int[Array, "B S G R"],
-    segments: Segments,
-    held: Segments,
-    *,
-    buckets: int,
-    scale: float | None = None,
+    queries: Queries, keys: Keys, parameters: None, segments: Segments, held: Segments, options: Options
 ) -> Partial:
-    """Attention to those of these keys that stand before the query; arguments as `chunked`."""
+    """Attention to those of these keys that stand before the query."""
+    (q, _, q_hashes), (k, v, k_hashes), buckets = queries, keys, options.buckets
     batch, length, heads, width = q.shape
     groups, rounds = k.shape[2], k_hashes.shape[3]
 
@@ -134,10 +160,10 @@ def partial(
         return [take(x) for x in arrays], Segments(ids, positions, jnp.zeros_like(ids, bool)), order
 
     before = dataclasses.replace(segments, positions=segments.positions - 1)
-    (queries,), of_queries, order = sort((q,), q_hashes, before)
-    (keys, values), of_keys, _ = sort((k, v), k_hashes, held)
-    scale = width**-0.5 if scale is None else scale
-    sorted_ = attention_partial(queries, keys, values, Causal(), of_queries, of_keys, scale=scale)
+    (q,), of_queries, order = sort((q,), q_hashes, before)
+    (k, v), of_keys, _ = sort((k, v), k_hashes, held)
+    scale = width**-0.5 if options.scale is None else options.scale
+    sorted_ = attention_partial(q, k, v, Causal(), of_queries, of_keys, scale=scale)
     back = jnp.argsort(order, axis=-1)
 
     def restore(x):
@@ -150,22 +176,12 @@ def partial(
     return functools.reduce(merge, map(Partial, output, logsumexp))
 
 
-@checked
-def recurrent(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S G K"],
-    v: Float[Array, "B S G V"],
-    own: Float[Array, "B T G V"],
-    q_hashes: Int[Array, "B T H R"],
-    k_hashes: Int[Array, "B S G R"],
-    segments: Segments,
-    held: Segments,
-    *,
-    buckets: int,
-    scale: float | None = None,
-) -> Float[Array, "B T H V"]:
-    """The definition, all pairs at once; arguments as `chunked`."""
-    repeats, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5 if scale is None else scale
+def definition(
+    queries: Queries, keys: Keys, parameters: None, segments: Segments, held: Segments, options: Options
+) -> Result:
+    """The definition, all pairs at once."""
+    (q, own, q_hashes), (k, v, k_hashes) = queries, keys
+    repeats, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5 if options.scale is None else options.scale
     k, v, own, k_hashes = (x.repeat(repeats, axis=2) for x in (k, v, own, k_hashes))
     seen = (segments.ids[:, :, None] == held.ids[:, None, :]) & segments.valid[:, :, None]
     seen &= held.positions[:, None, :] < segments.positions[:, :, None]  # [B, T, S]
@@ -174,4 +190,7 @@ def recurrent(
     weights = softmax(logits + jnp.log(jnp.maximum(agree, 1)), agree > 0)
     others = jnp.einsum("bths,bshv->bthv", weights, v.astype(jnp.float32)).astype(v.dtype)
     alone = segments.valid[..., None] & (agree == 0).all(-1)
-    return jnp.where(alone[..., None], own, others)
+    return Result(jnp.where(alone[..., None], own, others))
+
+
+LSH = Keyed("lsh", Queries, Keys, definition, chunked, partial, sharded, options=Options)

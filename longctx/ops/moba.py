@@ -13,53 +13,54 @@ attention. Of a row that several devices share, each needs the means of all bloc
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from longctx.ops import routed
 from longctx.ops.attention import attention_partial
-from longctx.ops.key_blocks import WHOLE, KeyBlocks, Row, choose
+from longctx.ops.family import Keyed, Keys, Queries, Result
+from longctx.ops.key_blocks import KeyBlocks, choose
 from longctx.ops.partial import Partial, merge, softmax
 from longctx.ops.patterns import Causal, Chunked
-from longctx.typing import Segments, checked
+from longctx.ops.row import WHOLE, Row
+from longctx.typing import Segments
 
 
-@checked
-def chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S G K"],
-    v: Float[Array, "B S G V"],
-    segments: Segments,
-    held: Segments,
-    *,
-    block: int,
-    count: int,
-    scale: float | None = None,
-    row: Row = WHOLE,
-) -> Float[Array, "B T H V"]:
-    """The fast form.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What MoBA has beside arrays.
 
-    Args:
-      q: queries; head h reads the keys and values of group h // (H // G).
-      k, v: keys and values of a row in which documents are contiguous; it holds the queries' own tokens.
-      segments: of the queries.
-      held: of the keys; the same object if they are the queries' own tokens.
+    Attributes:
       block: C, tokens a block.
       count: n, blocks that a query attends to, its own included.
       scale: of the logits; None for 1 / sqrt(K).
-      row: of which k and v are a part.
-
-    Returns:
-      `[B, T, H, V]` in v's dtype; 0 for padding.
     """
+
+    block: int
+    count: int
+    scale: float | None = None
+
+
+def chunked(
+    queries: Queries,
+    keys: Keys,
+    parameters: None,
+    segments: Segments,
+    key_segments: Segments,
+    options: Options,
+    row: Row = WHOLE,
+) -> Result:
+    """The fast form, on a part of a `row` in which documents are contiguous, of one or several devices."""
+    (q,), (k, v), block = queries, keys, options.block
     batch, length, heads, width = q.shape
     groups, repeats = k.shape[2], heads // k.shape[2]
-    scale = width**-0.5 if scale is None else scale
-    *near, around = row.near((k, v, held), block - 1)
+    scale = width**-0.5 if options.scale is None else options.scale
+    *near, around = row.near((k, v, key_segments), block - 1)
     own = None if around is segments else around
     within = attention_partial(q, *near, Causal() & Chunked(block), segments, own, scale=scale)
-    if count == 1:
-        return within.output.astype(v.dtype)
+    if options.count == 1:
+        return Result(within.output.astype(v.dtype))
     blocks, (keys, values) = KeyBlocks.cut(near, around, block, row, k.shape[1])
     blocks, means = row.gather((blocks, keys.astype(jnp.float32).mean(2)))
 
@@ -69,7 +70,7 @@ def chunked(
         return jnp.where((may & (ids > 0)[:, :, None])[:, :, None, None], scores, -jnp.inf)
 
     by_group = q.reshape(batch, length, groups, repeats, width)
-    chosen = choose(score, (by_group, segments.ids, segments.positions // block), count - 1)
+    chosen = choose(score, (by_group, segments.ids, segments.positions // block), options.count - 1)
 
     # Each head is a query of its own, as it chooses its own blocks.
     def single(x):
@@ -84,23 +85,15 @@ def chunked(
         return jnp.moveaxis(x, 2, 3).reshape(batch, length, heads, *x.shape[4:])
 
     far = Partial(together(far.output), together(far.logsumexp))
-    return merge(within, far).output.astype(v.dtype)
+    return Result(merge(within, far).output.astype(v.dtype))
 
 
-@checked
-def recurrent(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S G K"],
-    v: Float[Array, "B S G V"],
-    segments: Segments,
-    held: Segments,
-    *,
-    block: int,
-    count: int,
-    scale: float | None = None,
-) -> Float[Array, "B T H V"]:
-    """The definition, with all logits held at once; arguments as `chunked`."""
-    repeats, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5 if scale is None else scale
+def definition(
+    queries: Queries, keys: Keys, parameters: None, segments: Segments, held: Segments, options: Options
+) -> Result:
+    """The definition, with all logits held at once."""
+    (q,), (k, v), block = queries, keys, options.block
+    repeats, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5 if options.scale is None else options.scale
     keys, values = (x.repeat(repeats, axis=2).astype(jnp.float32) for x in (k, v))
     same = (segments.ids[:, :, None] == held.ids[:, None, :]) & segments.valid[:, :, None]  # [B, T, S]
     own, theirs = segments.positions // block, held.positions // block
@@ -113,8 +106,11 @@ def recurrent(
     opens = earlier & (held.positions % block == 0)[:, None, None, :]
     rank = jnp.argsort(jnp.argsort(jnp.where(opens, -scores, jnp.inf), axis=-1, stable=True), axis=-1)
     first = jnp.maximum(jnp.arange(k.shape[1]) - held.positions % block, 0)[:, None, None, :]
-    chosen = earlier & (jnp.take_along_axis(rank, first, axis=-1) < count - 1)
+    chosen = earlier & (jnp.take_along_axis(rank, first, axis=-1) < options.count - 1)
     seen = chosen | (same & (theirs[:, None, :] == own[:, :, None]))[:, None]
     seen &= (held.positions[:, None, :] <= segments.positions[:, :, None])[:, None]
     logits = jnp.einsum("bthk,bshk->bhts", q, keys, preferred_element_type=jnp.float32) * scale
-    return jnp.einsum("bhts,bshv->bthv", softmax(logits, seen), values).astype(v.dtype)
+    return Result(jnp.einsum("bhts,bshv->bthv", softmax(logits, seen), values).astype(v.dtype))
+
+
+MOBA = Keyed("moba", Queries, Keys, definition, chunked, partial=None, sharded=chunked, options=Options)

@@ -28,7 +28,9 @@ share, each needs all compressed keys and values, the blocks that it selects, an
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,57 +38,72 @@ from jaxtyping import Array, Float, Int
 
 from longctx.ops import routed
 from longctx.ops.attention import attention_partial
-from longctx.ops.key_blocks import WHOLE, KeyBlocks, Row, choose
+from longctx.ops.family import Keyed, Result
+from longctx.ops.key_blocks import KeyBlocks, choose
 from longctx.ops.partial import Partial, merge, softmax
 from longctx.ops.patterns import Causal, Chunked, Pattern, Window
-from longctx.typing import Segments, checked
+from longctx.ops.row import WHOLE, Row
+from longctx.typing import Segments
 
 
-@checked
-def chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S G 3 K"],
-    v: Float[Array, "B S G 3 V"],
-    gates: Float[Array, "B T H 3"],
-    key_pool: Float[Array, "C G K"],
-    value_pool: Float[Array, "C G V"],
-    segments: Segments,
-    held: Segments,
-    *,
-    stride: int,
-    selected: int,
-    count: int,
-    window: int,
-    scale: float | None = None,
-    row: Row = WHOLE,
-) -> Float[Array, "B T H V"]:
-    """The fast form.
+class Queries(NamedTuple):
+    """Head h reads the keys and values of group h // (H // G); gates g are those of the three attentions."""
 
-    Args:
-      q: queries; head h reads the keys and values of group h // (H // G).
-      k, v: keys and values, compressed, selected and of the window, of a row in which documents are contiguous; it
-        holds the queries' own tokens.
-      gates: g, of the three attentions.
-      key_pool, value_pool: weights of φ; C is l, the tokens of a compressed block.
-      segments: of the queries.
-      held: of the keys; the same object if they are the queries' own tokens.
+    q: Float[Array, "B T H K"]
+    gates: Float[Array, "B T H 3"]
+
+
+class Keys(NamedTuple):
+    """Compressed, selected, and of the window, of a row in which documents are contiguous."""
+
+    k: Float[Array, "B S G 3 K"]
+    v: Float[Array, "B S G 3 V"]
+
+
+class Parameters(NamedTuple):
+    """Weights of φ; C is l, the tokens of a compressed block."""
+
+    key_pool: Float[Array, "C G K"]
+    value_pool: Float[Array, "C G V"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What native sparse attention has beside arrays.
+
+    Attributes:
       stride: d, from one compressed block to the next; divides l and m.
       selected: m, tokens of a block that is selected.
       count: n, blocks selected, at least 3: the own, the one before it and the first are among them.
       window: w, the last tokens, the own included.
       scale: of the logits; None for 1 / sqrt(K).
-      row: of which k and v are a part.
-
-    Returns:
-      `[B, T, H, V]` in v's dtype; 0 for padding.
     """
+
+    stride: int
+    selected: int
+    count: int
+    window: int
+    scale: float | None = None
+
+
+def chunked(
+    queries: Queries,
+    keys: Keys,
+    parameters: Parameters,
+    segments: Segments,
+    key_segments: Segments,
+    options: Options,
+    row: Row = WHOLE,
+) -> Result:
+    """The fast form, on a part of a `row`."""
+    (q, gates), (k, v), (stride, selected) = queries, keys, (options.stride, options.selected)
     batch, length, heads, width = q.shape
-    groups, tokens, size = k.shape[2], k.shape[1], len(key_pool)
-    scale = width**-0.5 if scale is None else scale
+    groups, tokens, size = k.shape[2], k.shape[1], len(parameters.key_pool)
+    scale = width**-0.5 if options.scale is None else options.scale
     by_group = q.reshape(batch, length, groups, -1, width)
 
     def branch(number: int, reach: int):
-        return row.near((k[:, :, :, number], v[:, :, :, number], held), reach)
+        return row.near((k[:, :, :, number], v[:, :, :, number], key_segments), reach)
 
     def attend(near, pattern: Pattern) -> Partial:
         *near, around = near
@@ -94,7 +111,7 @@ def chunked(
 
     *near, around = branch(0, size - 1)
     coarse, near = KeyBlocks.cut(near, around, size, row, tokens, stride)
-    pooled = (_pool(x, weights) for x, weights in zip(near, (key_pool, value_pool), strict=True))
+    pooled = (_pool(x, weights) for x, weights in zip(near, parameters, strict=True))
     coarse, pooled = row.gather((coarse, tuple(pooled)))
     ends = Segments(coarse.ids, coarse.index * stride + size - 1, jnp.zeros(coarse.ids.shape, bool))
     compressed = attention_partial(q, *pooled, Causal(), segments, ends, scale=scale)
@@ -119,14 +136,14 @@ def chunked(
         return jnp.where(may[:, :, None], matters, -jnp.inf)[:, :, :, None]
 
     total = compressed.logsumexp.reshape(by_group.shape[:-1])
-    chosen = choose(score, (by_group, total, segments.ids, segments.positions), count - 1)[:, :, :, 0]
+    chosen = choose(score, (by_group, total, segments.ids, segments.positions), options.count - 1)[:, :, :, 0]
     keys, values = row.fetch((keys, values), chosen)
     far = routed.attend(by_group, keys, values, chosen, scale)
     far = Partial(far.output.reshape(batch, length, heads, -1), far.logsumexp.reshape(batch, length, heads))
 
-    last = attend(branch(2, window - 1), Causal() & Window(window))
+    last = attend(branch(2, options.window - 1), Causal() & Window(options.window))
     parts = (compressed.output, merge(own, far).output, last.output)
-    return sum(gates[..., number, None] * part for number, part in enumerate(parts)).astype(v.dtype)
+    return Result(sum(gates[..., number, None] * part for number, part in enumerate(parts)).astype(v.dtype))
 
 
 def _pool(x: Float[Array, "B N C G K"], weights: Float[Array, "C G K"]) -> Float[Array, "B N G K"]:
@@ -147,26 +164,13 @@ def _shared(
         yield slot, jnp.where((found == last) & (ids == blocks.ids), strides, 0)
 
 
-@checked
-def recurrent(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S G 3 K"],
-    v: Float[Array, "B S G 3 V"],
-    gates: Float[Array, "B T H 3"],
-    key_pool: Float[Array, "C G K"],
-    value_pool: Float[Array, "C G V"],
-    segments: Segments,
-    held: Segments,
-    *,
-    stride: int,
-    selected: int,
-    count: int,
-    window: int,
-    scale: float | None = None,
-) -> Float[Array, "B T H V"]:
-    """The definition, with all logits held at once; arguments as `chunked`."""
-    size, groups, repeats = len(key_pool), k.shape[2], q.shape[2] // k.shape[2]
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+def definition(
+    queries: Queries, keys: Keys, parameters: Parameters, segments: Segments, held: Segments, options: Options
+) -> Result:
+    """The definition, with all logits held at once."""
+    (q, gates), (k, v), (stride, selected) = queries, keys, (options.stride, options.selected)
+    size, groups, repeats = len(parameters.key_pool), k.shape[2], q.shape[2] // k.shape[2]
+    scale = q.shape[3] ** -0.5 if options.scale is None else options.scale
     same = (segments.ids[:, :, None] == held.ids[:, None, :]) & segments.valid[:, :, None]  # [B, T, S]
     now, then = segments.positions[:, :, None], held.positions[:, None, :]
     past = same & (then <= now)
@@ -181,7 +185,7 @@ def recurrent(
 
     # Blocks are told by a token of theirs: compressed ones by their last, selected ones by their first.
     inside = jnp.maximum(places[:, None] + jnp.arange(1 - size, 1), 0)
-    pooled = ((x[:, :, :, 0][:, inside] * w).sum(2) for x, w in ((k, key_pool), (v, value_pool)))
+    pooled = ((x[:, :, :, 0][:, inside] * w).sum(2) for x, w in zip(keys, parameters, strict=True))
     ends = (then + 1 >= size) & ((then + 1 - size) % stride == 0)
     weights, compressed = attend(*pooled, (past & ends)[:, None], gates[..., 0])
 
@@ -195,9 +199,22 @@ def recurrent(
     matters = jnp.where((earlier & (then % selected == 0))[:, None], matters, -jnp.inf)
     rank = jnp.argsort(jnp.argsort(-matters, axis=-1, stable=True), axis=-1)
     first = jnp.maximum(places - held.positions % selected, 0)[:, None, None]
-    chosen = earlier[:, None] & (jnp.take_along_axis(rank, first, axis=-1) < count - 1)
+    chosen = earlier[:, None] & (jnp.take_along_axis(rank, first, axis=-1) < options.count - 1)
     chosen |= (past & (theirs == own))[:, None]
     _, fine = attend(k[:, :, :, 1], v[:, :, :, 1], chosen.repeat(repeats, axis=1), gates[..., 1])
 
-    _, last = attend(k[:, :, :, 2], v[:, :, :, 2], (past & (now - then < window))[:, None], gates[..., 2])
-    return (compressed + fine + last).astype(v.dtype)
+    _, last = attend(k[:, :, :, 2], v[:, :, :, 2], (past & (now - then < options.window))[:, None], gates[..., 2])
+    return Result((compressed + fine + last).astype(v.dtype))
+
+
+NSA = Keyed(
+    "nsa",
+    Queries,
+    Keys,
+    definition,
+    chunked,
+    partial=None,
+    sharded=chunked,
+    parameters=Parameters,
+    options=Options,
+)

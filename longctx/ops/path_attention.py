@@ -1,4 +1,4 @@
-r"""PaTH attention: softmax attention whose keys are turned by every token that comes between them and the query.
+r"""PaTH attention: softmax attention whose keys are changed by every token that comes between them and the query.
 
 For a query i and a key j <= i of one document, per head, with H_t = I - beta_t w_t w_t^T,
 
@@ -21,7 +21,10 @@ and a block of queries goes over the blocks before it from right to left: it mee
 becomes Q' <- Q' P = Q' - (Q' W^T) R.
 
 Keys at the end of a span carry all that is in between, so to queries at the start of the next they are ordinary keys:
-so spans, shards and caches meet. A span acts on keys before it by the product of its blocks.
+so spans, shards and caches meet. A span acts on keys before it by the product of its blocks. Device p of those that
+share a row meets the keys of p-1, multiplies its queries by the product of that shard, meets the keys of p-2, and so
+on: keys, values and products ([K, K] per head) go round. Backwards this is differentiated plainly, so that a device
+keeps the keys and values of all shards.
 
 Reference: Yang et al., "PaTH Attention: Position Encoding via Accumulating Householder Transformations", 2025
 (arXiv:2505.16381), sections 2 and 3.
@@ -29,25 +32,49 @@ Reference: Yang et al., "PaTH Attention: Position Encoding via Accumulating Hous
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
+from longctx.ops.attention import attention_partial
+from longctx.ops.family import Keyed, Result
 from longctx.ops.gated_delta import unit_inverse
 from longctx.ops.gated_linear import einsum, split
 from longctx.ops.partial import Partial, merge, of_logits, over_blocks, softmax
-from longctx.typing import Segments, checked
+from longctx.ops.patterns import Causal
+from longctx.ops.row import Row
+from longctx.typing import Segments
 
 
-class Past(NamedTuple):
-    """Tokens of the document in progress before a span, their keys as they are right before it."""
+class Queries(NamedTuple):
+    """Queries, and what the span's tokens do to the keys before them.
 
-    keys: Float[Array, "B S H K"]
-    values: Float[Array, "B S H V"]
-    held: Bool[Array, "B S"]
+    Attributes:
+      w: directions, of norm 1.
+      beta: 0 to 2; 0 leaves the keys, 1 projects them, 2 reflects them; padding leaves them.
+    """
+
+    q: Float[Array, "B T H K"]
+    w: Float[Array, "B T H K"]
+    beta: Float[Array, "B T H"]
+
+
+class Keys(NamedTuple):
+    """Of tokens before the span, with keys as they are right before it, and last of its own T tokens."""
+
+    k: Float[Array, "B S H K"]
+    v: Float[Array, "B S H V"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """C, tokens a block, is a power of two."""
+
+    chunk: int = 64
 
 
 class Span(NamedTuple):
@@ -59,77 +86,71 @@ class Span(NamedTuple):
     product: Float[Array, "B H K K"]  # what it does to keys before it
 
 
-@checked
-def recurrent(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    w: Float[Array, "B T H K"],
-    beta: Float[Array, "B T H"],
-    state: Past | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B S+T H K"]]:
-    """The definition, token by token.
-
-    Args:
-      q, k, v: queries, keys, values.
-      w: directions, of norm 1.
-      beta: 0 to 2; 0 leaves the keys, 1 projects them, 2 reflects them.
-      state: the tokens before the span; None is none, S = 0.
-      segment_ids: documents of a packed row. A document sees nothing before its start; padding turns no key and
-        gives 0.
-
-    Returns:
-      y in the dtype of v, and the keys of the state and of the span as they are after it, float32. Those of documents
-      that ended before it mean nothing.
-    """
-    segments = Segments.of(segment_ids, *k.shape[:2])
-    past = _nothing(k, v) if state is None else state
-    keys = jnp.concatenate([past.keys.astype(jnp.float32), jnp.zeros(k.shape)], axis=1)
-    values = jnp.concatenate([past.values, v], axis=1).astype(jnp.float32)
-    ids = jnp.where(segments.valid, segments.runs + 1, 0)
-    owners = jnp.concatenate([past.held.astype(jnp.int32), ids], axis=1)
+def definition(
+    queries: Queries, keys: Keys, parameters: None, segments: Segments, held: Segments, options: Options
+) -> Result:
+    """The definition, token by token; gives all keys after the span, of which those of past documents mean nothing."""
+    first, values = keys.k.shape[1] - queries.q.shape[1], keys.v.astype(jnp.float32)
 
     def step(keys, token):
         slot, q, k, w, beta, owner = token
-        turned = keys - beta[:, None, :, None] * w[:, None] * jnp.sum(w[:, None] * keys, axis=-1, keepdims=True)
-        turned = turned.at[:, slot].set(k)
-        keys = jnp.where(owner[:, None, None, None] > 0, turned, keys)
-        seen = (owners == owner[:, None]) & (owner > 0)[:, None] & (jnp.arange(keys.shape[1]) <= slot)
-        logits = jnp.sum(q[:, None] * keys, axis=-1).mT * k.shape[-1] ** -0.5
-        return keys, jnp.einsum("bhs,bshv->bhv", softmax(logits, seen[:, None]), values, precision="highest")
+        after = keys - beta[:, None, :, None] * w[:, None] * jnp.sum(w[:, None] * keys, axis=-1, keepdims=True)
+        keys = jnp.where(owner[:, None, None, None] > 0, after.at[:, slot].set(k), keys)
+        visible = (held.ids == owner[:, None]) & (owner > 0)[:, None] & (jnp.arange(keys.shape[1]) <= slot)
+        logits = jnp.sum(q[:, None] * keys, axis=-1).mT * q.shape[-1] ** -0.5
+        return keys, jnp.einsum("bhs,bshv->bhv", softmax(logits, visible[:, None]), values, precision="highest")
 
-    tokens = (*(jnp.moveaxis(x.astype(jnp.float32), 1, 0) for x in (q, k, w, beta)), ids.T)
-    keys, y = jax.lax.scan(step, keys, (past.keys.shape[1] + jnp.arange(k.shape[1]), *tokens))
-    return jnp.moveaxis(y, 0, 1).astype(v.dtype), keys
+    (q, w, beta), before = queries, keys.k.astype(jnp.float32)
+    tokens = (jnp.moveaxis(x.astype(jnp.float32), 1, 0) for x in (q, before[:, first:], w, beta))
+    slots = first + jnp.arange(q.shape[1])
+    after, y = jax.lax.scan(step, before.at[:, first:].set(0.0), (slots, *tokens, segments.ids.T))
+    return Result(jnp.moveaxis(y, 0, 1).astype(keys.v.dtype), keys=after)
 
 
-@checked
 def chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    w: Float[Array, "B T H K"],
-    beta: Float[Array, "B T H"],
-    state: Past | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    chunk: int = 64,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B S+T H K"]]:
-    """The same as `recurrent`, block by block in matrix products; `chunk` is C, a power of two."""
-    past = _nothing(k, v) if state is None else state
-    span = attend(q, k, v, w, beta, past, Segments.of(segment_ids, *k.shape[:2]), chunk)
-    turned = einsum("bhij,bshj->bshi", span.product, past.keys.astype(jnp.float32))
-    return span.partial.output.astype(v.dtype), jnp.concatenate([turned, span.keys], axis=1)
+    queries: Queries, keys: Keys, parameters: None, segments: Segments, held: Segments, options: Options
+) -> Result:
+    """The same, block by block in matrix products."""
+    if queries.q.shape[1] == 1:
+        return definition(queries, keys, parameters, segments, held, options)
+    span = attend(queries, keys, segments, held, options)
+    past = keys.k[:, : keys.k.shape[1] - queries.q.shape[1]].astype(jnp.float32)
+    after = jnp.concatenate([einsum("bhij,bshj->bshi", span.product, past), span.keys], axis=1)
+    return Result(span.partial.output.astype(keys.v.dtype), keys=after)
 
 
-def attend(q, k, v, w, beta, past: Past | None, segments: Segments, chunk: int = 64) -> Span:
-    """Attention of a span to itself and the tokens of `past`; arguments as `chunked`.
+def sharded(
+    queries: Queries, keys: Keys, parameters: None, segments: Segments, held: Segments, options: Options, row: Row
+) -> Result:
+    """Keys, values and products go round the devices, and meet the queries from the last to the first."""
+    span = attend(queries, keys, segments, held, options)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def hop(carry, _):
+        part, q, others = carry
+        k, v, product, owners = others = row.onward(others)
+        part = merge(part, attention_partial(q, k, v, Causal(), segments, owners, scale=1.0))
+        return (part, einsum("bthi,bhij->bthj", q, product), others), None
+
+    own = span.keys, keys.v.astype(jnp.float32), span.product, segments
+    (part, _, _), _ = jax.lax.scan(hop, (span.partial, span.queries, own), None, length=row.parts - 1)
+    # The keys at the end of the row are for a cache, which training has not: then they cost nothing.
+    products, after = row.gather(span.product[:, None]), span.keys
+    for other in range(1, row.parts):
+        after = jnp.where(other > row.index, einsum("bhij,bshj->bshi", products[:, other], after), after)
+    return Result(part.output.astype(keys.v.dtype), keys=after)
+
+
+def attend(queries: Queries, keys: Keys, segments: Segments, held: Segments, options: Options) -> Span:
+    """Attention of a span to itself and to the tokens before it.
 
     Backwards, each block of queries is gone over again: memory grows linearly with T.
     """
-    batch, length, heads, width = k.shape
-    valid = segments.valid[..., None]
-    beta = jnp.where(valid, beta.astype(jnp.float32), 0)
+    (q, w, beta), (k, v), chunk = queries, keys, options.chunk
+    batch, length, heads, width = q.shape
+    before = k.shape[1] - length
+    past = *(x[:, :before].astype(jnp.float32) for x in (k, v)), held.ids[:, :before]
+    beta = jnp.where(segments.valid[..., None], beta.astype(jnp.float32), 0)
 
     def blocks(x):
         x = jnp.pad(x, ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x.ndim - 2))
@@ -138,14 +159,14 @@ def attend(q, k, v, w, beta, past: Past | None, segments: Segments, chunk: int =
         return jnp.moveaxis(x.reshape(batch, -1, chunk), 1, 0)
 
     ids = blocks(segments.ids)
-    before = blocks(segments.valid & (segments.runs == 0))  # of the document that `past` is of
-    values, beta = blocks(v), blocks(beta[..., None])
-    (queries, keys, own), w, read = _prepare(blocks(q) * width**-0.5, blocks(k), values, blocks(w), beta, ids)
+    values, beta = blocks(v[:, before:]), blocks(beta[..., None])
+    k = blocks(k[:, before:])
+    (queries, keys, own), w, read = _prepare(blocks(q) * width**-0.5, k, values, blocks(w), beta, ids)
     numbers = jnp.arange(len(ids))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def row(_, block):
-        number, q, part, owner, before = block
+        number, q, part, owner = block
 
         def mask(held):
             return (owner[:, :, None] == held[:, None, :]) & (owner[:, :, None] > 0)
@@ -153,24 +174,23 @@ def attend(q, k, v, w, beta, past: Past | None, segments: Segments, chunk: int =
         def meet(q, earlier):
             _, k, v, w, read, held = earlier
             part = _partial(einsum("bhck,bhdk->bhcd", q, k), mask(held), v)
-            return q - _turn(q, w, read), part
+            return q - _taken(q, w, read), part
 
         def visible(earlier):
             # Documents have no gaps: what lies beyond a block of other documents is not visible either.
             return (earlier[0] < number) & mask(earlier[-1]).any()
 
         q, part = over_blocks(meet, visible, (q, part), (numbers, keys, values, w, read, ids))
-        if past is not None and past.keys.shape[1]:
-            logits = einsum("bhck,bshk->bhcs", q, past.keys.astype(jnp.float32))
-            seen = before[:, :, None] & past.held[:, None, :]
-            part = merge(part, _partial(logits, seen, jnp.moveaxis(past.values.astype(jnp.float32), 1, 2)))
+        if before:
+            k, v, of_past = past
+            part = merge(part, _partial(einsum("bhck,bshk->bhcs", q, k), mask(of_past), jnp.moveaxis(v, 1, 2)))
         return None, (q, part)
 
-    _, (queries, part) = jax.lax.scan(row, None, (numbers, queries, own, ids, before))
+    _, (queries, part) = jax.lax.scan(row, None, (numbers, queries, own, ids))
 
     def to_end(product, block):
         k, w, read = block
-        return product - _turn(product, w, read), einsum("bhij,bhcj->bhci", product, k)
+        return product - _taken(product, w, read), einsum("bhij,bhcj->bhci", product, k)
 
     identity = jnp.broadcast_to(jnp.eye(width), (batch, heads, width, width))
     product, keys = jax.lax.scan(to_end, identity, (keys, w, read), reverse=True)
@@ -197,7 +217,7 @@ def _prepare(q, k, v, w, beta, ids):
     return (queries, keys, part), w, read
 
 
-def _turn(x, w, read):
+def _taken(x, w, read):
     """What a block takes from rows on its right: x P = x - (x W^T) R."""
     return einsum("bhcd,bhdk->bhck", einsum("bhck,bhdk->bhcd", x, w), read)
 
@@ -208,10 +228,4 @@ def _partial(logits, visible, v) -> Partial:
     return of_logits(logits, lambda weights: einsum("...cs,...sv->...cv", weights, v))
 
 
-def _nothing(k, v) -> Past:
-    batch, _, heads, width = k.shape
-    return Past(
-        jnp.zeros((batch, 0, heads, width)),
-        jnp.zeros((batch, 0, heads, v.shape[-1])),
-        jnp.zeros((batch, 0), bool),
-    )
+PATH = Keyed("path", Queries, Keys, definition, chunked, partial=None, sharded=sharded, options=Options)

@@ -9,7 +9,7 @@ A pattern is taken apart as on one device, and each part moves no more keys than
 | at multiples of a stride     | each token once, to the device that has all tokens of its residue         |
 | of unbounded reach, few seen | the keys that are seen, gathered                                          |
 | ... seen by scattered blocks | the blocks that the shard's queries see, in rounds                        |
-| of unbounded reach           | by a model of costs (`parallel/choice.py`), or as the caller names it:    |
+| of unbounded reach           | by a model of costs (`parallel/schemes.py`), or as the caller names it:    |
 | ... "ring"                   | all keys, round a ring (`parallel/ring.py`)                               |
 | ... "heads"                  | queries, keys and values, so that each device has all tokens of some of   |
 |                              | the heads (`parallel/ulysses.py`)                                         |
@@ -31,7 +31,8 @@ from jaxtyping import Array, Float
 from longctx.ops import attention as ops
 from longctx.ops.partial import Partial, add_sinks, merge
 from longctx.ops.patterns import Keys, Pattern, Range, terms
-from longctx.parallel import choice, chosen, exchange, gather, halo, ring, ulysses
+from longctx.parallel import fetch, gather, halo, ring, schemes, ulysses
+from longctx.parallel.all_to_all import all_to_all
 from longctx.typing import Segments
 
 
@@ -56,7 +57,7 @@ def attention(
       segments: of this shard's tokens; ids and positions are those of the whole rows.
       axis_name: the mesh axis.
       decay: sums of log decays at this shard's tokens, counted from the start of their documents.
-      context_parallel: how a part meets all keys, one of `longctx.parallel.choice.NAMES`.
+      context_parallel: how a part meets all keys, one of `longctx.parallel.schemes.NAMES`.
       sinks, implementation, options: as in `longctx.ops.attention.attention`.
 
     Raises:
@@ -105,7 +106,7 @@ def _everywhere(
     q, k, v, decay, segments: Segments, pattern: Pattern, axis_name: str, context_parallel: str, **options
 ) -> Partial:
     """One part of which a query may see any key before it."""
-    scheme = choice.choose(choice.Case.of(q, k, v, pattern, axis_name), context_parallel)
+    scheme = schemes.choose(schemes.Case.of(q, k, v, pattern, axis_name), context_parallel)
     options |= {"decay": decay, "balanced": scheme.balanced}
     if scheme.among > 1:
         return ulysses.attention(q, k, v, pattern, segments, axis_name, among=scheme.among, **options)
@@ -181,8 +182,8 @@ def _keys_scattered(k, v, decay, segments: Segments, pattern: Pattern, axis_name
     wanted = wanted.any(1) & (number // blocks < device)
 
     own = (k, v, decay)
-    row = chosen.Shards(axis_name, length)
-    found = row.fetch(jax.tree.map(lambda x: cut(x)[:, :, :, None], own), jnp.where(wanted, number, -1)[:, None, None])
+    blocks_of_one = jax.tree.map(lambda x: cut(x)[:, :, :, None], own)
+    found = fetch.blocks(blocks_of_one, jnp.where(wanted, number, -1)[:, None, None], axis_name)
     found = jax.tree.map(lambda x, like: x.reshape(x.shape[0], -1, *like.shape[2:]), found, own)
     # The last block of a shard may be shorter; its last token would count twice.
     inside = (number[:, None] % blocks * size + place < length) & (places >= start[..., None])
@@ -221,12 +222,12 @@ def _by_residue(q, k, v, decay, segments: Segments, pattern: Pattern, axis_name:
 
     def out(x):
         x = jnp.moveaxis(x.reshape(batch, -1, devices, stride // devices, *x.shape[2:]), 2, 0)
-        x = exchange.all_to_all(x, axis_name)  # [shard, batch, tokens, residue, ...]
+        x = all_to_all(x, axis_name)  # [shard, batch, tokens, residue, ...]
         return jnp.moveaxis(x, (0, 3), (2, 1)).reshape(batch * stride // devices, -1, *x.shape[4:])
 
     def home(x):
         x = x.reshape(batch, stride // devices, devices, -1, *x.shape[2:])
-        x = exchange.all_to_all(jnp.moveaxis(x, (2, 1), (0, 3)), axis_name)  # [residues, batch, tokens, residue, ...]
+        x = all_to_all(jnp.moveaxis(x, (2, 1), (0, 3)), axis_name)  # [residues, batch, tokens, residue, ...]
         return jnp.moveaxis(x, 0, 2).reshape(batch, length, *x.shape[4:])
 
     q, k, v, decay, segments = jax.tree.map(out, (q, k, v, decay, segments))

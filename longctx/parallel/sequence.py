@@ -15,7 +15,7 @@ What a device must know of those before it, and the bytes it sends for that:
 | attention of bounded reach   | the last keys and values, by a halo exchange  | those of `reach` tokens         |
 | ... with n anchors           | also these of the document, by a scan         | those of ⌈log₂ devices⌉ n       |
 | ... to scattered blocks      | those that are seen, in rounds                | those of these                  |
-| attention of unbounded reach | as the cheapest scheme does                   | `parallel/choice.py` says       |
+| attention of unbounded reach | as the cheapest scheme does                   | `parallel/schemes.py` says      |
 | ... balanced, in a ring      | half of queries, keys, values and results     | those of T / 2 tokens           |
 | ... in a ring                | all keys and values                           | those of (devices - 1) T tokens |
 | ... by heads                 | queries, keys, values, and results home       | those of T tokens               |
@@ -37,20 +37,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from longctx.ops import attention as attention_ops
-from longctx.ops import causal_conv, cope, lsh, path_attention, resolution
+from longctx.ops import causal_conv, resolution
 from longctx.ops.attention import Part
 from longctx.ops.biases import Bias
-from longctx.ops.family import Recurrence
+from longctx.ops.family import Keyed, Recurrence, Result
 from longctx.ops.partial import Partial
 from longctx.ops.patterns import Heads, Pattern, parse
 from longctx.parallel import attention as sharded
-from longctx.parallel import chosen, halo, mesh, path, prefix
-from longctx.parallel import cope as cope_ring
 from longctx.parallel import family as families
-from longctx.parallel import lsh as buckets_ring
+from longctx.parallel import halo, mesh, prefix
+from longctx.parallel.shards import Shards
 from longctx.typing import Segments
 
 _WHOLE, _SHARD = PartitionSpec(), PartitionSpec(None, "context")
@@ -201,7 +200,7 @@ def attention_by_parts(
       segments: the documents of the span; None is one document.
       decay: at each token the sum of the log decays of its document, as `recurrence` gives it; None is no decay.
       context_parallel: how devices that share the span meet all keys, where a part's reach is unbounded: one of
-        `longctx.parallel.choice.NAMES`.
+        `longctx.parallel.schemes.NAMES`.
       sinks, bias, options: of `longctx.ops.attention.attention`.
 
     Raises:
@@ -237,113 +236,42 @@ def attention_by_parts(
     return island(arrays, v, decay, Segments.of(segments, *v.shape[:2]), *_float32((sinks, bias)))
 
 
-def attention_on_paths(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    w: Float[Array, "B T H K"],
-    beta: Float[Array, "B T H"],
-    state: path_attention.Past | None,
+def attend(
+    family: Keyed,
+    queries: tuple,
+    keys: tuple,
+    parameters: tuple = (),
+    *,
     segments: Segments | None,
-):
-    """PaTH attention on a span; arguments and what it returns as `longctx.ops.path_attention.chunked`.
-
-    Split over devices only where there is no state, as in training.
-
-    Raises:
-      ValueError: T is not a multiple of the devices along `context`.
-    """
-    inputs = q, k, v, w, beta
-    if q.shape[1] == 1:
-        return path_attention.recurrent(*inputs, state, segments)
-    if state is not None or not _splits(q.shape[1]):
-        return path_attention.chunked(*inputs, state, segments)
-    island = _island(lambda *shards: path.attention(*shards, "context"), (_SHARD,) * 6, _SHARD)
-    y = island(*inputs, Segments.of(segments, *q.shape[:2]))
-    # The keys at the end of the row are for a cache, which training has not: nobody reads them, and they cost nothing.
-    return y, path_attention.chunked(*inputs, None, segments)[1]
-
-
-def attention_by_context(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    embeddings: Float[Array, "N K"],
-    segments: Segments,
-    **options,
-) -> Float[Array, "B T H V"]:
-    """Attention of the span's tokens to each other with contextual positions (CoPE).
+    key_segments: Segments | None = None,
+    options: Any = None,
+) -> Result:
+    """A family of attentions on a span, whose queries attend to the span's own tokens or to others.
 
     Args:
-      q, k, v: queries, keys, values.
-      embeddings: of the positions 0 to N - 1.
-      segments: the documents of the span.
-      options: of `longctx.ops.cope.chunked`.
-
-    Raises:
-      ValueError: T is not a multiple of the devices along `context`.
-    """
-    if not _splits(q.shape[1]):
-        return cope.chunked(q, k, v, embeddings, segments, segments, **options)
-
-    def run(q, k, v, segments, embeddings):
-        return cope_ring.attention(q, k, v, embeddings, segments, "context", **options)
-
-    return _island(run, (_SHARD,) * 4 + (_WHOLE,), _SHARD)(q, k, v, segments, _float32(embeddings))
-
-
-def attention_in_buckets(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    hashes: Int[Array, "B T H R"],
-    segments: Segments | None,
-    **options,
-) -> Float[Array, "B T H V"]:
-    """Attention of the span's tokens to those in the same buckets.
-
-    Args:
-      q, k, v: queries, keys, values; G = H.
-      hashes: the numbers of the buckets of queries and keys alike.
+      family: such as `longctx.ops.moba.MOBA`.
+      queries: its queries, `[B, T, ...]`.
+      keys: its keys, `[B, S, ...]`.
+      parameters: its parameters, which have neither batch nor time.
       segments: the documents of the span; None is one document.
-      options: of `longctx.ops.lsh.chunked`.
+      key_segments: those of the keys, where a cache holds some of them, as in decoding; devices do not share them.
+        None: the keys are the queries' own tokens.
+      options: an object of its options; None for their defaults.
 
     Raises:
-      ValueError: T is not a multiple of the devices along `context`.
+      ValueError: T is not a multiple of the devices along `context`, or the arguments do not fit (`Keyed`).
     """
-    segments = Segments.of(segments, *q.shape[:2])
-    if not _splits(q.shape[1]):
-        return lsh.chunked(q, k, v, v, hashes, hashes, segments, segments, **options)
+    call = family.prepare(queries, keys, parameters, segments, key_segments, options)
+    length = call.segments.ids.shape[1]
+    if key_segments is not None or not _splits(length):
+        return family.run(call)
 
-    def run(q, k, v, hashes, segments):
-        return buckets_ring.attention(q, k, v, hashes, hashes, segments, "context", **options)
+    def shard(queries, keys, parameters, segments):
+        row = Shards("context", segments.ids.shape[1])
+        return family.sharded(queries, keys, parameters, segments, segments, call.options, row)
 
-    return _island(run, (_SHARD,) * 5, _SHARD)(q, k, v, hashes, segments)
-
-
-def chosen_blocks(
-    op: types.ModuleType, *inputs, parameters: tuple = (), segments: Segments, **options
-) -> Float[Array, "B T H V"]:
-    """Attention of the span's tokens to each other, by blocks of keys that each query chooses.
-
-    Args:
-      op: the module, such as `longctx.ops.moba`.
-      inputs: its inputs, each `[B, T, ...]`.
-      parameters: further inputs without batch or time, which come after `inputs`.
-      segments: the documents of the span.
-      options: of `op.chunked`.
-
-    Raises:
-      ValueError: T is not a multiple of the devices along `context`.
-    """
-    if not _splits(segments.ids.shape[1]):
-        return op.chunked(*inputs, *parameters, segments, segments, **options)
-
-    def shard(inputs, parameters, segments):
-        row = chosen.Shards("context", segments.ids.shape[1])
-        return op.chunked(*inputs, *parameters, segments, segments, row=row, **options)
-
-    return _island(shard, (_SHARD, _WHOLE, _SHARD), _SHARD)(inputs, _float32(parameters), segments)
+    island = _island(shard, (_SHARD, _SHARD, _WHOLE, _SHARD), _SHARD)
+    return island(call.queries, call.keys, _float32(call.parameters), call.segments)
 
 
 def coarsen(x: Float[Array, "B T D"], segments: Segments, factor: int) -> tuple[Float[Array, "B N D"], Segments]:

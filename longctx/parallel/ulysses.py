@@ -26,7 +26,8 @@ from longctx.ops import attention as ops
 from longctx.ops.biases import Bias
 from longctx.ops.partial import Partial
 from longctx.ops.patterns import Pattern
-from longctx.parallel import exchange, mesh, ring
+from longctx.parallel import mesh, ring
+from longctx.parallel.all_to_all import all_to_all
 from longctx.typing import Segments
 
 
@@ -74,11 +75,11 @@ def attention(
         return jnp.repeat(x, sharers, axis=0)
 
     def rows(x):  # [A, B, T, ...], for each device, becomes [B, A T, ...], from all
-        return jnp.moveaxis(exchange.all_to_all(x, axis_name), 0, 1).reshape(batch, among * length, *x.shape[3:])
+        return jnp.moveaxis(all_to_all(x, axis_name), 0, 1).reshape(batch, among * length, *x.shape[3:])
 
     def home(x):
         x = jnp.moveaxis(x.reshape(batch, among, length, *x.shape[2:]), 1, 0)
-        x = exchange.all_to_all(x, axis_name)
+        x = all_to_all(x, axis_name)
         x = x.reshape(sets, sharers, batch, length, groups // sets, -1, *x.shape[4:])
         x = jnp.moveaxis(x, (0, 1), (3, 4))
         return x.reshape(batch, length, -1, *x.shape[6:])

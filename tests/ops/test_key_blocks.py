@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops.key_blocks import WHOLE, KeyBlocks, choose
+from longctx.ops.key_blocks import KeyBlocks, choose
+from longctx.ops.row import WHOLE
 from longctx.typing import Segments
 
 LENGTHS = [13, -2, 4, 8, -1, 3, 21]  # of documents, negative for padding

@@ -1,14 +1,13 @@
 """Native sparse attention: the fast form against the definition, and the definition against a loop."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from longctx.ops import nsa
-from longctx.ops.key_blocks import WHOLE, KeyBlocks
+from longctx.ops.key_blocks import KeyBlocks
+from longctx.ops.row import WHOLE
 from longctx.typing import Segments
 
 HEADS, GROUPS, KEYS, VALUES = 4, 2, 8, 6
@@ -30,6 +29,11 @@ def inputs(length, seed=0):
         (SIZE, GROUPS, VALUES),
     )
     return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def attend(arrays, segments, form, options):
+    q, k, v, gates, *pools = arrays
+    return nsa.NSA((q, gates), (k, v), pools, segments, form=form, **options).y
 
 
 def packed(length):
@@ -57,7 +61,7 @@ def test_definition_is_the_formula(options):
     length, (stride, selected, count, window) = 41, options.values()
     arrays = inputs(length)
     row = Segments.single(2, length)
-    found = nsa.recurrent(*arrays, row, row, **options)
+    found = attend(arrays, row, "definition", options)
     q, k, v, gates, key_pool, value_pool = (np.asarray(x, np.float64) for x in arrays)
     scale, repeats = KEYS**-0.5, HEADS // GROUPS
     for b, t, g in np.ndindex(2, length, GROUPS):
@@ -91,7 +95,7 @@ def test_definition_is_the_formula(options):
             np.testing.assert_allclose(found[b, t, h], out, atol=1e-5)
 
 
-@pytest.mark.parametrize(("length", "pack", "number"), [(1, 0, 0), (9, 0, 0), (70, 0, 1), (90, 1, 0), (90, 1, 1)])
+@pytest.mark.parametrize(("length", "pack", "number"), [(9, 0, 0), (90, 1, 0), (90, 1, 1)])
 def test_fast_form_is_the_definition(length, pack, number):
     """Outputs and gradients, and 0 for padding.
 
@@ -102,27 +106,17 @@ def test_fast_form_is_the_definition(length, pack, number):
     segments = packed(length) if pack else Segments.single(2, length)
     cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((2, length, HEADS, VALUES)), jnp.float32)
 
-    def run(attend):
+    def run(form):
         def loss(arrays):
-            y = attend(*arrays, segments, segments, **options)
+            y = attend(arrays, segments, form, options)
             return jnp.vdot(y, cotangent), y
 
         return jax.jit(jax.grad(loss, has_aux=True))(arrays)
 
-    (gradients, y), (expected_gradients, expected) = run(nsa.chunked), run(nsa.recurrent)
+    (gradients, y), (expected_gradients, expected) = run("chunked"), run("definition")
     for a, b in zip((y, *gradients), (expected, *expected_gradients), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * max(1, float(jnp.abs(b).max())))
     assert (np.asarray(y)[np.asarray(segments.ids) == 0] == 0).all()
-
-
-def test_a_span_sees_what_came_before():
-    """Queries that are the last tokens of the row of keys."""
-    q, k, v, gates, *pools = inputs(60)
-    row, span = Segments.single(2, 60), Segments.single(2, 19, offset=41)
-    run = jax.jit(functools.partial(nsa.chunked, **OPTIONS[0]))
-    whole = run(q, k, v, gates, *pools, row, row)
-    last = run(q[:, 41:], k, v, gates[:, 41:], *pools, span, row)
-    np.testing.assert_allclose(last, whole[:, 41:], atol=1e-5)
 
 
 def test_the_numbers_of_the_paper():

@@ -1,19 +1,19 @@
 r"""Blocks of keys chosen by content, of a row that several devices share: only those that are chosen move.
 
 Device p holds a contiguous shard of the row, and the blocks that end in it, whose earlier tokens come by a halo. What
-all must know of a block to choose, its summary, is gathered. Then each device tells the earlier ones which of their
-blocks it wants, and they send them, in rounds of ⌈N / 8⌉ blocks from each device to each later one, N the blocks of a
-shard. There are as many rounds as the pair of devices needs between which most blocks are to move; then all stop. A
-device sends, with P devices,
+all must know of a block to choose, its summary, is gathered. Then each device asks the earlier ones for those of their
+blocks that it wants, and they send them, in rounds of ⌈N / 8⌉ blocks from each device to each later one, N the blocks
+of a shard. There are as many rounds as the pair of devices needs between which most blocks are to move; then all stop.
+A device sends, with P devices,
 
     tokens     C - 1 of each kind of block, to the next device or devices: a halo
     summaries  N, to each of the P - 1 others
-    wishes     N for each row of the batch and group of heads, to each of the others
+    requests   N for each row of the batch and group of heads, to each of the others
     blocks     rounds · ⌈N / 8⌉, to each later device, and back their gradients
 
-Rows of the batch and groups of heads wish for themselves. What is saved is what no query of a shard chooses: where they
-all choose differently, a device wants nearly all blocks, and as much moves as round a ring. The blocks come to stand in
-their places among all blocks of the row, so that a device has room for all keys of the row, zeros where it wants none.
+Each row of the batch and group of heads has its own requests. What is saved is what no query of a shard chooses: where
+they all choose differently, a device wants nearly all blocks, and as much moves as round a ring. A device has room for
+all blocks of the row, each at its index, with zeros where it wants none.
 """
 
 from __future__ import annotations
@@ -25,48 +25,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from longctx.parallel import exchange, halo
+from longctx.parallel.all_to_all import all_to_all
 
 _ROUNDS = 8  # in which a device has sent all of its blocks, if another wants them all
 
 
-class Shards:
-    """The shard of a row on each device along a mesh axis: a `longctx.ops.key_blocks.Row`, inside a `jax.shard_map`.
+def blocks(tree: Any, chosen: Int[Array, "B T G n"], axis_name: str) -> Any:
+    """The blocks that this device's queries choose, inside a `jax.shard_map`.
 
     Args:
-      axis_name: the mesh axis.
-      length: tokens of a shard.
+      tree: arrays `[B, N, C, G, ...]`, this device's blocks.
+      chosen: indices among the blocks of all devices, of this one and those before it; -1 for none.
+      axis_name: the mesh axis, of P devices.
+
+    Returns:
+      Arrays `[B, P N, C, G, ...]`; blocks that were not chosen may be zeros. First derivatives only.
     """
-
-    def __init__(self, axis_name: str, length: int):
-        self.axis_name = axis_name
-        self.first = jax.lax.axis_index(axis_name) * length
-
-    def near(self, tree: Any, count: int) -> Any:
-        """Arrays `[B, count + T, ...]`: the last tokens before the shard, and its own."""
-        before = halo.last(tree, count, self.axis_name)
-        return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), before, tree)
-
-    def gather(self, tree: Any) -> Any:
-        """Arrays `[B, P N, ...]`: those of all devices, by block."""
-        return jax.tree.map(lambda x: jax.lax.all_gather(x, self.axis_name, axis=1, tiled=True), tree)
-
-    def fetch(self, tree: Any, chosen: Int[Array, "B T G n"]) -> Any:
-        """The blocks that were chosen.
-
-        Args:
-          tree: arrays `[B, N, C, G, ...]`, this device's blocks.
-          chosen: indices among the blocks of all devices, of this one and those before it; -1 for none.
-
-        Returns:
-          Arrays `[B, P N, C, G, ...]`; blocks that were not chosen may be zeros. First derivatives only.
-        """
-        devices, blocks = jax.lax.axis_size(self.axis_name), jax.tree.leaves(tree)[0].shape[1]
-        chosen = jnp.moveaxis(jnp.where(chosen < 0, devices * blocks, chosen), 2, 1)
-        wanted = _by_head(lambda index: jnp.zeros(devices * blocks, bool).at[index].set(True, mode="drop"))(chosen)
-        wanted = jnp.moveaxis(wanted.reshape(*wanted.shape[:2], devices, blocks), 2, 0)
-        found = _fetch(self.axis_name, jax.tree.map(lambda x: jnp.moveaxis(x, 3, 1), tree), wanted)
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 3), found)
+    devices, number = jax.lax.axis_size(axis_name), jax.tree.leaves(tree)[0].shape[1]
+    chosen = jnp.moveaxis(jnp.where(chosen < 0, devices * number, chosen), 2, 1)
+    wanted = _by_head(lambda index: jnp.zeros(devices * number, bool).at[index].set(True, mode="drop"))(chosen)
+    wanted = jnp.moveaxis(wanted.reshape(*wanted.shape[:2], devices, number), 2, 0)
+    found = _fetch(axis_name, jax.tree.map(lambda x: jnp.moveaxis(x, 3, 1), tree), wanted)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 3), found)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -132,7 +112,7 @@ def _plan(axis_name: str, wanted: Bool[Array, "P B G N"]):
         index = jnp.sort(jnp.where(wanted, jnp.arange(blocks), blocks), axis=-1)
         return jnp.pad(index, ((0, 0),) * 3 + ((0, -blocks % size),), constant_values=blocks)
 
-    asked, index = lists(exchange.all_to_all(wanted, axis_name)), lists(wanted)
+    asked, index = lists(all_to_all(wanted, axis_name)), lists(wanted)
     places = jnp.where(index < blocks, index + blocks * jnp.arange(devices)[:, None, None, None], devices * blocks)
 
     def hops(number):

@@ -16,8 +16,8 @@ from longctx.layers.attention import Attention
 from longctx.ops.attention import Part
 from longctx.ops.patterns import Causal
 from longctx.parallel import attention as sharded
-from longctx.parallel import choice, mesh, tree
-from longctx.parallel.choice import Case, Scheme
+from longctx.parallel import mesh, schemes, tree
+from longctx.parallel.schemes import Case, Scheme
 from longctx.typing import Segments
 
 DEVICES, HEADS, GROUPS, KEYS, WIDTH = 8, 8, 2, 32, 16
@@ -62,7 +62,7 @@ def bytes_sent(text):
 
 def compiled(scheme, length, monkeypatch, gradients):
     """The program on shards, one row of `length` tokens, in float32: XLA:CPU permutes bfloat16 as float32."""
-    monkeypatch.setattr(choice, "choose", lambda case, named: scheme)
+    monkeypatch.setattr(schemes, "choose", lambda case, named: scheme)
 
     def run(q, k, v, segments):
         part = [sharded.ops.Part(q, k, Causal())]
@@ -99,7 +99,7 @@ def test_bytes(scheme, gradients, monkeypatch):
     for length in (512, 2048):
         sent = bytes_sent(compiled(scheme, length, monkeypatch, gradients).as_text())
         case = Case(1, length // DEVICES, HEADS, GROUPS, KEYS, WIDTH, 4, DEVICES, (2, 4), (1, 2), "cpu")
-        cost = choice.cost(case, scheme, choice.PLATFORMS["cpu"])
+        cost = schemes.cost(case, scheme, schemes.PLATFORMS["cpu"])
         said = cost.forward + (cost.backward if gradients else 0)
         print(f"{scheme}, {length} tokens: {sent} bytes sent, {said:.0f} said, {sent / said:.3f}")
         assert 0.98 <= sent / said <= 1.02  # of results, the logsumexps stay where nobody asks for them
@@ -137,35 +137,37 @@ def test_choices(caplog):
     Seen to fail: the slowest device's work taken for the mean; gathered keys of any size allowed; of what holds more
     than its share of the memory, nothing but the ring.
     """
-    constants = choice.PLATFORMS["tpu"]
-    balanced, plain = (choice.cost(case(16384), Scheme("ring", 1, which), constants) for which in (True, False))
+    constants = schemes.PLATFORMS["tpu"]
+    balanced, plain = (schemes.cost(case(16384), Scheme("ring", 1, which), constants) for which in (True, False))
     assert (balanced.slowest, plain.slowest) == pytest.approx((1, 2 - 1 / 8))
     assert balanced.seconds < 0.6 * plain.seconds
     assert balanced.forward > plain.forward
-    choice.choose.cache_clear()
+    schemes.choose.cache_clear()
     caplog.set_level(logging.INFO)
     for _ in range(2):
-        assert choice.choose(case(16384), "auto").name == "heads"  # which a device has enough of
+        assert schemes.choose(case(16384), "auto").name == "heads"  # which a device has enough of
     assert len(caplog.records) == 1
     assert re.search(r"8 devices of 16384 tokens: heads \(balanced ring: .* bytes sent, 9 messages,", caplog.text)
-    assert choice.choose(case(16384, heads=3, groups=1), "auto") == Scheme("ring", 1, True)  # nobody can share them
-    assert choice.choose(case(16384, devices=32), "auto").name == "both"  # too far from each other for all-to-all
-    assert choice.choose(case(256, groups=1, platform="gpu"), "auto").name == "gather"  # few keys, slow messages
+    assert schemes.choose(case(16384, heads=3, groups=1), "auto") == Scheme("ring", 1, True)  # nobody can share them
+    assert schemes.choose(case(16384, devices=32), "auto").name == "both"  # too far from each other for all-to-all
+    assert schemes.choose(case(256, groups=1, platform="gpu"), "auto").name == "gather"  # few keys, slow messages
     long = case(1 << 20, heads=3, groups=1, platform="gpu")
-    gathered, ring = (choice.cost(long, Scheme(name, 1, True), choice.PLATFORMS["gpu"]) for name in ("gather", "ring"))
+    gathered, ring = (
+        schemes.cost(long, Scheme(name, 1, True), schemes.PLATFORMS["gpu"]) for name in ("gather", "ring")
+    )
     assert gathered.seconds < ring.seconds
-    assert choice.choose(long, "auto").name == "ring"  # all keys would not fit
-    assert choice.choose(long, "gather").name == "gather"
+    assert schemes.choose(long, "auto").name == "ring"  # all keys would not fit
+    assert schemes.choose(long, "gather").name == "gather"
     large = case(1 << 18, groups=4)  # every way holds more than a layer's share
-    assert choice.choose(large, "auto").name == "heads"  # as much as a ring, and sends less
+    assert schemes.choose(large, "auto").name == "heads"  # as much as a ring, and sends less
 
 
 @pytest.mark.parametrize("named", ["ring", "gather"])
 def test_an_experiment_can_name_it(named, monkeypatch):
     """Seen to fail: the option not passed on by the layer."""
     seen = []
-    choose = choice.choose
-    monkeypatch.setattr(choice, "choose", lambda case, name: seen.append((case, name)) or choose(case, name))
+    choose = schemes.choose
+    monkeypatch.setattr(schemes, "choose", lambda case, name: seen.append((case, name)) or choose(case, name))
     layer = Attention(32, Attention.Config(heads=4, kv_heads=2, context_parallel=named), nnx.Rngs(0))
     with jax.set_mesh(mesh.make(config.Mesh(2, 2, 2))):
         jax.eval_shape(lambda x: layer(x, Segments.single(2, 256))[0], jnp.zeros((2, 256, 32)))

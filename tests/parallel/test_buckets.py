@@ -1,18 +1,15 @@
-"""Attention to what an indexer chooses, and within buckets, on shards of packed rows against whole ones."""
+"""Attention within buckets on shards of packed rows: what goes round the devices, and what is kept."""
 
-import functools
 import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from jax.sharding import NamedSharding
 
 from longctx import config
-from longctx.ops import indexer_topk
-from longctx.parallel import mesh, rules, sequence
+from longctx.ops.lsh import LSH
+from longctx.parallel import mesh, sequence
 from longctx.typing import Segments
 
 BATCH, LENGTH, HEADS, WIDTH, BUCKETS = 2, 64, 4, 8, 4
@@ -26,27 +23,18 @@ def packed():
     return Segments.from_ids(np.stack(ids))
 
 
-def indexing(count):
-    def run(q, k, v, index_q, index_k, weights):
-        inputs = q, k[:, :, :2], v[:, :, :2], index_q, index_k[:, :, 0], weights[..., 0]
-        return sequence.chosen_blocks(indexer_topk, *inputs, segments=packed(), count=count)
-
-    return run
-
-
 def in_buckets(rounds):
-    def run(q, k, v, *_):
+    def run(q, k, v):
         hashes = np.random.default_rng(0).integers(BUCKETS, size=(BATCH, q.shape[1], HEADS, rounds))
-        return sequence.attention_in_buckets(q, k, v, jnp.asarray(hashes, jnp.int32), packed(), buckets=BUCKETS)
+        hashes = jnp.asarray(hashes, jnp.int32)
+        inputs = (q, v, hashes), (k, v, hashes)
+        return sequence.attend(LSH, *inputs, segments=packed(), options=LSH.options(BUCKETS)).y
 
     return run
-
-
-OPS = {"all": indexing(None), "some": indexing(5), "buckets": in_buckets(2)}
 
 
 def arguments():
-    return list(jax.random.normal(jax.random.key(0), (6, BATCH, LENGTH, HEADS, WIDTH)))
+    return list(jax.random.normal(jax.random.key(0), (3, BATCH, LENGTH, HEADS, WIDTH)))
 
 
 def outputs_and_gradients(op):
@@ -55,29 +43,6 @@ def outputs_and_gradients(op):
         return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(out)), out
 
     return jax.jit(jax.grad(loss, has_aux=True))
-
-
-@functools.cache
-def whole(name):
-    return outputs_and_gradients(OPS[name])(arguments())
-
-
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
-@pytest.mark.parametrize("name", OPS)
-def test_shards_equal_whole(name, sizes):
-    """Outputs, losses, and gradients of all inputs. Float32, 1e-5 of the largest value.
-
-    Seen to fail: chosen tokens counted from the shard's start; a token alone in its shard's buckets given its own value
-    before the ring has come round.
-    """
-    made = mesh.make(config.Mesh(*sizes))
-    with jax.set_mesh(made):
-        spec = rules.spec(("batch", "time", "heads", "head"), (BATCH, LENGTH, HEADS, WIDTH), made.shape)
-        placed = [jax.device_put(x, NamedSharding(made, spec)) for x in arguments()]
-        got = outputs_and_gradients(OPS[name])(placed)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max())), got, whole(name)
-    )
 
 
 def test_rounds_of_hashing_share_the_ring():
