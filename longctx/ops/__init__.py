@@ -42,10 +42,19 @@ cross_entropy  the loss of a row, its logits never held whole
 A family that layers call is one object of its module, a `Recurrence` or `Keyed` of `family.py`; `FAMILIES` has all:
 
     y, state = GATED_DELTA(q, k, v, beta, log_decay)
+    y = MOBA((q,), (k, v), block=512, count=3).y
 """
 
+from longctx.ops.cope import COPE
 from longctx.ops.diagonal_low_rank import DIAGONAL_LOW_RANK
 from longctx.ops.gated_delta import GATED_DELTA
 from longctx.ops.gated_delta_product import GATED_DELTA_PRODUCT
+from longctx.ops.indexer_topk import INDEXER_TOPK
+from longctx.ops.lsh import LSH
+from longctx.ops.moba import MOBA
+from longctx.ops.nsa import NSA
+from longctx.ops.path_attention import PATH
 
-FAMILIES = {family.name: family for family in (DIAGONAL_LOW_RANK, GATED_DELTA, GATED_DELTA_PRODUCT)}
+_KEYED = COPE, INDEXER_TOPK, LSH, MOBA, NSA, PATH
+_RECURRENCES = DIAGONAL_LOW_RANK, GATED_DELTA, GATED_DELTA_PRODUCT
+FAMILIES = {family.name: family for family in (*_KEYED, *_RECURRENCES)}

@@ -1,11 +1,14 @@
 """What a layer calls: families of ops as objects, with their definition, their fast form and how spans of them compose.
 
-A recurrence maps a span and the state before it to outputs and the state after it. Its two forms, and all that devices
-need to share a span, are fields of one `Recurrence`; `longctx.ops.FAMILIES` lists them all, and
+A recurrence maps a span and the state before it to outputs and the state after it; in a keyed family, whose state is
+the tokens, queries attend to keys. The two forms of either, and all that devices need to share a span, are fields of
+one `Recurrence` or `Keyed`; `longctx.ops.FAMILIES` lists them all, and
 
     y, state = GATED_DELTA(q, k, v, beta, log_decay)
+    y, loss, _ = INDEXER_TOPK((q, index_q, weights), (k, v, index_k), count=2048)
 
-runs one on a span. Layers call `longctx.parallel.sequence.run`, which shares the span between the devices of a mesh.
+run one on a span. Layers call `run` or `attend` of `longctx.parallel.sequence`, which share the span between the devices
+of a mesh.
 
 All zeros are the empty state of every recurrence. A document's start forgets the state, padding leaves it as it is and
 gives 0: `by_token` says so for the definitions.
@@ -16,11 +19,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from longctx.typing import Segments, check
 
@@ -186,25 +190,120 @@ class Kernel:
     partial: bool = False
 
 
+class Queries(NamedTuple):
+    """Queries alone; head h reads the keys and values of group h // (H // G)."""
+
+    q: Float[Array, "B T H K"]
+
+
+class Keys(NamedTuple):
+    """Keys and values, of a row in which documents are contiguous; it holds the queries' own tokens."""
+
+    k: Float[Array, "B S G K"]
+    v: Float[Array, "B S G V"]
+
+
+class Result(NamedTuple):
+    """What queries read.
+
+    Attributes:
+      y: in the dtype of the values; 0 for padding, and for a query that sees nothing.
+      loss: of each token, float32, where a part of the family learns by a loss of its own.
+      keys: the keys after the span, float32, where its tokens change them.
+    """
+
+    y: Float[Array, "B T H V"]
+    loss: Float[Array, "B T"] | None = None
+    keys: Float[Array, "B S H K"] | None = None
+
+
+class Attending(NamedTuple):
+    """What the forms of a keyed family are called with, checked and complete."""
+
+    queries: Any
+    keys: Any
+    parameters: Any
+    segments: Segments
+    key_segments: Segments
+    options: Any
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Keyed:
     """A family whose state is the tokens: queries that attend to keys.
 
+    Its forms are called with the fields of `Attending` and give a `Result`.
+
     Attributes:
       name: its key in `longctx.ops.FAMILIES`.
-      definition: outputs of queries and keys, by the formula.
+      queries: named tuple of arrays `[B, T, ...]`, of which some may be None.
+      keys: the same for keys, `[B, S, ...]`.
+      definition: by the formula.
       chunked: the same, fast.
-      partial: a result that merges with those of other keys; None where results do not merge.
-      sharded: the same on shards of the sequence, inside a `jax.shard_map`.
-      kernels: fused programs by name.
+      partial: a `Partial`, which merges with those of other keys; None where results do not merge.
+      sharded: the same as `chunked` on a part of a row, a `longctx.ops.row.Row`, which is one argument more.
+      parameters: named tuple of what has neither batch nor time; None for none.
+      options: frozen dataclass of what is static.
     """
 
     name: str
-    definition: Callable[..., Any]
-    chunked: Callable[..., Any]
+    queries: type
+    keys: type
+    definition: Callable[..., Result]
+    chunked: Callable[..., Result]
     partial: Callable[..., Any] | None
-    sharded: Callable[..., Any]
-    kernels: Mapping[str, Kernel] = dataclasses.field(default_factory=dict)
+    sharded: Callable[..., Result]
+    parameters: type | None = None
+    options: type = Options
+
+    def __call__(
+        self,
+        queries: tuple,
+        keys: tuple,
+        parameters: tuple = (),
+        segments: Segments | None = None,
+        key_segments: Segments | None = None,
+        form: str | None = None,
+        **options,
+    ) -> Result:
+        """The op on one device.
+
+        Args:
+          queries: the fields of `queries`, in their order.
+          keys: those of `keys`.
+          parameters: those of `parameters`.
+          segments: the documents of the queries; None is one document.
+          key_segments: those of the keys; None: they are the queries' own tokens.
+          form: "definition" or "chunked"; None is the fast form, or within `definitions` the definition.
+          options: fields of `options`.
+
+        Raises:
+          ValueError: arrays contradict their annotations or each other.
+        """
+        return self.run(self.prepare(queries, keys, parameters, segments, key_segments, self.options(**options)), form)
+
+    def run(self, call: Attending, form: str | None = None) -> Result:
+        """The op; `form` as of a call."""
+        if form is None:
+            form = "definition" if _DEFINITIONS.get() else "chunked"
+        return {"definition": self.definition, "chunked": self.chunked}[form](*call)
+
+    def prepare(
+        self, queries: tuple, keys: tuple, parameters=(), segments=None, key_segments=None, options=None
+    ) -> Attending:
+        """What the forms are called with, where all of it fits together; arguments and errors as of a call."""
+        parameters = None if self.parameters is None else self.parameters(*parameters)
+        parts, sizes = (self.queries(*queries), self.keys(*keys), parameters), {}
+        for part in parts[: 2 if parameters is None else 3]:
+            sizes = check(self.name, type(part), part._asdict(), sizes)
+        segments = Segments.of(segments, sizes["B"], sizes["T"])
+        key_segments = segments if key_segments is None else Segments.of(key_segments, sizes["B"], sizes["S"])
+        if key_segments is segments and sizes["S"] != sizes["T"]:
+            raise ValueError(
+                f"{self.name}: {sizes['T']} queries and {sizes['S']} keys; pass key_segments where the keys are not "
+                "the queries' own tokens."
+            )
+        return Attending(*parts, segments, key_segments, self.options() if options is None else options)
 
 
 @contextlib.contextmanager

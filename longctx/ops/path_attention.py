@@ -228,4 +228,4 @@ def _partial(logits, visible, v) -> Partial:
     return of_logits(logits, lambda weights: einsum("...cs,...sv->...cv", weights, v))
 
 
-PATH = Keyed("path", Queries, Keys, definition, chunked, partial=None, sharded=sharded, options=Options)
+PATH = Keyed("path_attention", Queries, Keys, definition, chunked, partial=None, sharded=sharded, options=Options)
