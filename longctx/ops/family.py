@@ -7,8 +7,8 @@ one `Recurrence` or `Keyed`; `longctx.ops.FAMILIES` lists them all, and
     y, state = GATED_DELTA(q, k, v, beta, log_decay)
     y, loss, _ = INDEXER_TOPK((q, index_q, weights), (k, v, index_k), count=2048)
 
-run one on a span. Layers call `run` or `attend` of `longctx.parallel.sequence`, which share the span between the devices
-of a mesh.
+run one on a span. Layers call `run` or `attend` of `longctx.parallel.sequence`, which share it between the devices of a
+mesh.
 
 All zeros are the empty state of every recurrence. A document's start forgets the state, padding leaves it as it is and
 gives 0: `by_token` says so for the definitions.
