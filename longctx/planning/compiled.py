@@ -35,10 +35,12 @@ class Compiled(NamedTuple):
 
     Attributes:
       bytes: on each device, by use; "host" is the host's memory.
+      moved: bytes that a device reads and writes; None if the program does not fit.
       collectives: bytes that a device sends, by kind; None if the program does not fit.
     """
 
     bytes: dict[str, int]
+    moved: int | None
     collectives: dict[str, int] | None
 
 
@@ -73,6 +75,7 @@ def plan(experiment: config.Experiment, topology: Topology, name: str) -> Report
         stage=stage,
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract.params)),
         bytes_per_device=compiled.bytes,
+        moved=compiled.moved,
         collectives=compiled.collectives,
         flops_per_step=model.operations,
         flops_done=done.operations,
@@ -99,14 +102,15 @@ def compile_step(program: Program, stage: config.Stage) -> Compiled:
         with jax.set_mesh(program.mesh):
             compiled = program.compile(stage)
     except jax.errors.JaxRuntimeError as error:
-        return Compiled(sizes | too_large(error, sum(sizes.values())), None)
+        return Compiled(sizes | too_large(error, sum(sizes.values())), None, None)
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     sizes["temporaries"] = memory.temp_size_in_bytes
     sizes["program"] = memory.generated_code_size_in_bytes
     sizes["host"] = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
     taken = memory.argument_size_in_bytes + results + sizes["temporaries"] + sizes["program"]
-    return Compiled(sizes | {"total": taken}, programs.collectives(compiled.as_text(), program.mesh.size))
+    text = compiled.as_text()
+    return Compiled(sizes | {"total": taken}, programs.moved(text), programs.collectives(text, program.mesh.size))
 
 
 def too_large(error: Exception, arguments: int) -> dict[str, int]:

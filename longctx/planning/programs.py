@@ -1,4 +1,4 @@
-"""What a program says of its own cost: operations of its matrix products, bytes of its collectives, loops included.
+"""The cost of a compiled program: operations of its matrix products, bytes of its collectives and of its memory.
 
 XLA's own analysis counts the body of a loop once. Here a body counts as often as its loop runs, which a compiled
 program says where that was known while tracing. Programs compiled for a CPU, a GPU and a TPU are understood.
@@ -18,6 +18,10 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\
 _CALLED = re.compile(r"(?:calls|to_apply|body|(?:true|false)_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
+_ELSEWHERE = re.compile(r"\b\w+\[[\d,]*\]\{[^{}]*S\([1-9]\d*\)\}")  # an array on the chip or in the host's memory
+_STEPS = re.compile(r"at_most_(\d+)_steps")  # the scope of a loop that ends at run time, see longctx.ops.blockwise
+_ENTERED = ("while", "conditional", "call")
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _COLLECTIVE = re.compile(
     r"(all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|ragged-all-to-all|reduce-scatter)"
     r"(-start)?"
@@ -38,6 +42,11 @@ class Instruction(NamedTuple):
     type: str
     op: str
     rest: str
+
+    @property
+    def operands(self) -> list[str]:
+        """Their names."""
+        return re.findall(r"%([\w.\-]+)", self.rest.split(")")[0])
 
     @property
     def called(self) -> list[str]:
@@ -77,12 +86,12 @@ def operations(text: str) -> int:
     def product(instruction: Instruction, inside: Mapping[str, Instruction]) -> int:
         if instruction.op != "dot":
             return 0
-        left = _sizes(inside[re.search(r"%([\w.\-]+)", instruction.rest)[1]].type)
+        left = _sizes(inside[instruction.operands[0]].type)
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)[1]
         summed = math.prod(left[int(axis)] for axis in axes.split(",") if axis)
         return 2 * math.prod(_sizes(instruction.type)) * summed
 
-    return int(_total(_runs(text, product), "matrix products"))
+    return int(_total(_runs(*parse(text), product), "matrix products"))
 
 
 def messages(text: str, devices: int) -> list[Run]:
@@ -101,7 +110,7 @@ def messages(text: str, devices: int) -> list[Run]:
         found = _COLLECTIVE.fullmatch(instruction.op)
         return _sent(found[1], bool(found[2]), instruction, _group(instruction.rest, devices)) if found else 0
 
-    return _runs(text, sent)
+    return _runs(*parse(text), sent)
 
 
 def collectives(text: str, devices: int) -> dict[str, int]:
@@ -114,6 +123,82 @@ def collectives(text: str, devices: int) -> dict[str, int]:
     for run in messages(text, devices):
         kinds.setdefault(run.instruction.op.removesuffix("-start"), []).append(run)
     return {kind: int(_total(kinds[kind], "collectives")) for kind in sorted(kinds)}
+
+
+def moved(text: str) -> int:
+    """Bytes that a device reads from its memory and writes to it in one run of a compiled program.
+
+    Every instruction reads its operands and writes its results, but for what it leaves alone of them: a slice reads its
+    result, an update in place writes what is new, and so they do inside a fusion, whose other values stay on the chip.
+    Arrays that the compiler keeps on the chip count for nothing. A loop whose rounds are known at run time only counts
+    for as many as its scope allows, or for one.
+    """
+    computations, entry = parse(text)
+
+    def reads(name: str, index: int) -> float:
+        """Bytes that a fused computation reads of its parameter `index`."""
+        inside = computations[name]
+        found = [x for x in inside.values() if x.op == "parameter" and x.rest.startswith(f"{index})")]
+        return read_of(found[0], inside) if found else 0
+
+    def read_of(value: Instruction, inside: Mapping[str, Instruction]) -> float:
+        """Bytes that the users of a value read of it, the value itself at most."""
+        whole, total = _held(value.type), 0.0
+        if value is list(inside.values())[-1]:  # it leaves the computation as it is
+            return whole
+        for user in inside.values():
+            for place in [i for i, operand in enumerate(user.operands) if operand == value.name]:
+                if user.op in ("slice", "dynamic-slice", "gather") and place == 0:
+                    total += _held(user.type)
+                elif user.op == "dynamic-update-slice" and place == 0:
+                    continue
+                elif user.op == "bitcast":
+                    total += read_of(user, inside)
+                elif user.op == "fusion":
+                    total += reads(user.called[0], place)
+                else:
+                    return whole
+        return min(whole, total)
+
+    def written(value: Instruction, inside: Mapping[str, Instruction]) -> float:
+        """Bytes that a computation writes for a value that leaves it."""
+        if value.op == "tuple":
+            return sum(written(inside[name], inside) for name in value.operands)
+        if value.op == "dynamic-update-slice":
+            return _held(inside[value.operands[1]].type)
+        if value.op == "bitcast" and value.operands[0] in inside:
+            return written(inside[value.operands[0]], inside)
+        if value.op == "fusion":
+            inner = computations[value.called[0]]
+            return written(list(inner.values())[-1], inner)
+        return 0 if value.op in ("parameter", "constant") else _held(value.type)
+
+    def amount(instruction: Instruction, inside: Mapping[str, Instruction]) -> float:
+        op = instruction.op
+        if op in _FREE or op in _ENTERED or op.endswith(("-done", "-update")) or "AllocateBuffer" in instruction.rest:
+            return 0
+        if instruction.name.startswith("async-collective-done"):
+            return 0
+        if op == "fusion" or (op.endswith("-start") and instruction.called):
+            name = instruction.called[0]
+            last = list(computations[name].values())[-1]
+            own = [_held(inside[operand].type) for operand in instruction.operands]
+            return sum(min(size, reads(name, i)) for i, size in enumerate(own)) + written(last, computations[name])
+        if op.endswith("-start"):
+            return _held(instruction.type)
+        if op in ("slice", "dynamic-slice", "gather"):
+            return 2 * _held(instruction.type)
+        if op == "dynamic-update-slice":
+            return 2 * _held(inside[instruction.operands[1]].type)
+        return _held(instruction.type) + sum(_held(inside[x].type) for x in instruction.operands if x in inside)
+
+    entered = lambda instruction: instruction.called if instruction.op in _ENTERED else []  # noqa: E731
+    return int(sum(run.amount * run.times for run in _runs(computations, entry, amount, entered, _STEPS)))
+
+
+def _held(kind: str) -> int:
+    """Bytes of a type's arrays in the device's memory."""
+    return _bytes(_ELSEWHERE.sub("", kind))
 
 
 def _sent(kind: str, start: bool, instruction: Instruction, group: int) -> float:
@@ -166,9 +251,21 @@ def _total(runs: list[Run], what: str) -> float:
     return sum(run.amount * run.times for run in runs)
 
 
-def _runs(text: str, amount: Callable[[Instruction, Mapping[str, Instruction]], float]) -> list[Run]:
-    """What a program runs that has an `amount`: in loops as often as they run, of branches those with the most."""
-    computations, entry = parse(text)
+def _runs(
+    computations: Mapping[str, Mapping[str, Instruction]],
+    entry: str,
+    amount: Callable[[Instruction, Mapping[str, Instruction]], float],
+    entered: Callable[[Instruction], list[str]] = lambda instruction: instruction.called,
+    steps: re.Pattern | None = None,
+) -> list[Run]:
+    """What a program runs that has an `amount`: in loops as often as they run, of branches those with the most.
+
+    Args:
+      computations, entry: from `parse`.
+      amount: of one run of an instruction, by itself and the instructions of its computation.
+      entered: the computations of an instruction that are looked into.
+      steps: what the scope of a loop that ends at run time says of its rounds.
+    """
 
     @functools.cache
     def of(name: str) -> list[Run]:
@@ -180,12 +277,14 @@ def _runs(text: str, amount: Callable[[Instruction, Mapping[str, Instruction]], 
         found = [Run(instruction, own, 1, False)] if own else []
         if _under_way(instruction):
             return found
-        inner = [_scattered(name, of(name)) for name in instruction.called]
+        inner = [_scattered(name, of(name)) for name in entered(instruction)]
         if instruction.op == "conditional":
             return max(inner, key=lambda branch: sum(run.amount * run.times for run in branch), default=[])
         found += itertools.chain(*inner)
         if instruction.op == "while" and found:
             trips = _trips(instruction, computations)
+            if trips is None and steps is not None and (said := steps.findall(instruction.rest)):
+                trips = int(said[-1])
             if trips is None:
                 return [run._replace(open=True) for run in found]
             return [run._replace(times=run.times * trips) for run in found]

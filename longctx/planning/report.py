@@ -1,10 +1,11 @@
 """What a step takes on devices that are not here, in numbers, in words, and what to change where it does not fit.
 
 The time is bounded from below by what a device must at least do, each at its published peak: its share of the matrix
-products, in bfloat16 passes; moving arguments and results of the step between HBM and chip once and temporaries twice;
-and sending what the collectives send. The operations of the model, those done again left out, over that time and the
-peak are the most that can be utilised. A measurement will be below. Of GPUs in several hosts all bytes are taken to
-cross the network, so that the time of the links is an estimate there, and no bound where a host keeps them.
+products, in bfloat16 passes; reads and writes of its memory, as the compiled program has them; and the bytes that its
+collectives send. The operations of the model, those done again left out, over that time and the peak are the most that
+can be utilised. A measurement will be below. For GPUs in several hosts all bytes are assumed to cross the network, so
+that the time of the links is an estimate there, and no bound where a host keeps them. The reads of a loop that ends at
+run time are those of rows of one document.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from longctx import config
 from longctx.planning.chips import GIB, NETWORK, Chip
 
-_UNITS = {"GiB": GIB, "MiB": 2**20, "KiB": 2**10}
+_UNITS = {"TiB": 2**40, "GiB": GIB, "MiB": 2**20, "KiB": 2**10}
 _OF_GPUS = (
     "Kernels of the GPU's libraries (cuDNN) are not in this plan, nor which of its own XLA finds to be fastest there. "
     "Attention is blockwise, as in training: cuDNN's takes no packed rows. JAX uses three quarters of a GPU's memory, "
@@ -40,6 +41,7 @@ class Report:
       experiment, stage: what was compiled.
       parameters: of the model, numbers.
       bytes_per_device: by use, and "total".
+      moved: bytes that a device reads from its memory and writes to it; None if the program does not fit.
       collectives: bytes that a device sends, by kind; None if the program does not fit.
       flops_per_step: of the model's matrix products, in whole rows and nothing computed again.
       flops_done: of the program's, on all devices together: with what it computes again or on several devices alike,
@@ -57,6 +59,7 @@ class Report:
     stage: config.Stage
     parameters: int
     bytes_per_device: dict[str, int]
+    moved: int | None
     collectives: dict[str, int] | None
     flops_per_step: float
     flops_done: float
@@ -71,13 +74,12 @@ class Report:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The least that a step takes, by what it is bounded; `links` only of a program that fits."""
-        held = self.bytes_per_device
-        moved = 2 * (held["parameters"] + held["optimizer"] + held["temporaries"]) + held["batch"]
-        found = {"compute": self.passes / self.devices / self.device.flops, "memory": moved / self.device.bandwidth}
-        return (
-            found if self.collectives is None else found | {"links": sum(self.collectives.values()) / self.device.links}
-        )
+        """The least that a step takes, by what it is bounded; of a program that does not fit by `compute` alone."""
+        found = {"compute": self.passes / self.devices / self.device.flops}
+        if self.collectives is not None:
+            found["memory"] = self.moved / self.device.bandwidth
+            found["links"] = sum(self.collectives.values()) / self.device.links
+        return found
 
     @property
     def utilisation(self) -> float:
@@ -94,7 +96,12 @@ class Report:
         found = {name: getattr(self, name) for name in ("config", "topology", "devices", "mesh", "fits", "parameters")}
         found |= {"batch": self.stage.batch, "length": self.stage.length, "tokens_per_step": self.tokens_per_step}
         found |= {"bytes_per_device": self.bytes_per_device, "hbm_per_device": self.device.memory}
-        found |= {"collectives": self.collectives, "flops_per_step": self.flops_per_step, "flops_done": self.flops_done}
+        found |= {
+            "bytes_moved": self.moved,
+            "collectives": self.collectives,
+            "flops_per_step": self.flops_per_step,
+            "flops_done": self.flops_done,
+        }
         found |= {"mxu_passes": self.passes, "roofline_seconds": self.seconds, "utilisation_bound": self.utilisation}
         return found | {"changes": self.changes(), "compile_seconds": round(self.compile_seconds, 1)}
 
@@ -151,6 +158,8 @@ class Report:
                 "| --- | ---: |",
                 *(f"| {kind} | {_readable(size)} |" for kind, size in self.collectives.items()),
                 "",
+                f"A device reads and writes {_readable(self.moved)} of its memory.",
+                "",
             ]
         lines += [
             "| at its peak, at least | seconds |",
@@ -183,5 +192,5 @@ def _share(done: float, model: float) -> str:
 
 def _readable(size: int) -> str:
     """Bytes with a unit."""
-    unit = next((unit for unit in ("GiB", "MiB", "KiB") if size >= _UNITS[unit]), None)
+    unit = next((unit for unit in _UNITS if size >= _UNITS[unit]), None)
     return f"{size / _UNITS[unit]:,.2f} {unit}" if unit else f"{size} B"

@@ -203,6 +203,7 @@ def report(sizes, collectives=None, mesh=(2, 2, 1), **training):
         experiment=given,
         stage=given.training.stages[0],
         bytes_per_device=sizes,
+        moved=None if collectives is None else 5 * 10**9,
         collectives=collectives,
     )
 
@@ -229,6 +230,8 @@ def test_the_roofline():
     assert not found.changes()
     assert found.seconds["compute"] == pytest.approx(6e12 / 4 / 197e12)
     assert found.seconds["links"] == pytest.approx(0.01)
+    assert found.seconds["memory"] == pytest.approx(5e9 / 819e9)
+    assert set(report(SIZES).seconds) == {"compute"}
     assert found.utilisation == pytest.approx(4e12 / 4 / 197e12 / 0.01)
 
 

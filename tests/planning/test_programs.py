@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from longctx.planning.programs import collectives, messages, operations
+from longctx.planning.programs import collectives, messages, moved, operations
 
 X = jax.ShapeDtypeStruct((16, 32, 32), jnp.float32)
 
@@ -43,6 +43,84 @@ def test_unknown_loops_are_refused():
 
     with pytest.raises(ValueError, match="known at run time only"):
         operations(text(unknown))
+
+
+def test_bytes_of_a_scan():
+    """Each of 8 steps reads a slice of w and the carry and writes the carry, which the sum reads; x is copied once.
+
+    Seen to fail: the loop counted once; the whole of w counted at every step.
+    """
+
+    def scan(w, x):
+        def step(x, w):
+            x = jnp.tanh(x * w)
+            return x, x.sum(0)
+
+        return jax.lax.scan(step, x, w)
+
+    w, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 256, 64), (256, 64)))
+    found = moved(jax.jit(scan).lower(w, x).compile().as_text())
+    size, row = 4 * 256 * 64, 4 * 64
+    assert found == pytest.approx((8 * 4 + 2) * size + 8 * 3 * row + 8 * row, abs=256)  # counters of the loop
+
+
+MOVED = """HloModule jit_step
+%slice (w: bf16[8,64,64], i: s32[]) -> bf16[64,64] {
+  %w = bf16[8,64,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %i = s32[]{:T(128)S(6)} parameter(1)
+  %one = bf16[1,64,64]{2,1,0:T(8,128)(2,1)} dynamic-slice(%w, %i, %i, %i), dynamic_slice_sizes={1,64,64}
+  ROOT %flat = bf16[64,64]{1,0:T(8,128)(2,1)} bitcast(%one)
+}
+%step (all: f32[8,64,64], x: f32[64,64], w: bf16[8,64,64], i: s32[]) -> (f32[8,64,64], f32[64,64]) {
+  %all = f32[8,64,64]{2,1,0:T(8,128)} parameter(0)
+  %x = f32[64,64]{1,0:T(8,128)} parameter(1)
+  %w = bf16[8,64,64]{2,1,0:T(8,128)(2,1)} parameter(2)
+  %i = s32[]{:T(128)S(6)} parameter(3)
+  %weight = bf16[64,64]{1,0:T(8,128)(2,1)} fusion(%w, %i), kind=kLoop, calls=%slice
+  %y = f32[64,64]{1,0:T(8,128)} convolution(%x, %weight), dim_labels=bf_io->bf
+  %place = f32[1,64,64]{2,1,0:T(8,128)} bitcast(%y)
+  %new = f32[8,64,64]{2,1,0:T(8,128)} dynamic-update-slice(%all, %place, %i, %i, %i)
+  ROOT %both = (f32[8,64,64]{2,1,0:T(8,128)}, f32[64,64]{1,0:T(8,128)}) tuple(%new, %y)
+}
+%body (p: (s32[], f32[64,64], f32[8,64,64], bf16[8,64,64])) -> (s32[], f32[64,64], f32[8,64,64], bf16[8,64,64]) {
+  %p = (s32[]{:T(128)S(6)}, f32[64,64]{1,0}, f32[8,64,64]{2,1,0}, bf16[8,64,64]{2,1,0}) parameter(0)
+  %i = s32[]{:T(128)S(6)} get-tuple-element(%p), index=0
+  %x = f32[64,64]{1,0:T(8,128)} get-tuple-element(%p), index=1
+  %all = f32[8,64,64]{2,1,0:T(8,128)} get-tuple-element(%p), index=2
+  %w = bf16[8,64,64]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p), index=3
+  %start = (f32[64,64]{1,0:T(8,128)S(1)}, f32[64,64]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
+  %near = f32[64,64]{1,0:T(8,128)S(1)} copy-done(%start)
+  %run = (f32[8,64,64]{2,1,0:T(8,128)}, f32[64,64]{1,0:T(8,128)}) fusion(%all, %near, %w, %i), kind=kOutput, calls=%step
+  %next = f32[8,64,64]{2,1,0:T(8,128)} get-tuple-element(%run), index=0
+  %y = f32[64,64]{1,0:T(8,128)} get-tuple-element(%run), index=1
+  ROOT %out = (s32[]{:T(128)S(6)}, f32[64,64]{1,0}, f32[8,64,64]{2,1,0}, bf16[8,64,64]{2,1,0}) tuple(%i, %y, %next, %w)
+}
+%condition (p: (s32[], f32[64,64], f32[8,64,64], bf16[8,64,64])) -> pred[] {
+  ROOT %p = (s32[]{:T(128)S(6)}, f32[64,64]{1,0}, f32[8,64,64]{2,1,0}, bf16[8,64,64]{2,1,0}) parameter(0)
+}
+ENTRY %main (p: (s32[], f32[64,64], f32[8,64,64], bf16[8,64,64])) -> f32[8,64,64] {
+  %p = (s32[]{:T(128)S(6)}, f32[64,64]{1,0}, f32[8,64,64]{2,1,0}, bf16[8,64,64]{2,1,0}) parameter(0)
+  %loop = (s32[]{:T(128)S(6)}, f32[64,64]{1,0}) while(%p), condition=%condition, body=%body, TRIPS
+  ROOT %all = f32[8,64,64]{2,1,0:T(8,128)} get-tuple-element(%loop), index=2
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "trips"),
+    [
+        ('backend_config={"known_trip_count":{"n":"8"}}', 8),
+        ('metadata={op_name="jit(f)/at_most_5_steps/while"}', 5),
+        ("backend_config={}", 1),
+    ],
+)
+def test_bytes_of_a_tpu_program(said, trips):
+    """Slices read and updates write what they touch, inside fusions too; arrays on the chip, S(1), count for nothing.
+
+    Seen to fail: S(1) counted; a nested fusion's operand counted whole; an update counted as its whole array.
+    """
+    read_x, read_w, write_y, write_new = 4 * 64**2, 2 * 64**2, 4 * 64**2, 4 * 64**2
+    assert moved(MOVED.replace("TRIPS", said)) == trips * (read_x + read_w + write_y + write_new)
 
 
 def test_collectives_by_hand():
