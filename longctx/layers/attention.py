@@ -24,9 +24,9 @@ from longctx.memory.cache import KVCache
 from longctx.ops import attention as ops
 from longctx.ops.biases import Bias
 from longctx.ops.cope import COPE
-from longctx.ops.partial import Partial, add_sinks
+from longctx.ops.partial import Partial
 from longctx.ops.patterns import Causal, Heads, Pattern, causal, parse
-from longctx.parallel import schemes, sequence, tree
+from longctx.parallel import schemes, sequence
 from longctx.schema import Options
 from longctx.typing import Segments
 
@@ -124,32 +124,26 @@ class Attention(Projections):
 
     def _attend(self, q, k, v, segments: Segments, caches: tuple[KVCache, KVCache] | None, bias):
         """Attention to the span, and to what the cache before it holds."""
-        options, scheme = self.options, self.options.positions
+        options, scheme, held = self.options, self.options.positions, None
+        if caches is not None:
+            k, v, _, segments, held = _join(k, v, segments, *caches)
+        documents = {"segments": segments, "key_segments": held}
         learned = None if self.positions is None else self.positions[...]
         if isinstance(scheme, CoPE):
-            held = None
-            if caches is not None:
-                k, v, _, segments, held = _join(k, v, segments, *caches)
-            return sequence.attend(COPE, (q,), (k, v), (learned,), segments=segments, key_segments=held).y
-        settings = {
-            "sinks": self._besides(q),
-            "soft_cap": options.soft_cap or None,
-            "bias": scheme.bias(learned, options.heads) if bias is None else bias,
-        }
-        if caches is None:
-            parts = scheme.parts(q, k, self.pattern, segments, segments)
-            settings["context_parallel"] = options.context_parallel
-            return sequence.attention_by_parts(parts, v, segments, **settings)
-        k, v, _, span, held = _join(k, v, segments, *caches)
-        parts = scheme.parts(q, k, self.pattern, span, held)
-        return tree.attention(parts, v, span, held, **settings)
-
-    def _besides(self, q: Float[Array, "B T H K"]) -> Float[Array, " H"] | Partial | None:
-        """What every query sees besides its document: the persistent tokens, and a sink."""
-        options = self.options
+            return sequence.attend(COPE, (q,), (k, v), (learned,), **documents).y
         sinks = None if self.sinks is None else self.sinks[...]
+        bias = scheme.bias(learned, options.heads) if bias is None else bias
+        parts = scheme.parts(q, k, self.pattern, segments, segments if held is None else held)
+        queries, keys, pattern = zip(*parts, strict=True)
+        inputs = (queries, None, self._besides(q)), (keys, v), (sinks, bias)
+        settings = ops.Options(pattern, soft_cap=options.soft_cap or None, context_parallel=options.context_parallel)
+        return sequence.attend(ops.ATTENTION, *inputs, options=settings, **documents).y
+
+    def _besides(self, q: Float[Array, "B T H K"]) -> Partial | None:
+        """Attention to the persistent tokens, which every query sees besides its document."""
+        options = self.options
         if self.persistent is None:
-            return sinks
+            return None
         tokens = self.persistent[...].astype(q.dtype)
         k, v = (
             part.reshape(-1, options.kv_heads, options.head_width) for part in (self.key(tokens), self.value(tokens))
@@ -162,8 +156,7 @@ class Attention(Projections):
             logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
         output = product("btgrp,pgk->btgrk", jax.nn.softmax(logits, axis=-1), v.astype(jnp.float32))
         logsumexp = jax.nn.logsumexp(logits, axis=-1)
-        partial = Partial(output.reshape(q.shape), logsumexp.reshape(q.shape[:3]))
-        return partial if sinks is None else add_sinks(partial, sinks)
+        return Partial(output.reshape(q.shape), logsumexp.reshape(q.shape[:3]))
 
     def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
         options, pattern = self.options, self.pattern.union
@@ -188,10 +181,10 @@ def attend_with_cache(
     v: Float[Array, "B T G V"],
     pattern: Pattern | Heads,
     segments: Segments,
-    before: KVCache,
+    before: KVCache | None,
     after: KVCache,
     decay: Float[Array, "B T H"] | None = None,
-    **options,
+    scale: float | None = None,
 ) -> Float[Array, "B T H V"]:
     """Attention of a span's tokens to each other and to the tokens that a cache holds of the document in progress.
 
@@ -199,13 +192,15 @@ def attend_with_cache(
       q, k, v: of the span.
       pattern: which keys a query may see.
       segments: of the span.
-      before, after: the cache before and after the span.
+      before, after: the cache before and after the span; None before it if nothing is.
       decay: at each token of the span, the sum of log decays; the cache has those of its tokens.
-      options: of `longctx.ops.attention.attention`.
+      scale: of the logits; None for 1 / sqrt(K).
     """
-    keys, values, since, span, held = _join(k, v, segments, before, after, decay)
-    options |= {"decay": decay, "kv_decay": since}
-    return tree.attention([ops.Part(q, keys, pattern)], values, span, held, **options)
+    since, held = decay, None
+    if before is not None:
+        k, v, since, segments, held = _join(k, v, segments, before, after, decay)
+    inputs, options = ((q, decay), (k, v, since)), ops.Options(pattern, scale)
+    return sequence.attend(ops.ATTENTION, *inputs, segments=segments, key_segments=held, options=options).y
 
 
 def _join(k, v, segments: Segments, before: KVCache, after: KVCache, decay=None):

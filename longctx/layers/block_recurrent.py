@@ -139,12 +139,9 @@ class BlockRecurrent(nnx.Module):
         if options.rope_base:
             q, k = rotate(q, segments.positions, options.rope_base), rotate(k, segments.positions, options.rope_base)
         pattern = Causal() & Window(options.block)
-        if state is None:
-            cache = self._empty(batch, x.dtype).append(k, v, segments)
-            near = sequence.attention(q, k, v, pattern, segments, scale=1.0)
-        else:
-            cache = state.cache.append(k, v, segments)
-            near = attend_with_cache(q, k, v, pattern, segments, state.cache, cache, scale=1.0)
+        before = None if state is None else state.cache
+        cache = (self._empty(batch, x.dtype) if before is None else before).append(k, v, segments)
+        near = attend_with_cache(q, k, v, pattern, segments, before, cache, scale=1.0)
         y = self.out(near.reshape(batch, length, -1)) + self.cell_out(told.reshape(batch, length, -1))
         return y, behind(BlockRecurrentState(cache, after), tail)
 

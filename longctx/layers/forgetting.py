@@ -123,12 +123,10 @@ class Forgetting(nnx.Module):
             linear_scan, log_gate, jnp.zeros_like(log_gate), state=before, segments=segments
         )
         pattern = Causal() & Window(options.window) if options.window else Causal()
-        if state is None:
-            cache = self._placed(self._empty(batch, length, x.dtype).append(k, v, segments, decay))
-            y = sequence.attention(q, k, v, pattern, segments, decay=decay)
-        else:
-            cache = self._placed(state.cache.append(k, v, segments, decay))
-            y = attend_with_cache(q, k, v, pattern, segments, state.cache, cache, decay)
+        before = None if state is None else state.cache
+        cache = self._empty(batch, length, x.dtype) if before is None else before
+        cache = self._placed(cache.append(k, v, segments, decay))
+        y = attend_with_cache(q, k, v, pattern, segments, before, cache, decay)
         if options.output_gate:
             y = self.norm(y) * jax.nn.sigmoid(self.gate(x)).reshape(y.shape)
         return self.out(y.reshape(batch, length, -1)), behind(ForgettingState(cache, total, last), tail)

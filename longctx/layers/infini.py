@@ -95,12 +95,9 @@ class Infini(nnx.Module):
         if options.rope_base:
             q, k = rotate(q, segments.positions, options.rope_base), rotate(k, segments.positions, options.rope_base)
         pattern = Causal() & Chunked(options.segment)
-        if state is None:
-            cache = self._empty(batch, x.dtype).append(k, v, segments)
-            near = sequence.attention(q, k, v, pattern, segments)
-        else:
-            cache = state.cache.append(k, v, segments)
-            near = attend_with_cache(q, k, v, pattern, segments, state.cache, cache)
+        before = None if state is None else state.cache
+        cache = (self._empty(batch, x.dtype) if before is None else before).append(k, v, segments)
+        near = attend_with_cache(q, k, v, pattern, segments, before, cache)
         share = jax.nn.sigmoid(self.balance[...])[:, None].astype(x.dtype)
         y = share * recalled + (1 - share) * near
         return self.out(y.reshape(batch, length, -1)), behind(InfiniState(cache, memory), tail)

@@ -146,12 +146,9 @@ class LaCT(nnx.Module):
 
         q, k, v = turned(q), turned(k), v.reshape(batch, length, options.heads, -1)
         pattern = Causal() & Window(options.window)
-        if state is None:
-            window = self._empty(batch, x.dtype).append(k, v, segments)
-            near = sequence.attention(q, k, v, pattern, segments)
-        else:
-            window = state.window.append(k, v, segments)
-            near = attend_with_cache(q, k, v, pattern, segments, state.window, window)
+        before = None if state is None else state.window
+        window = (self._empty(batch, x.dtype) if before is None else before).append(k, v, segments)
+        near = attend_with_cache(q, k, v, pattern, segments, before, window)
         return self.out(near.reshape(y.shape) + y), behind(LaCTState(model, window), tail)
 
     def _learned(self, x, q, k, v, segments: Segments, state: ops.State | None):

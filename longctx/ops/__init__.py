@@ -45,6 +45,7 @@ A family that layers call is one object of its module, a `Recurrence` or `Keyed`
     y = MOBA((q,), (k, v), block=512, count=3).y
 """
 
+from longctx.ops.attention import ATTENTION
 from longctx.ops.cope import COPE
 from longctx.ops.diagonal_low_rank import DIAGONAL_LOW_RANK
 from longctx.ops.gated_delta import GATED_DELTA
@@ -55,6 +56,6 @@ from longctx.ops.moba import MOBA
 from longctx.ops.nsa import NSA
 from longctx.ops.path_attention import PATH
 
-_KEYED = COPE, INDEXER_TOPK, LSH, MOBA, NSA, PATH
+_KEYED = ATTENTION, COPE, INDEXER_TOPK, LSH, MOBA, NSA, PATH
 _RECURRENCES = DIAGONAL_LOW_RANK, GATED_DELTA, GATED_DELTA_PRODUCT
 FAMILIES = {family.name: family for family in (*_KEYED, *_RECURRENCES)}

@@ -1,4 +1,4 @@
-r"""Softmax attention over the keys that a pattern and the documents of a packed row let a query see.
+r"""Softmax attention over the keys that a pattern and the documents of a packed row make visible to a query.
 
 For query t with visible keys s, per head (Vaswani et al., arXiv:1706.03762):
 
@@ -19,9 +19,9 @@ Implementations: "dense" (the definition; holds all logits), "blockwise" (`ops/b
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -32,9 +32,11 @@ from jaxtyping import Array, Float, Int
 from longctx.ops import blockwise, thinned
 from longctx.ops.backend import platform
 from longctx.ops.biases import Bias
+from longctx.ops.family import Keyed, Result
 from longctx.ops.kernels import cudnn, splash
 from longctx.ops.partial import Partial, add_sinks, merge
 from longctx.ops.patterns import Causal, Heads, Pattern, parse
+from longctx.ops.row import Row
 from longctx.typing import Segments, checked
 
 _CAUSAL = Causal()
@@ -47,14 +49,14 @@ def attention(
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G V"],
     pattern: Pattern | Heads | str = _CAUSAL,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    kv_segment_ids: Int[Array, "B S"] | Segments | None = None,
+    segments: Segments | Int[Array, "B T"] | None = None,
+    key_segments: Segments | Int[Array, "B S"] | None = None,
     *,
     scale: float | None = None,
     sinks: Float[Array, " H"] | Partial | None = None,
     soft_cap: float | None = None,
     decay: Float[Array, "B T H"] | None = None,
-    kv_decay: Float[Array, "B S H"] | None = None,
+    key_decay: Float[Array, "B S H"] | None = None,
     bias: Bias | None = None,
     implementation: str | None = None,
     block: int | None = None,
@@ -67,16 +69,16 @@ def attention(
       v: values.
       pattern: which keys of its document a query may see, and how many times; `Heads` for heads that differ; or a text,
         as `patterns.parse` reads it.
-      segment_ids: document of each query, 0 for padding; ids differ between the documents of a row. None: the
+      segments: document of each query, 0 for padding; ids differ between the documents of a row. None: the
         row is one document. Plain ids are taken for whole documents, positions counted from the row's start.
-      kv_segment_ids: the same for keys that are not the queries' own tokens (a cache and then the span: S != T);
-        pass `Segments` on both sides there, since positions cannot be told from ids. None: keys are the queries'
-        own tokens, S == T.
+      key_segments: the same for keys that are not the queries' own tokens (a cache and then the span: S != T);
+        pass `Segments` on both sides there, since ids do not say positions. None: keys are the queries' own tokens,
+        S == T.
       scale: of the logits; None for 1 / sqrt(K).
-      sinks: a logit per head that joins the softmax's denominator; or what the queries see besides, of no row.
+      sinks: a logit per head that joins the softmax's denominator; or attention to what is of no row.
       soft_cap: c, bound of the logits.
       decay: d at each query, finite: the sum of the log decays of its document's tokens up to it, float32.
-      kv_decay: d at each key, for each head of the queries. None: keys are the queries' own tokens.
+      key_decay: d at each key, for each head of the queries. None: keys are the queries' own tokens.
       bias: b, one of `longctx.ops.biases`.
       implementation: "dense", "blockwise", "cudnn" or "splash"; None chooses by platform and case and logs the
         choice once.
@@ -93,23 +95,23 @@ def attention(
     pattern = parse(pattern)
     if isinstance(pattern, Heads):
         options = {"scale": scale, "soft_cap": soft_cap, "implementation": implementation, "block": block}
-        call = functools.partial(attention, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, **options)
-        return by_head(call, pattern, q, k, v, bias, sinks=sinks, decay=decay, kv_decay=kv_decay)
-    queries, keys = _tokens(q, k, segment_ids, kv_segment_ids)
+        call = functools.partial(attention, segments=segments, key_segments=key_segments, **options)
+        return by_head(call, pattern, q, k, v, bias, sinks=sinks, decay=decay, key_decay=key_decay)
+    queries, keys = _tokens(q, k, segments, key_segments)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    kv_decay = decay if kv_decay is None else kv_decay
-    case = {"segment_ids": segment_ids, "kv_segment_ids": kv_segment_ids, "sinks": sinks, "soft_cap": soft_cap}
+    key_decay = decay if key_decay is None else key_decay
+    case = {"segments": segments, "key_segments": key_segments, "sinks": sinks, "soft_cap": soft_cap}
     case |= {"decay": decay, "bias": bias}
     chosen = _choose(q, k, v, pattern, case) if implementation is None else implementation
     if chosen == "dense":
         document = (queries.ids[:, :, None] == keys.ids[:, None, :]) & (queries.ids[:, :, None] > 0)
         times = document * pattern.times(queries.positions[:, :, None], keys.positions[:, None, :])
         added = None if bias is None else bias(queries.positions[:, :, None] - keys.positions[:, None, :])
-        options = {"sinks": sinks, "soft_cap": soft_cap, "decay": decay, "kv_decay": kv_decay, "bias": added}
+        options = {"sinks": sinks, "soft_cap": soft_cap, "decay": decay, "key_decay": key_decay, "bias": added}
         return dense(q, k, v, times, scale=scale, **options)
     if chosen == "blockwise":
         plan = blockwise.Plan(pattern, scale, soft_cap, block, block)
-        result = thinned.attend(q, k, v, queries, keys, plan, decay, kv_decay, bias, own=kv_segment_ids is None)
+        result = thinned.attend(q, k, v, queries, keys, plan, decay, key_decay, bias, own=key_segments is None)
         result = result if sinks is None else add_sinks(result, sinks)
         return result.output.astype(v.dtype)
     if chosen not in _KERNELS:
@@ -118,40 +120,134 @@ def attention(
         )
     if refusal := _KERNELS[chosen].refusal(q, k, v, pattern, **case):
         raise NotImplementedError(f"implementation '{chosen}' {refusal}")
-    return _KERNELS[chosen].attention(q, k, v, pattern, segment_ids=segment_ids, scale=scale, soft_cap=soft_cap)
+    return _KERNELS[chosen].attention(q, k, v, pattern, segments=segments, scale=scale, soft_cap=soft_cap)
+
+
+class Queries(NamedTuple):
+    """Queries of one pattern or several; head h reads the keys and values of group h // (H // G).
+
+    Attributes:
+      q: a tuple, one for each pattern, where they differ, such as rotated in another way.
+      decay: d at each query, finite: the sum of the log decays of its document's tokens up to it, float32.
+      besides: attention to what is of no row, such as learned tokens.
+    """
+
+    q: Float[Array, "B T H K"] | tuple[Array, ...]
+    decay: Float[Array, "B T H"] | None = None
+    besides: Partial | None = None
+
+
+class Keys(NamedTuple):
+    """Keys, for each pattern as queries are, values, and d at each key for each head of the queries."""
+
+    k: Float[Array, "B S G K"] | tuple[Array, ...]
+    v: Float[Array, "B S G V"]
+    decay: Float[Array, "B S H"] | None = None
+
+
+class Parameters(NamedTuple):
+    """A logit per head that joins the softmax's denominator, and a bias by distance."""
+
+    sinks: Float[Array, " H"] | None = None
+    bias: Bias | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What attention has beside arrays.
+
+    Attributes:
+      pattern: which keys of its document a query may see; a tuple of patterns without heads of their own that share no
+        pair of query and key, one for each set of queries and keys; one softmax is over all of them.
+      scale, soft_cap, implementation, block: as in `attention`; several patterns and shards are always "blockwise".
+      context_parallel: how devices that share a row meet all keys where a pattern's reach is unbounded: one of
+        `longctx.parallel.schemes.NAMES`.
+    """
+
+    pattern: Pattern | Heads | str | tuple[Pattern, ...] = _CAUSAL
+    scale: float | None = None
+    soft_cap: float | None = None
+    implementation: str | None = None
+    block: int | None = None
+    context_parallel: str = "auto"
+
+    @property
+    def patterns(self) -> tuple[Pattern | Heads, ...]:
+        """One for each set of queries and keys."""
+        return tuple(map(parse, self.pattern if isinstance(self.pattern, tuple) else (self.pattern,)))
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether a query may see any number of tokens back, which all heads do."""
+        return not isinstance(self.patterns[0], Heads) and any(pattern.reach is None for pattern in self.patterns)
 
 
 class Part(NamedTuple):
-    """What queries see by one pattern, with the queries and keys that serve there, such as turned in another way."""
+    """Queries, keys, and which of them may see which."""
 
     q: Float[Array, "B T H K"]
     k: Float[Array, "B S G K"]
     pattern: Pattern | Heads
 
+    @classmethod
+    def all(cls, queries: Queries, keys: Keys, options: Options) -> list[Part]:
+        """Those of attention to several patterns, or one."""
+        sides = (x if isinstance(x, tuple) else (x,) for x in (queries.q, keys.k))
+        return list(map(cls, *sides, options.patterns))
 
-def attention_by_parts(
-    parts: Sequence[Part],
-    v: Float[Array, "B S G V"],
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    kv_segment_ids: Int[Array, "B S"] | Segments | None = None,
-    *,
-    sinks: Float[Array, " H"] | Partial | None = None,
-    **options,
-) -> Float[Array, "B T H V"]:
-    """One softmax over the keys of all parts, which share no pair of query and key.
 
-    Args:
-      parts: one is plain attention; of several none has `Heads`.
-      v, segment_ids, kv_segment_ids, sinks, options: as in `attention`; of several parts, of `attention_partial`.
-    """
-    tokens = segment_ids, kv_segment_ids
-    if len(parts) == 1:
-        q, k, pattern = parts[0]
-        return attention(q, k, v, pattern, *tokens, sinks=sinks, **options)
-    results = (attention_partial(q, k, v, pattern, *tokens, **options) for q, k, pattern in parts)
-    result = functools.reduce(merge, results)
-    result = result if sinks is None else add_sinks(result, sinks)
-    return result.output.astype(v.dtype)
+def chunked(
+    queries: Queries,
+    keys: Keys,
+    parameters: Parameters,
+    segments: Segments,
+    key_segments: Segments,
+    options: Options,
+) -> Result:
+    """`attention`, or under several patterns the merged results of `attention_partial`."""
+    parts, own = Part.all(queries, keys, options), key_segments is segments
+    if len(parts) > 1:
+        call = queries, keys, parameters, segments, key_segments, options
+        return finish(partial(*call), *call)
+    added = {"decay": queries.decay, "key_decay": keys.decay, "bias": parameters.bias}
+    added |= {name: getattr(options, name) for name in ("scale", "soft_cap", "implementation", "block")}
+    q, k, pattern = parts[0]
+    tokens = segments, None if own else key_segments
+    return Result(attention(q, k, keys.v, pattern, *tokens, sinks=sinks(queries, parameters), **added))
+
+
+def definition(queries, keys, parameters, segments, key_segments, options: Options) -> Result:
+    """The same with all logits of a pattern held at once."""
+    options = dataclasses.replace(options, implementation="dense")
+    return chunked(queries, keys, parameters, segments, key_segments, options)
+
+
+def partial(queries: Queries, keys: Keys, parameters: Parameters, segments, key_segments, options: Options) -> Partial:
+    """Attention to these keys alone, without sinks and what is of no row."""
+    added = {"decay": queries.decay, "key_decay": keys.decay, "bias": parameters.bias}
+    added |= {name: getattr(options, name) for name in ("scale", "soft_cap", "block")}
+    tokens = segments, None if key_segments is segments else key_segments
+    results = (attention_partial(q, k, keys.v, p, *tokens, **added) for q, k, p in Part.all(queries, keys, options))
+    return functools.reduce(merge, results)
+
+
+def finish(result: Partial, queries: Queries, keys: Keys, parameters: Parameters, *_) -> Result:
+    """What queries read, when the results of all keys have been merged."""
+    besides = sinks(queries, parameters)
+    result = result if besides is None else add_sinks(result, besides)
+    return Result(result.output.astype(keys.v.dtype))
+
+
+def sharded(queries, keys, parameters, segments, key_segments, options: Options, row: Row) -> Result:
+    """The same on a part of a row."""
+    return Result(row.attention(queries, keys, parameters, segments, options))
+
+
+def sinks(queries: Queries, parameters: Parameters) -> Float[Array, " H"] | Partial | None:
+    """All that queries see beside the row."""
+    if queries.besides is None or parameters.sinks is None:
+        return parameters.sinks if queries.besides is None else queries.besides
+    return add_sinks(queries.besides, parameters.sinks)
 
 
 @checked
@@ -160,13 +256,13 @@ def attention_partial(
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G V"],
     pattern: Pattern | str = _CAUSAL,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    kv_segment_ids: Int[Array, "B S"] | Segments | None = None,
+    segments: Segments | Int[Array, "B T"] | None = None,
+    key_segments: Segments | Int[Array, "B S"] | None = None,
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
     decay: Float[Array, "B T H"] | None = None,
-    kv_decay: Float[Array, "B S H"] | None = None,
+    key_decay: Float[Array, "B S H"] | None = None,
     bias: Bias | None = None,
     block: int | None = None,
 ) -> Partial:
@@ -174,10 +270,10 @@ def attention_partial(
 
     Differentiable once in both parts of the result. Sinks are not a part of it: see `add_sinks`.
     """
-    queries, keys = _tokens(q, k, segment_ids, kv_segment_ids)
+    queries, keys = _tokens(q, k, segments, key_segments)
     plan = blockwise.Plan(parse(pattern), q.shape[-1] ** -0.5 if scale is None else scale, soft_cap, block, block)
-    kv_decay = decay if kv_decay is None else kv_decay
-    return thinned.attend(q, k, v, queries, keys, plan, decay, kv_decay, bias, own=kv_segment_ids is None)
+    key_decay = decay if key_decay is None else key_decay
+    return thinned.attend(q, k, v, queries, keys, plan, decay, key_decay, bias, own=key_segments is None)
 
 
 def by_head(attend, heads: Heads, q, k, v, bias: Bias | None = None, **by_head) -> Float[Array, "B T H V"]:
@@ -211,7 +307,7 @@ def by_head(attend, heads: Heads, q, k, v, bias: Bias | None = None, **by_head) 
     return jnp.concatenate(outputs, axis=3)[:, :, :, np.argsort(order)].reshape(*q.shape[:3], v.shape[-1])
 
 
-def dense(q, k, v, times, *, scale, sinks=None, soft_cap=None, decay=None, kv_decay=None, bias=None):
+def dense(q, k, v, times, *, scale, sinks=None, soft_cap=None, decay=None, key_decay=None, bias=None):
     """The definition. `times[B or 1, T, S]`: how often the query sees the key, or whether. Holds all logits.
 
     `bias[B or 1, H, T, S]` is added to them.
@@ -221,7 +317,7 @@ def dense(q, k, v, times, *, scale, sinks=None, soft_cap=None, decay=None, kv_de
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     if decay is not None:
-        now, since = (jnp.moveaxis(x.reshape(*x.shape[:2], *q.shape[2:4]), 1, -1) for x in (decay, kv_decay))
+        now, since = (jnp.moveaxis(x.reshape(*x.shape[:2], *q.shape[2:4]), 1, -1) for x in (decay, key_decay))
         logits += now[..., :, None] - since[..., None, :]
     if bias is not None:
         logits += bias.reshape(bias.shape[0], *q.shape[2:4], *bias.shape[2:])
@@ -248,25 +344,25 @@ _KERNELS = {"cudnn": cudnn, "splash": splash}
 _PLATFORM_KERNELS = {"gpu": "cudnn", "tpu": "splash"}
 
 
-def _tokens(q, k, segment_ids, kv_segment_ids) -> tuple[blockwise.Tokens, blockwise.Tokens]:
+def _tokens(q, k, segments, key_segments) -> tuple[blockwise.Tokens, blockwise.Tokens]:
     """Ids and positions of queries and keys, once the shapes are found to fit."""
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"q has {q.shape[2]} heads and k has {k.shape[2]}; give q a multiple of k's heads.")
     batch, length = q.shape[:2]
-    if kv_segment_ids is None:
+    if key_segments is None:
         if k.shape[1] != length:
             raise ValueError(
-                f"q has {length} tokens and k has {k.shape[1]}; pass segment_ids and kv_segment_ids where the keys "
+                f"q has {length} tokens and k has {k.shape[1]}; pass segments and key_segments where the keys "
                 "are not the queries' own tokens."
             )
-        if segment_ids is None:  # known while tracing, and so is all the work
+        if segments is None:  # known while tracing, and so is all the work
             positions = np.arange(length, dtype=np.int32)[None]
             return (blockwise.Tokens(np.ones_like(positions), positions),) * 2
-    elif segment_ids is None:
-        raise ValueError("kv_segment_ids were given without segment_ids; pass both, so that positions are known.")
-    sides = [Segments.of(segment_ids, batch, length)]
-    if kv_segment_ids is not None:
-        sides.append(Segments.of(kv_segment_ids, batch, k.shape[1]))
+    elif segments is None:
+        raise ValueError("key_segments were given without segments; pass both, so that positions are known.")
+    sides = [Segments.of(segments, batch, length)]
+    if key_segments is not None:
+        sides.append(Segments.of(key_segments, batch, k.shape[1]))
     tokens = [blockwise.Tokens(jnp.asarray(side.ids), jnp.asarray(side.positions)) for side in sides]
     return tokens[0], tokens[-1]
 
@@ -288,3 +384,18 @@ def _choose(q, k, v, pattern: Pattern, case) -> str:
 @functools.cache
 def _log(chosen: str, reason: str, level: int):
     logging.log(level, "attention: implementation '%s' (%s)", chosen, reason)
+
+
+ATTENTION = Keyed(
+    "attention",
+    Queries,
+    Keys,
+    definition,
+    chunked,
+    partial,
+    sharded,
+    finish,
+    shares_slots=lambda options: options.unbounded,
+    parameters=Parameters,
+    options=Options,
+)

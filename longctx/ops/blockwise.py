@@ -106,7 +106,7 @@ def blockwise(
     places: tuple[Range, Range] | None,
     plan: Plan,
     decay: Float[Array, "B T H"] | None = None,
-    kv_decay: Float[Array, "B S H"] | None = None,
+    key_decay: Float[Array, "B S H"] | None = None,
     bias: Bias | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """Attention output and logsumexp of the logits, both float32; 0 and -inf for a query that sees nothing.
@@ -118,7 +118,7 @@ def blockwise(
       places: between which places in one row each query, `[T]`, and each key, `[S]`, lies; None where nothing is
         known of that. Used where positions are known at run time only.
       plan: pattern, scale, soft cap and block sizes.
-      decay, kv_decay: sums of log decays at queries and keys; neither or both.
+      decay, key_decay: sums of log decays at queries and keys; neither or both.
       bias: of the logits by distance.
 
     First derivatives only: the backward pass is not itself differentiable.
@@ -135,7 +135,7 @@ def blockwise(
     v_blocks = _split(v[:, :, :, None], plan.k_block)
     decays = None
     if decay is not None:
-        decays = _split_decay(decay, groups, plan.q_block), _split_decay(kv_decay, groups, plan.k_block)
+        decays = _split_decay(decay, groups, plan.q_block), _split_decay(key_decay, groups, plan.k_block)
     out, logsumexp = _attend(plan, q_blocks, k_blocks, v_blocks, (decays, bias), (q_tokens, k_tokens, schedule))
     out = _join(out, heads // groups, plan.q_block)[:, :length]
     logsumexp = _join(logsumexp[..., None], heads // groups, plan.q_block)[:, :length]

@@ -242,6 +242,8 @@ class Keyed:
       chunked: the same, fast.
       partial: a `Partial`, which merges with those of other keys; None where results do not merge.
       sharded: the same as `chunked` on a part of a row, a `longctx.ops.row.Row`, which is one argument more.
+      finish: `finish(partial, *attending)`, the `Result` when those of all keys have been merged.
+      shares_slots: `shares_slots(options)`, whether devices share the slots of a cache; None: never.
       parameters: named tuple of what has neither batch nor time; None for none.
       options: frozen dataclass of what is static.
     """
@@ -253,6 +255,8 @@ class Keyed:
     chunked: Callable[..., Result]
     partial: Callable[..., Any] | None
     sharded: Callable[..., Result]
+    finish: Callable[..., Result] | None = None
+    shares_slots: Callable[[Any], bool] | None = None
     parameters: type | None = None
     options: type = Options
 
@@ -296,13 +300,14 @@ class Keyed:
         parts, sizes = (self.queries(*queries), self.keys(*keys), parameters), {}
         for part in parts[: 2 if parameters is None else 3]:
             sizes = check(self.name, type(part), part._asdict(), sizes)
-        segments = Segments.of(segments, sizes["B"], sizes["T"])
-        key_segments = segments if key_segments is None else Segments.of(key_segments, sizes["B"], sizes["S"])
-        if key_segments is segments and sizes["S"] != sizes["T"]:
+        (batch, length), (_, tokens) = (jax.tree.leaves(part)[0].shape[:2] for part in parts[:2])
+        if key_segments is None and length != tokens:
             raise ValueError(
-                f"{self.name}: {sizes['T']} queries and {sizes['S']} keys; pass key_segments where the keys are not "
-                "the queries' own tokens."
+                f"{self.name}: {length} queries and {tokens} keys; pass key_segments where the keys are not the "
+                "queries' own tokens."
             )
+        segments = Segments.of(segments, batch, length)
+        key_segments = segments if key_segments is None else Segments.of(key_segments, batch, tokens)
         return Attending(*parts, segments, key_segments, self.options() if options is None else options)
 
 

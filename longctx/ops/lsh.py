@@ -92,7 +92,8 @@ def chunked(
     queries: Queries, keys: Keys, parameters: None, segments: Segments, held: Segments, options: Options
 ) -> Result:
     """The fast form."""
-    return _or_own(partial(queries, keys, None, segments, held, options), queries.own, segments)
+    call = queries, keys, parameters, segments, held, options
+    return finish(partial(*call), *call)
 
 
 def sharded(
@@ -116,12 +117,13 @@ def sharded(
         return partial(Queries(q, queries.own, hashes), others, None, segments, held, options)
 
     hashes = (queries.hashes, segments), (keys.hashes, key_segments)
-    return _or_own(row.merged(some, queries.q, (keys.k, keys.v), *hashes), queries.own, segments)
+    others = row.merged(some, queries.q, (keys.k, keys.v), *hashes)
+    return finish(others, queries, keys, parameters, segments)
 
 
-def _or_own(others: Partial, own: Float[Array, "B T G V"], segments: Segments) -> Result:
+def finish(others: Partial, queries: Queries, keys: Keys, parameters: None, segments: Segments, *_) -> Result:
     """What a token sees of the others, or its own value if that is nothing; 0 for padding."""
-    own = jnp.repeat(own, others.output.shape[2] // own.shape[2], axis=2)
+    own = jnp.repeat(queries.own, others.output.shape[2] // queries.own.shape[2], axis=2)
     alone = segments.valid[..., None, None] & jnp.isneginf(others.logsumexp)[..., None]
     return Result(jnp.where(alone, own, others.output.astype(own.dtype)))
 
@@ -193,4 +195,4 @@ def definition(
     return Result(jnp.where(alone[..., None], own, others))
 
 
-LSH = Keyed("lsh", Queries, Keys, definition, chunked, partial, sharded, options=Options)
+LSH = Keyed("lsh", Queries, Keys, definition, chunked, partial, sharded, finish, options=Options)

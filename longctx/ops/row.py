@@ -41,6 +41,9 @@ class Row(Protocol):
     def merged(self, partial: Callable[..., Partial], mine: Any, own: Any, of_mine: Any, of_own: Any) -> Partial:
         """`partial(mine, keys, of_mine, of_keys)` over the keys of every part, merged; see `longctx.parallel.ring`."""
 
+    def attention(self, *call: Any) -> Any:
+        """Softmax attention, as `longctx.parallel.attention` computes it."""
+
 
 class _Whole:
     """A row of which nothing is elsewhere."""

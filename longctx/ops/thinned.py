@@ -36,7 +36,7 @@ def attend(
     keys: Tokens,
     plan: Plan,
     decay: Float[Array, "B T H"] | None = None,
-    kv_decay: Float[Array, "B S H"] | None = None,
+    key_decay: Float[Array, "B S H"] | None = None,
     bias: Bias | None = None,
     *,
     own: bool,
@@ -44,11 +44,11 @@ def attend(
     """Attention output and logsumexp of the logits.
 
     Args:
-      q, k, v, queries, keys, plan, decay, kv_decay, bias: as in `blockwise`.
+      q, k, v, queries, keys, plan, decay, key_decay, bias: as in `blockwise`.
       own: whether the keys are the queries' own tokens.
     """
     places = tuple(Range(np.arange(x.shape[1]), np.arange(x.shape[1])) for x in (q, k)) if own else None
-    arrays = (q, decay), (k, v, kv_decay)
+    arrays = (q, decay), (k, v, key_decay)
     parts = (dataclasses.replace(plan, pattern=pattern) for pattern in terms(plan.pattern))
     return functools.reduce(merge, (_part(*arrays, bias, queries, keys, places, part) for part in parts))
 
@@ -80,8 +80,8 @@ def _with_spans(queries: Tokens, pattern) -> Tokens:
 
 
 def _blockwise(of_queries, of_keys, bias, queries, keys, places, plan) -> Partial:
-    (q, decay), (k, v, kv_decay) = of_queries, of_keys
-    return Partial(*blockwise(q, k, v, queries, keys, places, plan, decay, kv_decay, bias))
+    (q, decay), (k, v, key_decay) = of_queries, of_keys
+    return Partial(*blockwise(q, k, v, queries, keys, places, plan, decay, key_decay, bias))
 
 
 def _chosen(of_queries, of_keys, bias, queries, keys, places, plan, seeing, seen) -> Partial:

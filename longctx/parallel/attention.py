@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,55 +29,64 @@ from jaxtyping import Array, Float
 
 from longctx.ops import attention as ops
 from longctx.ops.partial import Partial, add_sinks, merge
-from longctx.ops.patterns import Keys, Pattern, Range, terms
+from longctx.ops.patterns import Heads, Keys, Pattern, Range, terms
 from longctx.parallel import fetch, gather, halo, ring, schemes, ulysses
 from longctx.parallel.all_to_all import all_to_all
 from longctx.typing import Segments
 
 
 def attention(
-    parts: Sequence[ops.Part],
-    v: Float[Array, "B T G V"],
+    queries: ops.Queries,
+    keys: ops.Keys,
+    parameters: ops.Parameters,
     segments: Segments,
+    options: ops.Options,
     axis_name: str,
-    *,
-    decay: Float[Array, "B T H"] | None = None,
-    sinks: Float[Array, " H"] | Partial | None = None,
-    implementation: str | None = None,
-    context_parallel: str = "auto",
-    **options,
 ) -> Float[Array, "B T H V"]:
-    """Attention of this shard's queries to the keys of all shards that a part lets them see.
+    """Attention of this shard's queries to the keys of all shards that a pattern lets them see.
 
     Args:
-      parts: this device's shards of queries and keys, and which keys of its document a query may see, none of them
-        ahead; parts share no pair of query and key.
-      v: this device's shard.
+      queries, keys, parameters, options: as of `longctx.ops.attention.ATTENTION`, this device's shards; sums of log
+        decays are counted from the start of documents.
       segments: of this shard's tokens; ids and positions are those of the whole rows.
       axis_name: the mesh axis.
-      decay: sums of log decays at this shard's tokens, counted from the start of their documents.
-      context_parallel: how a part meets all keys, one of `longctx.parallel.schemes.NAMES`.
-      sinks, implementation, options: as in `longctx.ops.attention.attention`.
 
     Raises:
-      ValueError: the devices cannot share the heads as `context_parallel` says.
+      ValueError: a pattern looks ahead; the devices cannot share the heads as `context_parallel` says.
       NotImplementedError: an implementation other than "blockwise" is named where partial results are taken.
     """
+    parts, (v, decay), sinks = ops.Part.all(queries, keys, options), keys[1:], ops.sinks(queries, parameters)
+    if isinstance(parts[0].pattern, Heads):
+
+        def call(q, k, v, pattern, bias, decay, sinks):
+            besides, logits = (sinks, None) if isinstance(sinks, Partial) else (None, sinks)
+            own = dataclasses.replace(options, pattern=pattern)
+            inputs = ops.Queries(q, decay, besides), ops.Keys(k, v, decay), ops.Parameters(logits, bias)
+            return attention(*inputs, segments, own, axis_name)
+
+        q, k, heads = parts[0]
+        return ops.by_head(call, heads, q, k, v, parameters.bias, decay=decay, sinks=sinks)
+    for part in parts:
+        if part.pattern.ahead != 0:
+            raise ValueError(
+                f"{part.pattern} lets a query see keys after it, and shards of a sequence only look back; "
+                "combine it with Causal(), or set mesh.context to 1."
+            )
     parts = [part._replace(pattern=term) for part in parts for term in terms(part.pattern)]
+    added = {"bias": parameters.bias, "scale": options.scale, "soft_cap": options.soft_cap, "block": options.block}
+    implementation = options.implementation
     if len(parts) == 1 and parts[0].pattern.reach is not None:
         q, k, pattern = parts[0]
-        keys = _keys_near(k, v, decay, segments, pattern, axis_name)
-        return _attend(
-            ops.attention, q, decay, segments, keys, pattern, sinks=sinks, implementation=implementation, **options
-        )
+        near = _keys_near(k, v, decay, segments, pattern, axis_name)
+        added |= {"sinks": sinks, "implementation": implementation}
+        return _attend(ops.attention, q, decay, segments, near, pattern, **added)
     if implementation not in (None, "blockwise"):
         raise NotImplementedError(
             f"implementation '{implementation}' gives no partial results, which {parts[0].pattern} needs when several "
             "devices share the sequence; leave it None, or choose 'blockwise'."
         )
-    results = (
-        _part(q, k, v, decay, segments, pattern, axis_name, context_parallel, **options) for q, k, pattern in parts
-    )
+    scheme = options.context_parallel
+    results = (_part(q, k, v, decay, segments, pattern, axis_name, scheme, **added) for q, k, pattern in parts)
     result = functools.reduce(merge, results)
     result = result if sinks is None else add_sinks(result, sinks)
     return result.output.astype(v.dtype)
@@ -115,9 +123,9 @@ def _everywhere(
 
 
 def _attend(op, q, decay, segments, keys, pattern, **options):
-    *keys, kv_decay, held = keys
+    *keys, key_decay, held = keys
     if decay is not None:
-        options |= {"decay": decay, "kv_decay": kv_decay}
+        options |= {"decay": decay, "key_decay": key_decay}
     return op(q, *keys, pattern, segments, held, **options)
 
 

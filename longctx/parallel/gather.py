@@ -48,13 +48,13 @@ def attention(
       The partial result, float32. First derivatives only.
     """
     tokens = segments.ids, segments.positions
-    k, v, kv_decay, theirs = of_all((k, v, decay, tokens), axis_name)
+    k, v, key_decay, theirs = of_all((k, v, decay, tokens), axis_name)
     if balanced:
         q, decay, tokens = balance.swap((q, decay, tokens), axis_name)
         options["block"] = options.get("block") or balance.block(q.shape[1])
     # Of starts nobody asks.
     sides = (Segments(*side, jnp.zeros(side[0].shape, bool)) for side in (tokens, theirs))
-    partial = attention_partial(q, k, v, pattern, *sides, decay=decay, kv_decay=kv_decay, bias=bias, **options)
+    partial = attention_partial(q, k, v, pattern, *sides, decay=decay, key_decay=key_decay, bias=bias, **options)
     return balance.swap(partial, axis_name) if balanced else partial
 
 

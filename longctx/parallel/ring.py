@@ -71,8 +71,8 @@ def attention(
         options["block"] = options.get("block") or balance.block(q.shape[1])
 
     def partial(mine, keys, tokens, held):
-        (q, decay, bias), (k, v, kv_decay) = mine, keys
-        added = {"decay": decay, "kv_decay": kv_decay, "bias": bias}
+        (q, decay, bias), (k, v, key_decay) = mine, keys
+        added = {"decay": decay, "key_decay": key_decay, "bias": bias}
         return attention_partial(q, k, v, pattern, _segments(*tokens), _segments(*held), **added, **options)
 
     result = merged(partial, (q, decay, bias), (k, v, decay), tokens, tokens, axis_name, step)

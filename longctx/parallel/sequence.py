@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,16 +39,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from longctx.ops import attention as attention_ops
 from longctx.ops import causal_conv, resolution
-from longctx.ops.attention import Part
-from longctx.ops.biases import Bias
 from longctx.ops.family import Keyed, Recurrence, Result
-from longctx.ops.partial import Partial
-from longctx.ops.patterns import Heads, Pattern, parse
-from longctx.parallel import attention as sharded
 from longctx.parallel import family as families
-from longctx.parallel import halo, mesh, prefix
+from longctx.parallel import halo, mesh, prefix, tree
 from longctx.parallel.shards import Shards
 from longctx.typing import Segments
 
@@ -160,82 +154,6 @@ def convolution(
     return _scan(causal_conv, (x,), (kernel,), state, segments, {})
 
 
-def attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    pattern: Pattern | Heads | str,
-    segments: Segments | None,
-    **options,
-) -> Float[Array, "B T H V"]:
-    """Softmax attention of the span's tokens to each other.
-
-    Args:
-      q, k, v: queries, keys, values.
-      pattern: which keys a query may see within its document, or a text of `patterns.parse`.
-      segments: the documents of the span; None is one document.
-      options: of `attention_by_parts`.
-
-    Raises:
-      ValueError: as `attention_by_parts`.
-    """
-    return attention_by_parts([Part(q, k, parse(pattern))], v, segments, **options)
-
-
-def attention_by_parts(
-    parts: Sequence[Part],
-    v: Float[Array, "B T G V"],
-    segments: Segments | None,
-    decay: Float[Array, "B T H"] | None = None,
-    sinks: Float[Array, " H"] | Partial | None = None,
-    bias: Bias | None = None,
-    context_parallel: str = "auto",
-    **options,
-) -> Float[Array, "B T H V"]:
-    """One softmax over the keys of all parts, which share no pair of query and key.
-
-    Args:
-      parts: queries, keys and pattern of each.
-      v: values.
-      segments: the documents of the span; None is one document.
-      decay: at each token the sum of the log decays of its document, as `recurrence` gives it; None is no decay.
-      context_parallel: how devices that share the span meet all keys, where a part's reach is unbounded: one of
-        `longctx.parallel.schemes.NAMES`.
-      sinks, bias, options: of `longctx.ops.attention.attention`.
-
-    Raises:
-      ValueError: T is not a multiple of the devices along `context`, or a pattern looks ahead while several
-        devices share the span, or they cannot share the heads as `context_parallel` says.
-    """
-    if isinstance(parts[0].pattern, Heads):
-
-        def call(q, k, v, pattern, **added):
-            return attention(q, k, v, pattern, segments, context_parallel=context_parallel, **added, **options)
-
-        q, k, heads = parts[0]
-        return attention_ops.by_head(call, heads, q, k, v, bias, decay=decay, sinks=sinks)
-    if not _splits(v.shape[1]):
-        options |= {"decay": decay, "sinks": sinks, "bias": bias}
-        return attention_ops.attention_by_parts(parts, v, segments, **options)
-    patterns = [part.pattern for part in parts]
-    for pattern in patterns:
-        if pattern.ahead != 0:
-            raise ValueError(
-                f"{pattern} lets a query see keys after it, and shards of a sequence only look back; "
-                "combine it with Causal(), or set mesh.context to 1."
-            )
-
-    def run(arrays, v, decay, segments, sinks, bias):
-        shards = [Part(q, k, pattern) for (q, k), pattern in zip(arrays, patterns, strict=True)]
-        added = {"decay": decay, "sinks": sinks, "bias": bias, "context_parallel": context_parallel}
-        return sharded.attention(shards, v, segments, "context", **added, **options)
-
-    of_sinks = _SHARD if isinstance(sinks, Partial) else _WHOLE
-    island = _island(run, (_SHARD, _SHARD, _SHARD, _SHARD, of_sinks, _WHOLE), _SHARD)
-    arrays = [(part.q, part.k) for part in parts]
-    return island(arrays, v, decay, Segments.of(segments, *v.shape[:2]), *_float32((sinks, bias)))
-
-
 def attend(
     family: Keyed,
     queries: tuple,
@@ -254,24 +172,33 @@ def attend(
       keys: its keys, `[B, S, ...]`.
       parameters: its parameters, which have neither batch nor time.
       segments: the documents of the span; None is one document.
-      key_segments: those of the keys, where a cache holds some of them, as in decoding; devices do not share them.
-        None: the keys are the queries' own tokens.
+      key_segments: those of the keys, where a cache holds some of them; None: the keys are the queries' own tokens.
+        Devices share the slots of a cache where it is one query that attends to them, the family says so, and they
+        divide the slots, which are then expected to be split already.
       options: an object of its options; None for their defaults.
 
     Raises:
       ValueError: T is not a multiple of the devices along `context`, or the arguments do not fit (`Keyed`).
     """
     call = family.prepare(queries, keys, parameters, segments, key_segments, options)
-    length = call.segments.ids.shape[1]
-    if key_segments is not None or not _splits(length):
-        return family.run(call)
+    (length, slots), devices = (x.ids.shape[1] for x in (call.segments, call.key_segments)), mesh.context_size()
+    if key_segments is None and _splits(length):
 
-    def shard(queries, keys, parameters, segments):
-        row = Shards("context", segments.ids.shape[1])
-        return family.sharded(queries, keys, parameters, segments, segments, call.options, row)
+        def shard(queries, keys, parameters, segments):
+            row = Shards("context", segments.ids.shape[1])
+            return family.sharded(queries, keys, parameters, segments, segments, call.options, row)
 
-    island = _island(shard, (_SHARD, _SHARD, _WHOLE, _SHARD), _SHARD)
-    return island(call.queries, call.keys, _float32(call.parameters), call.segments)
+        island = _island(shard, (_SHARD, _SHARD, _WHOLE, _SHARD), _SHARD)
+        return island(call.queries, call.keys, _float32(call.parameters), call.segments)
+    shares = family.shares_slots is not None and family.shares_slots(call.options)
+    if key_segments is not None and shares and length == 1 and devices > 1 and slots % devices == 0:
+
+        def share(*arrays):
+            return tree.merged(family.partial(*arrays, call.options), "context")
+
+        island = _island(share, (_WHOLE, _SHARD, _WHOLE, _WHOLE, _SHARD), _WHOLE)
+        return family.finish(island(*call[:-1]), *call)
+    return family.run(call)
 
 
 def coarsen(x: Float[Array, "B T D"], segments: Segments, factor: int) -> tuple[Float[Array, "B N D"], Segments]:

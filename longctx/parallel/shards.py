@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from longctx.parallel import fetch, halo, ring
+from longctx.parallel import attention, fetch, halo, ring
 
 
 class Shards:
@@ -34,6 +34,9 @@ class Shards:
 
     def onward(self, tree: Any) -> Any:
         return ring.onward(tree, self.axis_name)
+
+    def attention(self, *call: Any) -> Any:
+        return attention.attention(*call, self.axis_name)
 
     def merged(self, partial: Any, mine: Any, own: Any, of_mine: Any, of_own: Any) -> Any:
         return ring.merged(partial, mine, own, of_mine, of_own, self.axis_name)

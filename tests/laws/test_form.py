@@ -1,14 +1,11 @@
 """The law of form."""
 
-import functools
-
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 from laws.cases import FAMILIES, grow, inputs, layers, make, packed, slow
 from laws.compare import compare, with_gradients
 
-from longctx.ops import attention
 from longctx.ops.family import definitions
 
 # Lengths of documents in two rows: one token, one more than a chunk, and no multiple of any.
@@ -35,7 +32,5 @@ def test_form(name, rows, monkeypatch):
     fast = with_gradients(run)(params, inputs(length + 3))
     for op in FAMILIES:
         monkeypatch.setattr(op, "chunked", lambda *a, op=op, chunk=None, **k: op.recurrent(*a, **k))
-    dense = functools.partial(attention.attention, implementation="dense")
-    monkeypatch.setattr(attention, "attention", dense)
     with definitions():
         compare(fast, with_gradients(lambda *a: run(*a))(params, inputs(length + 3)))

@@ -20,7 +20,7 @@ from longctx.layers.positions import (
     XPos,
     YaRN,
 )
-from longctx.ops.attention import attention_by_parts
+from longctx.ops.attention import ATTENTION
 from longctx.ops.patterns import Causal
 from longctx.typing import Segments
 
@@ -112,8 +112,10 @@ def test_far_parts_are_merged():
     q, k, v = (jnp.asarray(rng.standard_normal((1, LENGTH, 2, WIDTH)), jnp.float32) for _ in range(3))
     segments = Segments.single(1, LENGTH)
     parts = DualChunk(trained=12, local=4).parts(q, k, Causal(), segments, segments)
-    found = attention_by_parts([part._replace(q=q) for part in parts], v, segments)
-    expected = attention_by_parts([parts[0]._replace(q=q, pattern=Causal())], v, segments)
+    patterns = tuple(part.pattern for part in parts)
+    keys = tuple(part.k for part in parts)
+    found = ATTENTION(((q,) * len(parts),), (keys, v), segments=segments, pattern=patterns).y
+    expected = ATTENTION((q,), (keys[0], v), segments=segments, pattern=Causal()).y
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 

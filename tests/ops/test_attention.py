@@ -87,7 +87,7 @@ def assert_close(found, expected):
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=TOLERANCE, err_msg=name)
 
 
-def compare(arguments, pattern, segments=None, kv_segments=None, block=32, sinks=False, soft_cap=None):
+def compare(arguments, pattern, segments=None, key_segments=None, block=32, sinks=False, soft_cap=None):
     """Blockwise against dense, outputs and gradients."""
     cotangent = arguments["d"]
     arguments = {name: arguments[name] for name in ("q", "k", "v", *(["sinks"] if sinks else []))}
@@ -96,7 +96,7 @@ def compare(arguments, pattern, segments=None, kv_segments=None, block=32, sinks
         options = {"implementation": implementation, "block": block, "soft_cap": soft_cap}
         function = functools.partial(attention, pattern=pattern, **options)
         return with_gradients(
-            lambda **arguments: function(segment_ids=segments, kv_segment_ids=kv_segments, **arguments),
+            lambda **arguments: function(segments=segments, key_segments=key_segments, **arguments),
             arguments,
             cotangent,
         )
@@ -120,7 +120,7 @@ def test_dense_is_the_formula():
         logits = soft_cap * np.tanh(k[b, seen, h // 2] @ q[b, t, h] / np.sqrt(8) / soft_cap)
         expected[b, t, h] = np.exp(logits) @ v[b, seen, h // 2] / (np.exp(logits).sum() + np.exp(sinks[h]))
     x.pop("d")
-    found = attend(**x, pattern=LOCAL, segment_ids=segments, soft_cap=soft_cap, implementation="dense")
+    found = attend(**x, pattern=LOCAL, segments=segments, soft_cap=soft_cap, implementation="dense")
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 
 
@@ -267,14 +267,14 @@ def test_blockwise_decays_as_dense(pattern, soft_cap):
     x.pop("sinks")
     cotangent = x.pop("d")
     decay = within_documents(log_decays(70), segments)
-    x |= {"decay": decay, "kv_decay": decay}
-    options = {"pattern": pattern, "segment_ids": segments, "soft_cap": soft_cap, "block": 16}
+    x |= {"decay": decay, "key_decay": decay}
+    options = {"pattern": pattern, "segments": segments, "soft_cap": soft_cap, "block": 16}
     found, expected = (
         with_gradients(functools.partial(attention, implementation=name, **options), x, cotangent)
         for name in ("blockwise", "dense")
     )
     assert_close(found, expected)
-    assert np.abs(expected["kv_decay"]).max() > 0.1
+    assert np.abs(expected["key_decay"]).max() > 0.1
 
 
 @pytest.mark.parametrize(("implementation", "platform"), [("cudnn", "gpu"), ("splash", "tpu")])
@@ -301,7 +301,7 @@ def test_partial_results_merge():
         return add_sinks(merge(*parts), sinks).output
 
     cotangent = x.pop("d")
-    dense = functools.partial(attention, pattern=LOCAL, segment_ids=segments, implementation="dense")
+    dense = functools.partial(attention, pattern=LOCAL, segments=segments, implementation="dense")
     assert_close(with_gradients(merged, x, cotangent), with_gradients(dense, x, cotangent))
 
 
@@ -331,7 +331,7 @@ def test_nothing_to_see_gives_zero(implementation):
     queries, keys = (Segments(i, np.zeros_like(i), np.zeros_like(i, bool)) for i in ids)
     cotangent = x.pop("d")
     x.pop("sinks")
-    options = {"segment_ids": queries, "kv_segment_ids": keys, "implementation": implementation, "block": 8}
+    options = {"segments": queries, "key_segments": keys, "implementation": implementation, "block": 8}
     found = with_gradients(functools.partial(attention, **options), x, cotangent)
     seen = np.zeros(24, bool)
     seen[8:16] = True
@@ -370,7 +370,7 @@ def test_blocks_out_of_sight_are_never_read():
     are left out of the schedule."""
     x = inputs(32, keys=96)
     x["k"][:, :32] = x["v"][:, :32] = np.nan
-    segments = {"segment_ids": Segments.single(2, 32, offset=64), "kv_segment_ids": Segments.single(2, 96)}
+    segments = {"segments": Segments.single(2, 32, offset=64), "key_segments": Segments.single(2, 96)}
     options = {"pattern": Causal() & Window(33), "implementation": "blockwise", "block": 32}
     assert np.isfinite(attend(x["q"], x["k"], x["v"], **segments, **options)).all()
 
@@ -421,7 +421,7 @@ def test_blockwise_biases_as_dense(name, pattern):
     x["bias"] = BIASES[name]
 
     def run(implementation):
-        options = {"segment_ids": segments, "implementation": implementation, "block": 16, "soft_cap": 2.0}
+        options = {"segments": segments, "implementation": implementation, "block": 16, "soft_cap": 2.0}
         found = with_gradients(functools.partial(attention, pattern=pattern, **options), x, cotangent)
         return found | {"bias": jax.tree.leaves(found["bias"])[0] / 10}  # a sum over distances, of order 100
 
@@ -515,7 +515,7 @@ def test_splash_interpreted_is_dense(pack):
     segments = packed(150) if pack else None
     options = {"scale": 0.3, "soft_cap": 2.0}
     expected = attend(*x, pattern, segments, implementation="dense", **options)
-    run = functools.partial(splash.attention, pattern=pattern, segment_ids=segments, interpret=True, **options)
+    run = functools.partial(splash.attention, pattern=pattern, segments=segments, interpret=True, **options)
     np.testing.assert_allclose(jax.jit(run)(*x), expected, rtol=0, atol=TOLERANCE)
 
 
@@ -533,7 +533,7 @@ def test_a_kernel_that_is_not_used_is_told(caplog, monkeypatch):
     ops._log.cache_clear()
     x = inputs(256)
     with caplog.at_level(logging.WARNING):
-        jax.eval_shape(attention, x["q"], x["k"], x["v"], segment_ids=jnp.ones((2, 256), jnp.int32))
+        jax.eval_shape(attention, x["q"], x["k"], x["v"], segments=jnp.ones((2, 256), jnp.int32))
     assert "implementation 'blockwise' ('cudnn' takes rows of one document only" in caplog.text
 
 
@@ -553,9 +553,9 @@ def test_choice_is_logged_once(caplog):
         ({"k": jnp.zeros((2, 9, 2, 8)), "v": jnp.zeros((2, 9, 2, 8))}, "q has 8 tokens and k has 9"),
         ({"k": jnp.zeros((2, 8, 3, 8)), "v": jnp.zeros((2, 8, 3, 8))}, "q a multiple of k's heads"),
         ({"v": jnp.zeros((2, 7, 2, 8))}, r"v is float32\[2, 7, 2, 8\], expected Float\[B, S, G, V\]"),
-        ({"kv_segment_ids": jnp.ones((2, 8), jnp.int32)}, "without segment_ids"),
-        ({"segment_ids": jnp.ones((2, 9), jnp.int32)}, r"segment_ids is int32\[2, 9\], expected Int\[B, T\]"),
-        ({"segment_ids": Segments.single(2, 9)}, "one id per token"),
+        ({"key_segments": jnp.ones((2, 8), jnp.int32)}, "without segments"),
+        ({"segments": jnp.ones((2, 9), jnp.int32)}, r"segments is int32\[2, 9\], expected Int\[B, T\]"),
+        ({"segments": Segments.single(2, 9)}, "one id per token"),
     ],
     ids=str,
 )

@@ -97,7 +97,7 @@ def test_no_limit_is_full_attention():
     (q, k, v, *index), _ = inputs(50)
     segments = packed(50)
     y, _ = attend((q, k, v, *index), segments, count=None)
-    np.testing.assert_allclose(y, attention(q, k, v, segment_ids=segments), atol=1e-5)
+    np.testing.assert_allclose(y, attention(q, k, v, segments=segments), atol=1e-5)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops.attention import attention
+from longctx.ops.attention import ATTENTION, attention
 from longctx.ops.patterns import (
     Blocks,
     Causal,
@@ -29,7 +29,6 @@ from longctx.ops.patterns import (
     parse,
     terms,
 )
-from longctx.parallel import sequence
 
 LENGTH = 50
 LAYOUT = np.random.default_rng(3).random((5, 6)) < 0.3
@@ -352,7 +351,7 @@ def test_behind_is_what_is_visible_behind(pattern):
         np.testing.assert_array_equal(side, expected)
 
 
-@pytest.mark.parametrize("attend", [attention, lambda q, k, v, pattern: sequence.attention(q, k, v, pattern, None)])
+@pytest.mark.parametrize("attend", [attention, lambda q, k, v, pattern: ATTENTION((q,), (k, v), pattern=pattern).y])
 def test_a_text_where_a_pattern_is_expected(attend):
     """Read as `parse` reads it, or refused by name; so is what is neither."""
     x = jax.random.normal(jax.random.key(0), (1, 12, 2, 4))

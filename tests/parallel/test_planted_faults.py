@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attending import attend
 
 from longctx import config
 from longctx.ops import linear_scan
@@ -70,12 +71,12 @@ CASES = {
         )[0],
     ),
     "halo": (
-        lambda q, k, v: sequence.attention(q, k, v, NEAR, segments()),
+        lambda q, k, v: attend(q, k, v, NEAR, segments()),
         arrays(*[(LENGTH, 1, 4)] * 3),
         lambda q, k, v: simulate.halo(q, k, v, NEAR, segments(), SHARDS),
     ),
     "ring": (
-        lambda q, k, v: sequence.attention(q, k, v, Causal(), segments()),
+        lambda q, k, v: attend(q, k, v, Causal(), segments()),
         arrays(*[(LENGTH, 1, 4)] * 3),
         lambda q, k, v: simulate.ring(q, k, v, Causal(), segments(), SHARDS),
     ),
@@ -127,7 +128,7 @@ def local(segments):
 
 
 def positions_restart(patch):
-    patch(sharded, "attention", lambda parts, v, own, *a, f=sharded.attention, **k: f(parts, v, local(own), *a, **k))
+    patch(sharded, "attention", lambda *a, f=sharded.attention: f(*a[:3], local(a[3]), *a[4:]))
 
 
 def start_lost(patch):

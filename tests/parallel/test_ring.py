@@ -11,7 +11,6 @@ import pytest
 from longctx import config
 from longctx.ops import attention as ops
 from longctx.ops import biases, blockwise
-from longctx.ops.attention import Part
 from longctx.ops.patterns import Causal, Window
 from longctx.parallel import balance, mesh, ring, tree
 from longctx.typing import Segments
@@ -191,7 +190,7 @@ def test_tree(devices):
     query = Segments(jnp.ones((BATCH, 1), int), jnp.full((BATCH, 1), 40), jnp.zeros((BATCH, 1), bool))
 
     def run(q, k, v, query, held):
-        return tree.decode([Part(q, k, Causal())], v, query, held, "context")
+        return tree.merged(ops.attention_partial(q, k, v, Causal(), query, held), "context")
 
     result = island(run, devices, (WHOLE, SHARD, SHARD, WHOLE, SHARD), WHOLE)(q, k, v, query, held)
     expected = ops.attention_partial(q, k, v, Causal(), query, held)

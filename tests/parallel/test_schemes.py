@@ -13,7 +13,7 @@ from flax import nnx
 from longctx import config
 from longctx.errors import UsageError
 from longctx.layers.attention import Attention
-from longctx.ops.attention import Part
+from longctx.ops.attention import ATTENTION, attention_partial
 from longctx.ops.patterns import Causal
 from longctx.parallel import attention as sharded
 from longctx.parallel import mesh, schemes, tree
@@ -65,8 +65,8 @@ def compiled(scheme, length, monkeypatch, gradients):
     monkeypatch.setattr(schemes, "choose", lambda case, named: scheme)
 
     def run(q, k, v, segments):
-        part = [sharded.ops.Part(q, k, Causal())]
-        return sharded.attention(part, v, segments, "context", block=64)
+        call = ATTENTION.prepare((q,), (k, v), segments=segments, options=ATTENTION.options(Causal(), block=64))
+        return sharded.attention(*call[:4], call.options, "context")
 
     def forward(q, k, v, segments):
         spec = jax.P(None, "context")
@@ -110,7 +110,7 @@ def test_bytes_of_the_tree():
 
     def sent(length):
         def run(q, k, v, query, held):
-            return tree.decode([Part(q, k, Causal())], v, query, held, "context").output
+            return tree.merged(attention_partial(q, k, v, Causal(), query, held), "context").output
 
         with jax.set_mesh(mesh.make(config.Mesh(1, DEVICES, 1))):
             shard, whole = jax.P(None, "context"), jax.P()

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attending import attend
 from jax.sharding import NamedSharding
 
 from longctx import config
@@ -58,14 +59,12 @@ def in_turn(segments, x, wx, r):
 
 
 def attending(pattern, **options):
-    return lambda segments, sinks, q, k, v: sequence.attention(q, k, v, pattern, segments, sinks=sinks, **options)
+    return lambda segments, sinks, q, k, v: attend(q, k, v, pattern, segments, sinks=sinks, **options)
 
 
 def by_heads(segments, q, k, v, decay, slopes):
     """Eight heads, which four or eight devices share: that is less to send than all keys round the ring."""
-    return sequence.attention(
-        q, k, v, Causal(), segments, decay=decay, bias=biases.Alibi(slopes), context_parallel="heads"
-    )
+    return attend(q, k, v, Causal(), segments, decay=decay, bias=biases.Alibi(slopes), context_parallel="heads")
 
 
 def convolving(segments, state, x, kernel):
@@ -227,7 +226,7 @@ def test_short_spans_are_not_split(length):
     with jax.set_mesh(mesh.make(config.Mesh(1, 4, 1))):
         y, after = sequence.recurrence(linear_scan, *inputs, state=state, segments=None)
         q, k, v = (x[:, :length] for x in arguments("window")[1:])
-        assert sequence.attention(q, k, v, Causal(), None).shape == (BATCH, length, HEADS, KEYS)
+        assert attend(q, k, v, Causal(), None).shape == (BATCH, length, HEADS, KEYS)
     expected = linear_scan.recurrent(*inputs, state)
     np.testing.assert_allclose(y, expected[0], atol=1e-6)
     np.testing.assert_allclose(after, expected[1], atol=1e-6)
@@ -237,11 +236,11 @@ def test_refusals():
     q, k, v = arguments("window")[1:]
     with jax.set_mesh(mesh.make(config.Mesh(1, 8, 1))):
         with pytest.raises(ValueError, match=r"a span of 63 tokens .* context=8 devices; pad it .* such as 64"):
-            sequence.attention(q[:, 1:], k[:, 1:], v[:, 1:], Causal(), None)
+            attend(q[:, 1:], k[:, 1:], v[:, 1:], Causal(), None)
         with pytest.raises(ValueError, match=r"Window\(size=4\) lets a query see keys after it"):
-            sequence.attention(q, k, v, Window(4), None)
+            attend(q, k, v, Window(4), None)
         with pytest.raises(NotImplementedError, match="implementation 'cudnn' gives no partial results"):
-            sequence.attention(q, k, v, Causal(), None, implementation="cudnn")
+            attend(q, k, v, Causal(), None, implementation="cudnn")
 
 
 def test_groups_that_straddle_shards_are_refused():

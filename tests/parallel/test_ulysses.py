@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attending import attend
 
 from longctx import config
 from longctx.ops import biases
 from longctx.ops.patterns import Causal
-from longctx.parallel import gather, mesh, sequence
+from longctx.parallel import gather, mesh
 from longctx.typing import Segments
 
 BATCH, LENGTH, KEYS, WIDTH = 2, 64, 8, 6
@@ -39,7 +40,7 @@ def program(**options):
 
     def loss(q, k, v, decay, slopes, sinks):
         added = {"decay": decay, "bias": biases.Alibi(slopes), "sinks": sinks, "soft_cap": 5.0}
-        y = sequence.attention(q, k, v, Causal(), segments, **added, **options)
+        y = attend(q, k, v, Causal(), segments, **added, **options)
         return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
 
     return jax.jit(jax.grad(loss, argnums=range(6), has_aux=True))
@@ -115,12 +116,12 @@ def test_refusals():
     q, k, v, *_ = inputs(6, 2)
     with jax.set_mesh(mesh.make(config.Mesh(1, 8, 1))):
         with pytest.raises(ValueError, match=r"'heads', and 8 devices along context cannot share 6 heads .* choose"):
-            sequence.attention(q, k, v, Causal(), packed(), context_parallel="heads")
+            attend(q, k, v, Causal(), packed(), context_parallel="heads")
         with pytest.raises(ValueError, match=r"context_parallel is 'ulysses'; choose one of auto, ring,"):
-            sequence.attention(q, k, v, Causal(), packed(), context_parallel="ulysses")
+            attend(q, k, v, Causal(), packed(), context_parallel="ulysses")
     q, k, v, *_ = inputs(3, 1)
     with (
         jax.set_mesh(mesh.make(config.Mesh(1, 8, 1))),
         pytest.raises(ValueError, match=r"'both', and 8 devices .* in groups of fewer devices; give"),
     ):
-        sequence.attention(q, k, v, Causal(), packed(), context_parallel="both")
+        attend(q, k, v, Causal(), packed(), context_parallel="both")

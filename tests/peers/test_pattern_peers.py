@@ -85,7 +85,7 @@ def layouts(drawn: np.ndarray, block: int) -> Heads:
 def ours(name: str, golden: dict, implementation: str) -> dict[str, np.ndarray]:
     """What the golden holds, computed by us."""
     case, (x, ids) = CASES[name], inputs(CASES[name])
-    attend = functools.partial(attention, segment_ids=ids, implementation=implementation)
+    attend = functools.partial(attention, segments=ids, implementation=implementation)
     attend = functools.partial(attend, block=24 if implementation == "blockwise" else None)
 
     def project(x, kind=""):

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from longctx.ops.backend import platform
 
 
-def refusal(q, k, v, pattern, *, segment_ids, kv_segment_ids, sinks, soft_cap, decay, bias) -> str | None:
+def refusal(q, k, v, pattern, *, segments, key_segments, sinks, soft_cap, decay, bias) -> str | None:
     """Why cuDNN cannot compute this, as the end of a sentence; None if it can. Arguments as `attention`."""
     if platform() != "gpu":
         return f"needs an NVIDIA GPU, and the platform is {platform()}; use 'blockwise'."
-    if segment_ids is not None or kv_segment_ids is not None:
+    if segments is not None or key_segments is not None:
         return "takes rows of one document only; pass no segment ids, or use 'blockwise'."
     if any(x is not None for x in (sinks, soft_cap, decay, bias)):
         return "has neither sinks, nor soft cap, nor decay, nor bias; use 'blockwise'."
@@ -31,9 +31,9 @@ def refusal(q, k, v, pattern, *, segment_ids, kv_segment_ids, sinks, soft_cap, d
     return None
 
 
-def attention(q, k, v, pattern, *, segment_ids, scale, soft_cap):
+def attention(q, k, v, pattern, *, segments, scale, soft_cap):
     """Causal attention, within the pattern's window if it has one. Arguments as `attention`, after `refusal`."""
-    del segment_ids, soft_cap  # None: refused otherwise
+    del segments, soft_cap  # None: refused otherwise
     window = None if pattern.reach is None else (pattern.reach, 0)
     return jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, local_window_size=window, implementation="cudnn"

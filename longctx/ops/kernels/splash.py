@@ -16,13 +16,13 @@ from longctx.typing import Segments
 _LANES = 128  # the kernel's tiles; lengths are filled up to a multiple of it
 
 
-def refusal(q, k, v, pattern, *, segment_ids, kv_segment_ids, sinks, soft_cap, decay, bias) -> str | None:
+def refusal(q, k, v, pattern, *, segments, key_segments, sinks, soft_cap, decay, bias) -> str | None:
     """Why splash cannot compute this, as the end of a sentence; None if it can. Arguments as `attention`."""
-    del k, v, segment_ids, soft_cap
+    del k, v, segments, soft_cap
     if platform() != "tpu":
         return f"needs a TPU, and the platform is {platform()}; use 'blockwise'."
-    if kv_segment_ids is not None:
-        return "takes keys that are the queries' own tokens, and kv_segment_ids were given; use 'blockwise'."
+    if key_segments is not None:
+        return "takes keys that are the queries' own tokens, and key_segments were given; use 'blockwise'."
     if any(x is not None for x in (sinks, decay, bias)):
         return "has neither sinks, nor decay, nor bias; use 'blockwise'."
     if pattern.ahead != 0 or not pattern.band:
@@ -34,7 +34,7 @@ def refusal(q, k, v, pattern, *, segment_ids, kv_segment_ids, sinks, soft_cap, d
     return None
 
 
-def attention(q, k, v, pattern, *, segment_ids, scale, soft_cap, interpret=False):
+def attention(q, k, v, pattern, *, segments, scale, soft_cap, interpret=False):
     """Causal attention, within the pattern's window if it has one. Arguments as `attention`, after `refusal`.
 
     With `interpret` the kernel is interpreted, on any platform.
@@ -64,9 +64,9 @@ def attention(q, k, v, pattern, *, segment_ids, scale, soft_cap, interpret=False
         interpret=interpret,
     )
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q * scale, k, v))
-    if segment_ids is None:
+    if segments is None:
         return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)[:, :length]
-    segments = Segments.of(segment_ids, batch, length)
+    segments = Segments.of(segments, batch, length)
     ids = jnp.pad(segments.ids, ((0, 0), (0, padding)))
     y = jax.vmap(kernel)(q, k, v, splash_attention.SegmentIds(ids, ids)).swapaxes(1, 2)[:, :length]
     return jnp.where(segments.valid[:, :, None, None], y, 0)  # padding sees padding there
