@@ -181,7 +181,7 @@ def _rows(cls: Any) -> Iterator[tuple[str, str, str]]:
     for field in dataclasses.fields(options):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         default = "required" if required else _shown(field)
-        kind = re.sub(r"\b(Tokens|Seed|Size|Taps)\b", "int", str(field.type))
+        kind = re.sub(r"\b(Tokens|Seed|Size|Taps)\b", "int", str(field.type).replace("Text", "str"))
         more = f"; left out, {FOLLOWS}" if field.name in config.following(options) else ""
         yield f"{field.name}: {kind}", default, told[field.name] + more
 

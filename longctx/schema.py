@@ -29,6 +29,12 @@ class Bound(NamedTuple):
     most: int
 
 
+class Written(NamedTuple):
+    """Classes whose objects may be given for a text, that which `str` makes of them: `Annotated[str, Written(...)]`."""
+
+    classes: tuple[type, ...]
+
+
 SIZE = Bound(-(2**20), 2**20)  # of a whole number without another: sizes of arrays, and how many there are of something
 Size = Annotated[int, Bound(1, 2**20)]
 Tokens = Annotated[int, Bound(-(2**31) + 1, 2**31 - 1)]  # of a row or a document, and steps of training
@@ -156,6 +162,8 @@ class _Builder:
         bound = SIZE
         if typing.get_origin(hint) is Annotated:
             hint, bound = typing.get_args(hint)[:2]
+            if isinstance(bound, Written) and isinstance(value, bound.classes):
+                value = str(value)
         origin, inner = typing.get_origin(hint), typing.get_args(hint)
         if origin in (typing.Union, types.UnionType):
             return None if value is None else self.value(*(set(inner) - {types.NoneType}), value, path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,10 @@ from longctx.ops.cope import COPE
 from longctx.ops.partial import Partial
 from longctx.ops.patterns import Causal, Heads, Pattern, causal, parse
 from longctx.parallel import schemes, sequence
-from longctx.schema import Options
+from longctx.schema import Options, Written
 from longctx.typing import Segments
+
+Text = Annotated[str, Written((Pattern, Heads))]  # of a pattern
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +55,7 @@ class Attention(Projections):
         heads: int = 4  # H
         kv_heads: int = 4  # G, divides H
         head_width: int = 32  # K
-        pattern: str = "Causal()"  # what a query sees of the tokens up to it, such as "Window(512) | Sinks(4)"
+        pattern: Text = "Causal()"  # what a query sees of the tokens up to it, such as "Window(512) | Sinks(4)"
         positions: Positions = ROPE  # one of `layers/positions.py`, such as {"kind": "yarn", "factor": 8.0}
         conv_width: int = 0  # taps of a causal convolution on queries, keys and values; 0: none
         qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales

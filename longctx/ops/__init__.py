@@ -26,7 +26,6 @@ nsa            softmax over pooled blocks, the likest of them, and a window     
 indexer_topk   softmax over the tokens that an indexer scores highest               state: all tokens
 lsh            softmax over the keys of the query's own bucket       state: all tokens
 cope           softmax with positions that count the tokens between  state: all tokens
-entmax         attention whose weights can be exactly 0, in place of softmax
 infini         y_t = M^T f(q_t) / z.f(q_t), M and z of the segments before t's own     state: a matrix twice
 infini_delta   the same, M written with what it does not hold yet              state: a matrix twice
 block_recurrent  R vectors that attend to each other and to a block of W tokens     state: they, and W tokens

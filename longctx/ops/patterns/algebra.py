@@ -401,7 +401,7 @@ class Sum(Either):
     band = False
 
     def __repr__(self):
-        return f"{self.first} + {self.second}"
+        return " + ".join(f"({one})" if type(one) is Either else f"{one}" for one in (self.first, self.second))
 
     def times(self, q_positions, k_positions):
         first, second = (one.times(q_positions, k_positions) for one in (self.first, self.second))
@@ -473,6 +473,9 @@ class Heads:
     def __post_init__(self):
         if not self.patterns:
             raise ValueError("Heads has no patterns; give at least one.")
+
+    def __str__(self):
+        return ", ".join(map(str, self.patterns)) + "," * (len(self.patterns) == 1)
 
     @property
     def union(self) -> Pattern:

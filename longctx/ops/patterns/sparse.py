@@ -293,7 +293,7 @@ class RandomBlocks(Pattern):
         return one & self.touches(q, k)
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True)
 class Blocks(Pattern):
     """Any layout of blocks: query block i sees key block j where `layout[i, j]`; nothing beyond the layout.
 
@@ -314,9 +314,6 @@ class Blocks(Pattern):
                 "at least one True."
             )
         object.__setattr__(self, "layout", tuple(map(tuple, layout.tolist())))
-
-    def __repr__(self):
-        return f"Blocks({len(self.layout)} x {len(self.layout[0])}, {self.block})"
 
     @property
     def _distance(self):

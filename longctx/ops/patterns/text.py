@@ -19,6 +19,8 @@ NAMES: dict[str, Callable[..., Pattern]] = {
     "Dilated": sparse.Dilated,
     "Sinks": sparse.Sinks,
     "Global": sparse.Global,
+    "Keys": sparse.Keys,
+    "Queries": sparse.Queries,
     "RandomBlocks": sparse.RandomBlocks,
     "Blocks": sparse.Blocks,
 }
