@@ -87,18 +87,70 @@ class Data(Options):
 
 
 @dataclasses.dataclass(frozen=True)
-class Block(Options):
-    """One kind of block: a mixer over the sequence and an MLP over the width."""
+class Norm(Options):
+    """A norm of vectors over their width."""
 
-    mixer: Mixer  # its kind and options, such as {"kind": "attention", "heads": 8}
-    mlp: MLP  # likewise
+    kinds: ClassVar[Mapping[str, type]] = {}  # `longctx.layers.NORMS`
+
+    kind: str = "rms"  # divides by the root of the mean square; "layer": of what is left when the mean is subtracted
+    epsilon: float = 1e-6  # added to the mean square
+    offset: float = 0.0  # added to the learned scale, which begins as much lower: 1 for Gemma's x (1 + w)
+    scale: bool = True  # a learned factor per channel
+    bias: bool = False  # a learned term per channel
+
+    def problems(self):
+        if self.kinds:  # known once the layers are
+            yield from _one_of("kind", self.kind, tuple(self.kinds))
+        if self.epsilon < 0:
+            yield f"epsilon is {self.epsilon}; it must not be negative"
+
+
+RESIDUALS = ("pre", "post", "sandwich", "parallel", "parallel_shared")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block(Options):
+    """One kind of block: a mixer over the sequence and an MLP over the width (`longctx.models.block`)."""
+
+    mixer: Mixer | None  # its kind and options, such as {"kind": "attention", "heads": 8}; None: no mixer
+    mlp: MLP | None  # likewise
+    beside: Mixer | None = None  # a second mixer, whose output is added to the first one's
+    norm: Norm = Norm()  # of what they read, or of what they give
+    residual: str = "pre"  # where the norms are, and what is added: pre, post, sandwich, parallel or parallel_shared
+    multiplier: float = 1.0  # of what is added
+
+    def problems(self):
+        if self.mixer is None and self.mlp is None:
+            yield "mixer and mlp are both None; give at least one of them"
+        if self.beside is not None and self.mixer is None:
+            yield "beside is given without a mixer to be beside of; give it as mixer"
+        yield from _one_of("residual", self.residual, RESIDUALS)
+        if self.residual.startswith("parallel") and None in (self.mixer, self.mlp):
+            yield f"residual is '{self.residual}', which adds a mixer and an MLP; give both, or choose another"
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        """The options of its mixers and its MLP, by field."""
+        parts = {"mixer": self.mixer, "beside": self.beside, "mlp": self.mlp}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class Embedding(Options):
-    """The vectors of tokens, and those that logits are products with."""
+    """The vectors of tokens, and how logits are made of hidden vectors."""
 
     tied: bool = True  # one matrix is both; else each has its own, and they begin as the same
+    scale: float = 0.0  # of the vectors of tokens; 0: √D
+    logit_scale: float = 1.0  # of the logits
+    bias: bool = False  # a learned term of each logit
+    soft_cap: float = 0.0  # logits become cap · tanh(logits / cap); 0: none
+
+    def problems(self):
+        if min(self.scale, self.soft_cap) < 0 or self.logit_scale <= 0:
+            yield (
+                f"scale is {self.scale}, soft_cap is {self.soft_cap} and logit_scale is {self.logit_scale}; the first "
+                "two must not be negative, and the last must be above 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +174,9 @@ class Model(Options):
     width: int = 128  # D
     repeats: int = 1  # times the pattern is repeated (its parameters stacked, one scan)
     embedding: Embedding = Embedding()  # of tokens, and back
+    final_norm: Norm = Norm()  # of what logits are made of
     dtype: str = "auto"  # of activations; "auto" is bfloat16 on GPU and TPU, float32 on CPU
+    param_dtype: str = "float32"  # of the matrices that multiply activations; all other parameters are float32
     remat: str = "none"  # what the backward pass recomputes: "none", "dots", "full", "offload"; see above
 
     def problems(self):
@@ -134,6 +188,7 @@ class Model(Options):
             if name not in self.blocks:
                 yield f"pattern names the block '{name}', not among blocks: {sorted(self.blocks)}"
         yield from _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        yield from _one_of("param_dtype", self.param_dtype, ("float32", "bfloat16"))
         yield from _one_of("remat", self.remat, ("none", "dots", "full", "offload"))
 
 

@@ -45,6 +45,8 @@ PARTS = {
     "experiment": config.Experiment,
     "model": config.Model,
     "block": config.Block,
+    "norm": config.Norm,
+    "embedding": config.Embedding,
     "training": config.Training,
     "stage": config.Stage,
     "mesh": config.Mesh,

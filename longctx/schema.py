@@ -2,7 +2,8 @@
 
 Every part of an experiment is made of them: the options of layers, position schemes and tasks, and `longctx.config`.
 A field is a bool, int, float or str, a tuple of one of these, a mapping with names, other options, or options that are
-chosen by kind; or None, where its annotation says so. `build` and `plain` are each other's inverse.
+chosen by kind; or None, where its annotation says so: options that may be None are also given as False, for none, and
+as True, for their defaults. `build` and `plain` are each other's inverse.
 """
 
 from __future__ import annotations
@@ -166,7 +167,10 @@ class _Builder:
                 value = str(value)
         origin, inner = typing.get_origin(hint), typing.get_args(hint)
         if origin in (typing.Union, types.UnionType):
-            return None if value is None else self.value(*(set(inner) - {types.NoneType}), value, path)
+            (hint,) = set(inner) - {types.NoneType}
+            if isinstance(value, bool) and dataclasses.is_dataclass(hint):
+                return hint() if value else None
+            return None if value is None else self.value(hint, value, path)
         if origin is tuple:
             return self._tuple(inner, value, path)
         if origin is not None and issubclass(origin, Mapping):

@@ -54,9 +54,9 @@ def options(rng: random.Random, cls: type, share: float = 0.3) -> dict:
 def tree(rng: random.Random) -> dict:
     """An experiment as a dictionary, which an experiment file may well have written."""
     names = [f"b{i}" for i in range(rng.randint(1, 3))]
-    block = {name: {part: value(rng, hint, None) for part, hint in PARTS.items()} for name in names}
+    block = {name: options(rng, config.Block, 0.2) | {"mixer": value(rng, config.Mixer, None)} for name in names}
     found = {
-        "model": {"pattern": tuple(rng.choices(names, k=3)), "blocks": block},
+        "model": options(rng, config.Model, 0.2) | {"pattern": tuple(rng.choices(names, k=3)), "blocks": block},
         "training": {"stages": [(rng.randint(1, 9), 4, 512)]} | options(rng, config.Training, 0.1),
     }
     for name, hint in typing.get_type_hints(config.Experiment, include_extras=True).items():
@@ -64,9 +64,6 @@ def tree(rng: random.Random) -> dict:
             found[name] = ["string", "json"] if name == "plugins" else value(rng, hint, None)
     found["training"]["stages"] = [(rng.randint(1, 9), 4, 512)]
     return found
-
-
-PARTS = {"mixer": config.Mixer, "mlp": config.MLP}
 
 
 def repaired(given: dict) -> config.Experiment:

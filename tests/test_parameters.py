@@ -17,6 +17,7 @@ from longctx import config
 from longctx.errors import UsageError
 from longctx.layers import MIXERS, MLPS
 from longctx.layers.attention import Attention
+from longctx.layers.basic import Projections
 from longctx.layers.positions import Positions
 from longctx.models import LanguageModel
 from longctx.parallel import rules
@@ -69,6 +70,9 @@ def cases(kind):
             yield {field.name: not field.default}
         elif field.name == "conv_width" and not field.default:
             yield {field.name: 4}
+    if issubclass(KINDS[kind].Config, Projections.Config):
+        yield {"bias": "all", "gate": "channel", "qk_norm": {"kind": "layer", "over": "all", "bias": True}}
+        yield {"gate": "head", "qk_norm": {"over": "each"}}
     if kind == "attention":
         yield from ({"positions": _scheme(name)} for name in Positions.kinds)
 
@@ -96,8 +100,8 @@ def every_parameter():
         for options in cases(kind):
             if valid(kind, options):
                 found[kind] |= layer(kind, **options)
-    block = config.Block(Attention.Config(), MLPS["relu2"].Config())
-    options = config.Model(("a",), {"a": block}, width=D, embedding=config.Embedding(tied=False))
+    block = config.Block(Attention.Config(), MLPS["relu2"].Config(), norm=config.Norm(bias=True), residual="sandwich")
+    options = config.Model(("a",), {"a": block}, width=D, embedding=config.Embedding(tied=False, bias=True))
     model = parameters(lambda: LanguageModel(options, 64, nnx.Rngs(params=0)))
     found["language_model"] = {path: v for path, v in model.items() if ".mixer." not in path and ".mlp." not in path}
     return found

@@ -1,6 +1,6 @@
 """Flax NNX modules: parameters, projections, and a call into `longctx.ops` by way of `longctx.parallel`.
 
-`MIXERS` and `MLPS` are the registries that experiment files name and that the laws run over. A mixer is
+`MIXERS`, `MLPS` and `NORMS` are the registries that experiment files name; the laws run over the first two. A mixer is
 
     mixer = Mixer(width, options: Mixer.Config, rngs)
     y, state = mixer(x[B, T, D], segments=None, state=None)
@@ -9,9 +9,10 @@
 where no segments are one document, and so is an MLP: most have no state, and return None for it.
 """
 
-from longctx.config import MLP, Mixer
+from longctx.config import MLP, Mixer, Norm
 from longctx.layers.adaptive_span import AdaptiveSpan
 from longctx.layers.attention import Attention
+from longctx.layers.basic import LayerNorm, RMSNorm
 from longctx.layers.block_recurrent import BlockRecurrent
 from longctx.layers.delta_net import DeltaNet
 from longctx.layers.forgetting import Forgetting
@@ -32,7 +33,7 @@ from longctx.layers.lru import LRU
 from longctx.layers.lsh import LSH
 from longctx.layers.mamba import Mamba
 from longctx.layers.mamba2 import Mamba2
-from longctx.layers.mlp import SquaredReLU, SwiGLU
+from longctx.layers.mlp import GELU, GeGLU, SquaredReLU, SwiGLU
 from longctx.layers.mlstm import MLSTM
 from longctx.layers.moba import MoBA
 from longctx.layers.multi_resolution import MultiResolution
@@ -91,10 +92,14 @@ MIXERS = Kinds(
 
 MLPS = Kinds(
     {
+        "geglu": GeGLU,
+        "gelu": GELU,
         "inplace_ttt": InPlaceTTT,
         "relu2": SquaredReLU,
         "swiglu": SwiGLU,
     }
 )
 
-Mixer.kinds, MLP.kinds = MIXERS, MLPS
+NORMS = {"layer": LayerNorm, "rms": RMSNorm}
+
+Mixer.kinds, MLP.kinds, Norm.kinds = MIXERS, MLPS, NORMS

@@ -14,11 +14,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import Attention, AttentionState
-from longctx.layers.basic import document
+from longctx.layers.basic import Projections, document
 from longctx.layers.positions import ROPE, Positions
 from longctx.ops.attach import attach
 from longctx.ops.biases import AdaptiveSpan as Span
-from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -31,13 +30,8 @@ class AdaptiveSpan(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config(Options):
-        heads: int = 4  # H
-        kv_heads: int = 4  # G, divides H
-        head_width: int = 32  # K
+    class Config(Projections.Config):
         positions: Positions = ROPE  # one of `layers/positions.py`, but none with a bias
-        conv_width: int = 0  # taps of a causal convolution on queries, keys and values; 0: none
-        qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
         longest: int = 32  # tokens, the most that a span can be
         ramp: int = 8  # R, tokens over which weights fade out after it
         initial: float = 0.5  # span at first, as a share of the longest
@@ -55,8 +49,8 @@ class AdaptiveSpan(nnx.Module):
         @property
         def attention(self) -> Attention.Config:
             """The options of the attention inside."""
-            names = "heads", "kv_heads", "head_width", "positions", "conv_width", "qk_norm"
-            shared = {name: getattr(self, name) for name in names}
+            names = [field.name for field in dataclasses.fields(Projections.Config)]
+            shared = {name: getattr(self, name) for name in ("positions", *names)}
             return Attention.Config(**shared, pattern=f"Window({self.longest + self.ramp})")
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):

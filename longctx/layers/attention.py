@@ -23,12 +23,12 @@ from longctx.layers.basic import Projections, document
 from longctx.layers.positions import ROPE, CoPE, Positions
 from longctx.memory.cache import KVCache
 from longctx.ops import attention as ops
+from longctx.ops import cope
 from longctx.ops.biases import Bias
-from longctx.ops.cope import COPE
 from longctx.ops.partial import Partial
 from longctx.ops.patterns import Causal, Heads, Pattern, causal, parse
 from longctx.parallel import schemes, sequence
-from longctx.schema import Options, Written
+from longctx.schema import Written
 from longctx.typing import Segments
 
 Text = Annotated[str, Written((Pattern, Heads))]  # of a pattern
@@ -51,25 +51,21 @@ class Attention(Projections):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config(Options):
-        heads: int = 4  # H
-        kv_heads: int = 4  # G, divides H
-        head_width: int = 32  # K
-        pattern: Text = "Causal()"  # what a query sees of the tokens up to it, such as "Window(512) | Sinks(4)"
+    class Config(Projections.Config):
+        value_width: int = 0  # V; 0: K
+        pattern: Text = "Causal()"  # the tokens up to it that are visible to a query, such as "Window(512) | Sinks(4)"
         positions: Positions = ROPE  # one of `layers/positions.py`, such as {"kind": "yarn", "factor": 8.0}
-        conv_width: int = 0  # taps of a causal convolution on queries, keys and values; 0: none
-        qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
+        scale: float = 0.0  # of the logits; 0: 1 / √K
         length_base: float = 0.0  # n: logits are scaled by log(tokens so far + 1) / log n; 0: not
         sinks: bool = False  # a learned logit per head that joins the softmax's denominator
-        persistent: int = 0  # learned tokens that every query sees besides, at no position (Titans)
+        persistent: int = 0  # learned tokens that are visible to every query besides, at no position (Titans)
         soft_cap: float = 0.0  # logits become cap · tanh(logits / cap); 0: none
         context_parallel: str = "auto"  # how devices meet all keys of a row: auto, ring, heads, both, or gather
 
         def problems(self):
-            if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
-                yield f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads"
-            if min(self.conv_width, self.soft_cap, self.persistent) < 0:
-                yield "conv_width, soft_cap and persistent must not be negative"
+            yield from super().problems()
+            if min(self.value_width, self.scale, self.soft_cap, self.persistent) < 0:
+                yield "value_width, scale, soft_cap and persistent must not be negative"
             yield from (f"positions.{problem}" for problem in self.positions.refusals(self.head_width))
             if self.length_base and self.length_base <= 1:
                 yield f"length_base is {self.length_base}; give a length above 1, or 0 for no scaling"
@@ -123,7 +119,7 @@ class Attention(Projections):
         k = options.positions.stored(k, segments.positions)
         after = self._placed(cache.append(k, v, segments))
         y = self._attend(q, k, v, segments, None if state is None else (cache, after), bias)
-        return self.out(y.reshape(batch, length, -1)), AttentionState(after, tail)
+        return self.back(x, y), AttentionState(after, tail)
 
     def _attend(self, q, k, v, segments: Segments, caches: tuple[KVCache, KVCache] | None, bias):
         """Attention to the span, and to what the cache before it holds."""
@@ -133,13 +129,15 @@ class Attention(Projections):
         documents = {"segments": segments, "key_segments": held}
         learned = None if self.positions is None else self.positions[...]
         if isinstance(scheme, CoPE):
-            return sequence.attend(COPE, (q,), (k, v), (learned,), **documents).y
+            settings = cope.Options(scale=options.scale or None)
+            return sequence.attend(cope.COPE, (q,), (k, v), (learned,), options=settings, **documents).y
         sinks = None if self.sinks is None else self.sinks[...]
         bias = scheme.bias(learned, options.heads) if bias is None else bias
         parts = scheme.parts(q, k, self.pattern, segments, segments if held is None else held)
         queries, keys, pattern = zip(*parts, strict=True)
         inputs = (queries, None, self._besides(q)), (keys, v), (sinks, bias)
-        settings = ops.Options(pattern, soft_cap=options.soft_cap or None, context_parallel=options.context_parallel)
+        caps = {"scale": options.scale or None, "soft_cap": options.soft_cap or None}
+        settings = ops.Options(pattern, context_parallel=options.context_parallel, **caps)
         return sequence.attend(ops.ATTENTION, *inputs, options=settings, **documents).y
 
     def _besides(self, q: Float[Array, "B T H K"]) -> Partial | None:
@@ -148,25 +146,23 @@ class Attention(Projections):
         if self.persistent is None:
             return None
         tokens = self.persistent[...].astype(q.dtype)
-        k, v = (
-            part.reshape(-1, options.kv_heads, options.head_width) for part in (self.key(tokens), self.value(tokens))
-        )
-        k = k if self.key_norm is None else self.key_norm(k)
+        k = self.heads(self.key(tokens), self.key_norm)
+        v = self.value(tokens).reshape(-1, options.kv_heads, options.of_values)
         grouped = q.reshape(*q.shape[:2], options.kv_heads, -1, options.head_width)
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        logits = product("btgrk,pgk->btgrp", grouped, k) * options.head_width**-0.5
+        logits = product("btgrk,pgk->btgrp", grouped, k) * (options.scale or options.head_width**-0.5)
         if options.soft_cap:
             logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
-        output = product("btgrp,pgk->btgrk", jax.nn.softmax(logits, axis=-1), v.astype(jnp.float32))
+        output = product("btgrp,pgv->btgrv", jax.nn.softmax(logits, axis=-1), v.astype(jnp.float32))
         logsumexp = jax.nn.logsumexp(logits, axis=-1)
-        return Partial(output.reshape(q.shape), logsumexp.reshape(q.shape[:3]))
+        return Partial(output.reshape(*q.shape[:3], -1), logsumexp.reshape(q.shape[:3]))
 
     def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
         options, pattern = self.options, self.pattern.union
         anchors = () if pattern.reach is None else pattern.anchors
         capacity = capacity if pattern.reach is None else pattern.reach + 1
-        width = options.head_width
-        return self._placed(KVCache.empty(batch, capacity, options.kv_heads, width, width, dtype, anchors=anchors))
+        shape = batch, capacity, options.kv_heads, options.head_width, options.of_values
+        return self._placed(KVCache.empty(*shape, dtype, anchors=anchors))
 
     def _placed(self, cache: KVCache) -> KVCache:
         """A cache that grows with the document is shared by the devices along `context`."""
@@ -233,4 +229,4 @@ def _lags(options: Attention.Config) -> np.ndarray:
     queries, keys = (
         np.concatenate([phrase * (head % 2) for head in range(heads)]) for heads in (options.heads, options.kv_heads)
     )
-    return np.concatenate([queries, 1 + keys, np.zeros_like(keys)])
+    return np.concatenate([queries, 1 + keys, np.zeros(options.kv_heads * options.of_values, keys.dtype)])

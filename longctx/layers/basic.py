@@ -23,12 +23,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from longctx.config import Norm
 from longctx.memory.cache import KVCache
 from longctx.ops.backend import merged, scaled
 from longctx.parallel import rules, sequence
-from longctx.schema import Bound
+from longctx.schema import Bound, Options
 from longctx.typing import Segments
 
+_RMS, _LAYER = Norm(), Norm("layer", bias=True)
 _INITIAL = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
@@ -82,36 +84,47 @@ def undo_values(value: Linear, heads: int, width: int) -> Float[Array, "H*V D"]:
 
 
 class RMSNorm(nnx.Module):
-    """`x / sqrt(mean(x²) + ε) · scale` over the last axis, in float32 (Zhang and Sennrich, 2019).
+    """`x / sqrt(mean(x²) + ε) · (offset + scale) + shift` over the last axis, in float32 (Zhang and Sennrich, 2019).
 
     Args:
       shape: of the scale: the width, or `(heads, width)` for a scale of each head's own.
       axes: logical names of the scale's axes.
-      initial: value of the scale.
+      initial: what the normed vector is first multiplied by.
+      options: ε, the offset, and whether there are a scale and a shift.
     """
 
-    def __init__(self, shape: int | tuple[int, int], axes: tuple[str, ...] = ("embed",), initial: float = 1.0):
-        self.scale = nnx.Param(jnp.full(shape, initial, jnp.float32), axes=axes)
+    centred = False
+
+    def __init__(
+        self,
+        shape: int | tuple[int, int],
+        axes: tuple[str, ...] = ("embed",),
+        initial: float = 1.0,
+        options: Norm = _RMS,
+    ):
+        self.options = options
+        first = jnp.full(shape, initial - options.offset, jnp.float32)
+        self.scale = nnx.Param(first, axes=axes) if options.scale else None
+        self.shift = nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes) if options.bias else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         y = x.astype(jnp.float32)
-        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
-        flat = y.reshape(*y.shape[: y.ndim - self.scale.ndim], -1)
-        return scaled(flat, self.scale[...].reshape(-1)).reshape(x.shape).astype(x.dtype)
+        if self.centred:
+            y -= jnp.mean(y, axis=-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.options.epsilon)
+        if self.scale is not None:
+            flat = y.reshape(*y.shape[: y.ndim - self.scale.ndim], -1)
+            y = scaled(flat, self.scale[...].reshape(-1) + self.options.offset).reshape(x.shape)
+        return (y if self.shift is None else y + self.shift[...]).astype(x.dtype)
 
 
-class LayerNorm(nnx.Module):
-    """`(x - mean) / sqrt(variance + ε) · scale + shift` over the last axis, in float32 (Ba et al., 2016)."""
+class LayerNorm(RMSNorm):
+    """`RMSNorm` of x less its mean, with a shift unless `options` say otherwise (Ba et al., 2016)."""
 
-    def __init__(self, width: int, axes: tuple[str, ...] = ("embed",)):
-        self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes=axes)
-        self.shift = nnx.Param(jnp.zeros(width, jnp.float32), axes=axes)
+    centred = True
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        y = x.astype(jnp.float32)
-        y -= jnp.mean(y, axis=-1, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
-        return (scaled(y, self.scale[...]) + self.shift[...]).astype(x.dtype)
+    def __init__(self, shape, axes=("embed",), initial: float = 1.0, options: Norm = _LAYER):
+        super().__init__(shape, axes, initial, options)
 
 
 def document(segments: Segments | None, x: Float[Array, "B T D"], state: Any) -> Segments:
@@ -214,42 +227,101 @@ def empty_tail(conv: ShortConv | None, batch: int) -> Float[Array, "B W-1 C"] | 
     return None if conv is None else conv.init_state(batch)
 
 
+@dataclasses.dataclass(frozen=True)
+class QKNorm(Norm):
+    """The norm of queries and keys."""
+
+    over: str = "head"  # a head, with one scale for all; "each": a head, each with its own; "all" heads together
+
+    def problems(self):
+        yield from super().problems()
+        if self.over not in ("head", "each", "all"):
+            yield f"over is '{self.over}'; choose head, each or all"
+
+    def made(self, heads: int, width: int, initial: float = 1.0) -> RMSNorm:
+        """The norm of `heads` heads of `width` channels."""
+        shape = {"head": width, "each": (heads, width), "all": heads * width}[self.over]
+        axes = {"head": ("head",), "each": ("heads", "head"), "all": ("heads",)}[self.over]
+        return self.kinds[self.kind](shape, axes, initial, self)
+
+
+BIASES = {"none": "", "qkv": "qkv", "out": "o", "all": "qkvo"}  # which projections have one
+
+
 class Projections(nnx.Module):
     """Queries, keys and values of softmax attention, and the way back: what its mixers derive from.
 
     Args:
       width: D.
-      options: with `heads`, `kv_heads`, `head_width`, `conv_width` (taps on queries, keys and values; 0: none) and
-        `qk_norm`.
+      options: a `Projections.Config`.
       rngs: source of the initial values.
       lags: of the convolution, for queries, keys and values; None for keys one token behind the others.
     """
 
-    def __init__(self, width: int, options: Any, rngs: nnx.Rngs, lags: Sequence[int] | None = None):
+    @dataclasses.dataclass(frozen=True)
+    class Config(Options):
+        heads: int = 4  # H
+        kv_heads: int = 4  # G, divides H
+        head_width: int = 32  # K
+        conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
+        qk_norm: QKNorm | None = QKNorm()  # of queries and keys; False: none
+        bias: str = "none"  # of the projections: none, qkv, out or all
+        gate: str = "none"  # outputs times the sigmoid of a projection of x: none, one a head, or one a channel
+
+        def problems(self):
+            if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
+                yield f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads"
+            if self.bias not in BIASES:
+                yield f"bias is '{self.bias}'; choose one of {', '.join(BIASES)}"
+            if self.gate not in ("none", "head", "channel"):
+                yield f"gate is '{self.gate}'; choose none, head or channel"
+
+        @property
+        def of_values(self) -> int:
+            """V, channels of a value."""
+            return getattr(self, "value_width", 0) or self.head_width
+
+    def __init__(self, width: int, options: Config, rngs: nnx.Rngs, lags: Sequence[int] | None = None):
         self.options = options
-        queries, keys = options.heads * options.head_width, options.kv_heads * options.head_width
-        self.query = Linear(width, queries, ("embed", "heads"), rngs)
-        like_query = like_queries(self.query, options.kv_heads, options.head_width)
-        self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
-        self.value = Linear(width, keys, ("embed", "heads"), rngs)
-        back = undo_values(self.value, options.heads, options.head_width)
-        self.out = Linear(queries, width, ("heads", "embed"), rngs, initial=back)
-        lags = [0] * queries + [1] * keys + [0] * keys if lags is None else lags
-        self.conv = ShortConv(options.conv_width, lags, rngs) if options.conv_width else None
-        self.query_norm = RMSNorm(options.head_width, ("head",), initial=1.5) if options.qk_norm else None
-        self.key_norm = RMSNorm(options.head_width, ("head",)) if options.qk_norm else None
+        heads, groups, size = options.heads, options.kv_heads, options.head_width
+        queries, keys, values = heads * size, groups * size, groups * options.of_values
+        of_query, of_key, of_value, of_out = (0.0 if name in BIASES[options.bias] else None for name in "qkvo")
+        self.query = Linear(width, queries, ("embed", "heads"), rngs, of_query)
+        like_query = like_queries(self.query, groups, size)
+        self.key = Linear(width, keys, ("embed", "heads"), rngs, of_key, initial=like_query)
+        self.value = Linear(width, values, ("embed", "heads"), rngs, of_value)
+        back = undo_values(self.value, heads, options.of_values)
+        self.out = Linear(heads * options.of_values, width, ("heads", "embed"), rngs, of_out, initial=back)
+        lags = [0] * queries + [1] * keys + [0] * values if lags is None else lags
+        self.conv = short_conv(options.conv_width, lags, rngs)
+        norm = options.qk_norm
+        self.query_norm = None if norm is None else norm.made(heads, size, initial=1.5)
+        self.key_norm = None if norm is None else norm.made(groups, size)
+        gates = {"none": 0, "head": heads, "channel": heads * options.of_values}[options.gate]
+        self.gate = Linear(width, gates, ("embed", "heads"), rngs) if gates else None
 
     def project(self, x: Float[Array, "B T D"], segments: Segments, tail: Float[Array, "B W-1 C"] | None):
-        """`(q[B, T, H, K], k[B, T, G, K], v[B, T, G, K], tail)`; the tail is that of the convolution, None without."""
+        """`(q[B, T, H, K], k[B, T, G, K], v[B, T, G, V], tail)`; the tail is that of the convolution, None without."""
         parts = [self.query(x), self.key(x), self.value(x)]
-        width = parts[0].shape[-1]
         if self.conv is not None:
             mixed, tail = self.conv(jnp.concatenate(parts, axis=-1), segments, tail)
-            parts = jnp.split(mixed, [width, width + parts[1].shape[-1]], axis=-1)
-        q, k, v = (part.reshape(*x.shape[:2], -1, self.options.head_width) for part in parts)
-        if self.query_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        return q, k, v, tail
+            parts = jnp.split(mixed, np.cumsum([part.shape[-1] for part in parts])[:-1], axis=-1)
+        q, k, v = parts
+        v = v.reshape(*x.shape[:2], -1, self.options.of_values)
+        return self.heads(q, self.query_norm), self.heads(k, self.key_norm), v, tail
+
+    def heads(self, x: Float[Array, "... H*K"], norm: RMSNorm | None) -> Float[Array, "... H K"]:
+        """Queries or keys by their heads, normed."""
+        parted = (*x.shape[:-1], -1, self.options.head_width)
+        if norm is None:
+            return x.reshape(parted)
+        return norm(x).reshape(parted) if norm.options.over == "all" else norm(x.reshape(parted))
+
+    def back(self, x: Float[Array, "B T D"], y: Float[Array, "B T H V"]) -> Float[Array, "B T D"]:
+        """What the mixer gives, of its input and of what its heads read."""
+        if self.gate is not None:
+            y *= jax.nn.sigmoid(self.gate(x)).reshape(*y.shape[:3], -1)
+        return self.out(y.reshape(*y.shape[:2], -1))
 
 
 def l2_normalise(x: Float[Array, "... K"]) -> Float[Array, "... K"]:

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Projections, document
+from longctx.layers.basic import Projections, Taps, document
 from longctx.ops import h_transformer as ops
 from longctx.parallel import sequence
-from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -40,24 +39,17 @@ class HTransformer(Projections):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config(Options):
-        heads: int = 4  # H
-        kv_heads: int = 4  # G, divides H
-        head_width: int = 32  # K and V
+    class Config(Projections.Config):
         block: int = 4  # N, even: tokens a block, the paper's N_r, which has 16
         levels: int = 8  # L; documents of up to N 2^L tokens are seen whole
-        conv_width: int = 4  # taps of a causal convolution on queries, keys and values; 0: none
-        qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
+        conv_width: Taps = 4  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
-            if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
-                yield f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads"
+            yield from super().problems()
             if self.block < 2 or self.block % 2:
                 yield f"block is {self.block}; give an even number of at least 2"
             if not 1 <= self.levels <= 30:
                 yield f"levels is {self.levels}; give 1 to 30"
-            if self.conv_width < 0:
-                yield f"conv_width is {self.conv_width}; give 0 for none, or more"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         super().__init__(width, options, rngs)
@@ -68,7 +60,6 @@ class HTransformer(Projections):
     ):
         """Returns `(y[B, T, D], HTransformerState)`."""
         segments = document(segments, x, state)
-        batch, length, _ = x.shape
         options = self.options
         q, k, v, tail = self.project(x, segments, None if state is None else state.conv)
         y, nodes = sequence.recurrence(
@@ -79,7 +70,7 @@ class HTransformer(Projections):
             segments=segments,
             block=options.block,
         )
-        return self.out(y.reshape(batch, length, -1)), HTransformerState(nodes, tail)
+        return self.back(x, y), HTransformerState(nodes, tail)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> HTransformerState:
         """The state before any token; `capacity` does not matter."""

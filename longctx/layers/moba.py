@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import AttentionState
@@ -20,7 +19,6 @@ from longctx.memory import row
 from longctx.memory.cache import KVCache
 from longctx.ops import moba as ops
 from longctx.parallel import sequence
-from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -33,28 +31,19 @@ class MoBA(Projections):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config(Options):
-        heads: int = 4  # H
-        kv_heads: int = 4  # G, divides H
-        head_width: int = 32  # K
+    class Config(Projections.Config):
         block: int = 4  # tokens a block
-        count: int = 3  # blocks that a query sees, its own included
+        count: int = 3  # blocks that are visible to a query, its own included
         rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions (NoPE)
-        conv_width: int = 0  # taps of a causal convolution on queries, keys and values; 0: none
-        qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
 
         def problems(self):
-            if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
-                yield f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads"
+            yield from super().problems()
             if min(self.block, self.count) < 1:
                 yield f"block is {self.block} and count is {self.count}; give at least 1 token and 1 block"
             if self.rope_base and self.head_width % 2:
                 yield f"head_width is {self.head_width}; rotary positions need an even one"
-            if min(self.conv_width, self.rope_base) < 0:
-                yield "conv_width and rope_base must not be negative"
-
-    def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
-        super().__init__(width, options, rngs)
+            if self.rope_base < 0:
+                yield f"rope_base is {self.rope_base}; it must not be negative"
 
     def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: AttentionState | None = None):
         """Returns `(y[B, T, D], AttentionState)`."""
@@ -72,7 +61,7 @@ class MoBA(Projections):
             k, v, held, segments = row.join(state.cache, cache, k, v, segments)
         blocks = ops.Options(options.block, options.count)
         y = sequence.attend(ops.MOBA, (q,), (k, v), segments=segments, key_segments=held, options=blocks).y
-        return self.out(y.reshape(batch, length, -1)), AttentionState(cache, tail)
+        return self.back(x, y), AttentionState(cache, tail)
 
     def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
         width = self.options.head_width

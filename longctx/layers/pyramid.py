@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Projections, document
+from longctx.layers.basic import Projections, Taps, document
 from longctx.ops import pyramid as ops
 from longctx.parallel import sequence
-from longctx.schema import Options
 from longctx.typing import Segments
 
 
@@ -40,19 +39,14 @@ class Pyramid(Projections):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config(Options):
-        heads: int = 4  # H
-        kv_heads: int = 4  # G, divides H
-        head_width: int = 32  # K and V
+    class Config(Projections.Config):
         children: int = 4  # c, nodes of one level that a node of the next summarises
         window: int = 8  # W, tokens that are seen one by one, and nodes of each level above; at least c - 1
         levels: int = 5  # L, tokens included; W c^(L-1) tokens back are seen
-        conv_width: int = 4  # taps of a causal convolution on queries, keys and values; 0: none
-        qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
+        conv_width: Taps = 4  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
-            if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
-                yield f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads"
+            yield from super().problems()
             if self.children < 2:
                 yield f"children is {self.children}; give at least 2"
             elif self.window < self.children - 1:
@@ -62,8 +56,6 @@ class Pyramid(Projections):
                 )
             if not (1 <= self.levels <= 30 and self.children ** (self.levels - 1) < 2**30):
                 yield f"levels is {self.levels}; give at least 1, and nodes of fewer than 2^30 tokens"
-            if self.conv_width < 0:
-                yield f"conv_width is {self.conv_width}; give 0 for none, or more"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         super().__init__(width, options, rngs)
@@ -73,7 +65,6 @@ class Pyramid(Projections):
     def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: PyramidState | None = None):
         """Returns `(y[B, T, D], PyramidState)`."""
         segments = document(segments, x, state)
-        batch, length, _ = x.shape
         options = self.options
         q, k, v, tail = self.project(x, segments, None if state is None else state.conv)
         y, nodes = sequence.recurrence(
@@ -85,7 +76,7 @@ class Pyramid(Projections):
             children=options.children,
             window=options.window,
         )
-        return self.out(y.reshape(batch, length, -1)), PyramidState(nodes, tail)
+        return self.back(x, y), PyramidState(nodes, tail)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> PyramidState:
         """The state before any token; `capacity` does not matter."""

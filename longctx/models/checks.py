@@ -29,10 +29,11 @@ def check(model: config.Model) -> int:
             built = nnx.eval_shape(lambda options=options: Block(model.width, options, nnx.Rngs(params=0)))
             counts[name] = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(built, nnx.Param)))
         except Exception as error:  # layers, a user's own among them, raise whatever they meet
+            kinds = ", ".join(f"{part} {layer.kind}" for part, layer in options.layers.items())
             why = " ".join(str(error).split()) or type(error).__name__
             problems.append(
-                f"model.blocks.{name} cannot be built: {why[:300]} (mixer {options.mixer.kind}, "
-                f"mlp {options.mlp.kind}, model.width {model.width:,}); change their options or the width"
+                f"model.blocks.{name} cannot be built: {why[:300]} ({kinds}, model.width {model.width:,}); "
+                "change their options or the width"
             )
     if problems:
         raise UsageError("\n".join(problems))

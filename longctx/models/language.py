@@ -17,9 +17,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from longctx import config
-from longctx.layers.basic import RMSNorm
+from longctx.layers import NORMS
 from longctx.models.block import Block
 from longctx.ops.backend import platform
+from longctx.ops.cross_entropy import Unembedding
 from longctx.parallel.rules import constrain, gathered
 from longctx.typing import Segments
 
@@ -46,7 +47,7 @@ class LanguageModel(nnx.Module):
 
     Logits are products of normed hidden vectors and the embedding, or of a matrix of its own that begins as it. A
     hidden vector begins as mostly its own token's: with unit logits that token's would be near √D, and the model as
-    sure of the token it has just seen as the width is large. So logits begin at `first_scale`, which the last norm has,
+    sure of the token it has just read as the width is large. So logits begin at `first_scale`, which the last norm has,
     or, untied, the matrix.
 
     Args:
@@ -58,16 +59,19 @@ class LanguageModel(nnx.Module):
     def __init__(self, options: config.Model, vocab_size: int, rngs: nnx.Rngs):
         self.options = options
         self.vocab_size = vocab_size
-        normal = jax.nn.initializers.normal(options.width**-0.5)
-        self.embedding = nnx.Param(
-            normal(rngs.params(), (vocab_size, options.width), jnp.float32), axes=_AXES, decays=True
-        )
+        width, embedding = options.width, options.embedding
+        deviation = 1 / embedding.scale if embedding.scale else width**-0.5  # so that what the blocks read has 1
+        normal = jax.nn.initializers.normal(deviation)
+        self.embedding = nnx.Param(normal(rngs.params(), (vocab_size, width), jnp.float32), axes=_AXES, decays=True)
         # One Block per place in the pattern, each of its parameters stacked over the repeats.
         self.blocks = nnx.List([_stacked(options, options.blocks[name], rngs) for name in options.pattern])
-        small = first_scale(options.width, vocab_size)
-        self.norm = RMSNorm(options.width, initial=small if options.embedding.tied else 1.0)
-        back = None if options.embedding.tied else nnx.Param(small * self.embedding[...], axes=_AXES, decays=True)
+        small = first_scale(width, vocab_size) * (width**-0.5 / deviation) / embedding.logit_scale
+        norm = options.final_norm
+        self.norm = NORMS[norm.kind](width, initial=small if embedding.tied else 1.0, options=norm)
+        back = None if embedding.tied else nnx.Param(small * self.embedding[...], axes=_AXES, decays=True)
         self.back = back
+        self.bias = nnx.Param(jnp.zeros(vocab_size), axes=("vocab",)) if embedding.bias else None
+        nnx.update(self, _cast(nnx.state(self, nnx.Param), options.param_dtype))
 
     @property
     def dtype(self):
@@ -77,9 +81,11 @@ class LanguageModel(nnx.Module):
         return jnp.dtype(self.options.dtype)
 
     @property
-    def unembedding(self) -> Float[Array, "V D"]:
-        """The matrix from hidden vectors to logits: the embedding itself, or what it has apart from it, float32."""
-        return (self.embedding if self.back is None else self.back)[...]
+    def unembedding(self) -> Unembedding:
+        """From hidden vectors to logits: the matrix is the embedding itself, or what the model has apart from it."""
+        matrix = self.embedding if self.back is None else self.back
+        bias = None if self.bias is None else self.bias[...]
+        return Unembedding(matrix[...], bias, self.options.embedding.soft_cap)
 
     def __call__(self, tokens: Int[Array, "B T"], segments: Segments | None = None, state: Any = None):
         """Hidden vectors of a span, and the state after it.
@@ -93,10 +99,11 @@ class LanguageModel(nnx.Module):
         Returns:
           `hidden[B, T, D]`, normed and ready for `logits` or the chunked loss, and the state (None if none was given).
         """
+        embedding = self.options.embedding
         # Scaled to unit variance, since the same matrix may serve as the unembedding.
         # Rows gathered whole: a lookup in columns split over devices would make the compiler copy activations about.
         table = constrain(gathered(self.embedding[...], _AXES), ("vocab", None))
-        x = table[tokens].astype(self.dtype) * math.sqrt(self.options.width)
+        x = table[tokens].astype(self.dtype) * (embedding.scale or math.sqrt(self.options.width))
         x = embedded = constrain(x, ("batch", "time", None))
 
         def run(block, x, before):
@@ -119,13 +126,12 @@ class LanguageModel(nnx.Module):
             x, _ = jax.lax.scan(lambda x, blocks: (through(x, blocks, nothing)[0], None), x, tuple(self.blocks))
         else:
             x, state = through(x, self._layers(), state)
-        return self.norm(x), state
+        hidden = self.norm(x)
+        return (hidden if embedding.logit_scale == 1 else hidden * embedding.logit_scale), state
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of hidden vectors."""
-        return jnp.einsum(
-            "btd,vd->btv", hidden, self.unembedding.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        return self.unembedding.logits(hidden)
 
     def init_state(self, batch: int, capacity: int) -> tuple:
         """The state before any token, one entry a layer, with room for `capacity` tokens in caches that grow with the
@@ -169,6 +175,16 @@ def _apart(block: Block, repeats: int) -> list[Block]:
     leaves, tree = jax.tree.flatten(block)
     parts = (jnp.split(leaf, repeats) for leaf in leaves)
     return [tree.unflatten(part) for part in zip(*parts, strict=True)]
+
+
+def _cast(params: nnx.State, dtype: str) -> nnx.State:
+    """Parameters with the matrices that multiply activations in another dtype."""
+
+    def cast(variable: nnx.Param) -> nnx.Param:
+        decays = variable.get_metadata().get("decays")
+        return variable.replace(variable.get_value().astype(dtype)) if decays else variable
+
+    return jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def first_scale(width: int, vocab_size: int, share: float = 0.02) -> float:

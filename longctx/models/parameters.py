@@ -9,7 +9,8 @@ from flax import nnx
 from longctx import config
 from longctx.models.language import LanguageModel
 
-_PARTS = ("mixer", "mlp", "norms")
+_COLUMNS = ("mixer", "mlp", "norms")
+_PARTS = {"mixer": "mixer", "beside": "mixer", "mlp": "mlp"}  # of a block, and the column that has them
 
 
 def parameter_table(experiment: config.Experiment, vocab_size: int) -> str:
@@ -26,20 +27,19 @@ def parameter_table(experiment: config.Experiment, vocab_size: int) -> str:
     rows = []
     for name in dict.fromkeys(options.pattern):
         places = {i for i, other in enumerate(options.pattern) if other == name}
-        counts = dict.fromkeys(_PARTS, 0)
+        counts = dict.fromkeys(_COLUMNS, 0)
         for path, size in sizes.items():
             if path[0] == "blocks" and path[1] in places:
-                counts[path[2] if path[2] in counts else "norms"] += size
-        block = options.blocks[name]
-        kinds = f"{name}: {block.mixer.kind}, {block.mlp.kind}"
-        rows.append((kinds, len(places) * options.repeats, *counts.values(), 0))
-    around = {path[0]: size for path, size in sizes.items() if path[0] != "blocks"}
-    norm = around.pop("norm")
-    rows.append(("embedding" if options.embedding.tied else "embedding, and back", "", 0, 0, 0, sum(around.values())))
+                counts[_PARTS.get(path[2], "norms")] += size
+        kinds = ", ".join(layer.kind for layer in options.blocks[name].layers.values())
+        rows.append((f"{name}: {kinds}", len(places) * options.repeats, *counts.values(), 0))
+    norm = sum(size for path, size in sizes.items() if path[0] == "norm")
+    around = sum(size for path, size in sizes.items() if path[0] not in ("blocks", "norm"))
+    rows.append(("embedding" if options.embedding.tied else "embedding, and back", "", 0, 0, 0, around))
     rows.append(("last norm", "", 0, 0, norm, 0))
     sums = [sum(column) for column in zip(*(row[2:] for row in rows), strict=True)]
     rows.append(("all", "", *sums))
-    lines = [("parameters", "copies", *_PARTS, "embedding", "together")]
+    lines = [("parameters", "copies", *_COLUMNS, "embedding", "together")]
     lines += [
         (name, str(copies), *(f"{n:,}" if n else "" for n in numbers), f"{sum(numbers):,}")
         for name, copies, *numbers in rows

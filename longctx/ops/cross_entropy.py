@@ -9,6 +9,9 @@ For a token with hidden vector h (width D), target y and unembedding E[V, D]:
 With label smoothing s the total's target is not y alone, but t = (1 - s) onehot(y) + s / V (Szegedy et al., 2016):
 z_y gives way to t . z. The best logits then are finite ones, and loss remains wherever they vary.
 
+With a bias b and a soft cap C (Gemma 2, arXiv:2408.00118) the logits are z = C tanh((E h + b) / C), and g below has a
+factor 1 - (z / C)^2; the gradient of b is the sum of g over the tokens.
+
 With a z-loss of coefficient c (PaLM, Chowdhery et al., 2022) the total also has weight * c (log sum_v exp(z_v))^2 of
 every token, which keeps logits from drifting all together, where the loss does not see it.
 
@@ -30,6 +33,7 @@ leave all devices but one idle.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -39,6 +43,28 @@ from jaxtyping import Array, Bool, Float, Int
 
 from longctx.ops.sizes import sizes
 from longctx.typing import checked
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unembedding:
+    """How logits are made of hidden vectors: the matrix E, and b and C where there are any."""
+
+    matrix: Float[Array, "V D"]
+    bias: Float[Array, " V"] | None = None
+    soft_cap: float = dataclasses.field(default=0.0, metadata={"static": True})  # 0: none
+
+    @classmethod
+    def of(cls, given: Unembedding | Float[Array, "V D"]) -> Unembedding:
+        """`given`, of which a matrix alone has neither bias nor cap."""
+        return given if isinstance(given, cls) else cls(given)
+
+    def logits(self, hidden: Float[Array, "... D"], precision: str | None = None) -> Float[Array, "... V"]:
+        """Float32 logits; the product is taken in the dtype of `hidden`."""
+        matrix = self.matrix.astype(hidden.dtype)
+        z = jnp.einsum("...d,vd->...v", hidden, matrix, precision=precision, preferred_element_type=jnp.float32)
+        z = z if self.bias is None else z + self.bias
+        return self.soft_cap * jnp.tanh(z / self.soft_cap) if self.soft_cap else z
 
 
 class CrossEntropy(NamedTuple):
@@ -60,7 +86,7 @@ class CrossEntropy(NamedTuple):
 @checked
 def cross_entropy(
     hidden: Float[Array, "B T D"],
-    unembedding: Float[Array, "V D"],
+    unembedding: Unembedding | Float[Array, "V D"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"] | Bool[Array, "B T"],
     *,
@@ -68,11 +94,11 @@ def cross_entropy(
     z_loss: float = 0.0,
     chunk: int | None = None,
 ) -> CrossEntropy:
-    """Cross-entropy of `hidden @ unembedding.T` against `targets`.
+    """Cross-entropy of the logits that `unembedding` makes of `hidden` against `targets`.
 
     Args:
       hidden: any floating dtype. The product is taken in this dtype and accumulated in float32.
-      unembedding: one row per vocabulary entry.
+      unembedding: one row per vocabulary entry; or an `Unembedding`.
       targets: below V; where the weight is 0 any value in range will do.
       weights: weight of each token in `total`.
       smoothing: s, from 0 to below 1, of the total's targets.
@@ -85,12 +111,14 @@ def cross_entropy(
       for reading and carry no gradient.
     """
     batch, length, _ = hidden.shape
+    head = Unembedding.of(unembedding)
     if chunk is None:
-        held = max(sizes().loss_tokens, sizes().loss_logits // len(unembedding))
+        held = max(sizes().loss_tokens, sizes().loss_logits // len(head.matrix))
         chunk = max(1, held // batch)
     chunk = min(chunk, length)
     options = _Options(chunk, smoothing, z_loss)
-    found = _scan(options, hidden, unembedding.astype(hidden.dtype), targets, weights.astype(jnp.float32))
+    head = dataclasses.replace(head, matrix=head.matrix.astype(hidden.dtype))
+    found = _scan(options, hidden, head, targets, weights.astype(jnp.float32))
     return CrossEntropy(found.total, *jax.lax.stop_gradient(found[1:]))
 
 
@@ -101,9 +129,9 @@ class _Options(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(options: _Options, hidden, matrix, targets, weights) -> CrossEntropy:
+def _scan(options: _Options, hidden, head, targets, weights) -> CrossEntropy:
     def step(sums, inputs):
-        terms, losses, correct, _ = _chunk(options, matrix, *inputs[:2])
+        terms, losses, correct, _ = _chunk(options, head, *inputs[:2])
         return sums + _weighted(inputs[2], terms), (losses, correct)
 
     inputs = (_strided(x, options.chunk) for x in (hidden, targets, weights))
@@ -111,29 +139,31 @@ def _scan(options: _Options, hidden, matrix, targets, weights) -> CrossEntropy:
     return CrossEntropy(sums.sum(), sums[1], _whole(losses, targets), _whole(correct, targets))
 
 
-def _forward(options: _Options, hidden, matrix, targets, weights):
+def _forward(options: _Options, hidden, head, targets, weights):
     def step(carry, inputs):
-        sums, d_matrix = carry
+        sums, d_head = carry
         hidden, targets, weights = inputs
-        terms, losses, correct, slopes = _chunk(options, matrix, hidden, targets)
+        terms, losses, correct, slopes = _chunk(options, head, hidden, targets)
         slopes *= weights[..., None]
-        d_hidden = _product("bcv,vd->bcd", slopes.astype(matrix.dtype), matrix)
+        d_hidden = _product("bcv,vd->bcd", slopes.astype(head.matrix.dtype), head.matrix)
         # Over one axis of tokens: over two XLA:CPU copies both factors, which takes longer than the product.
         rows = (x.reshape(-1, x.shape[-1]) for x in (slopes.astype(hidden.dtype), hidden))
-        d_matrix += _product("nv,nd->vd", *rows)
-        return (sums + _weighted(weights, terms), d_matrix), (losses, correct, d_hidden.astype(hidden.dtype))
+        d_bias = None if head.bias is None else slopes.sum((0, 1))
+        d_head = jax.tree.map(jnp.add, d_head, Unembedding(_product("nv,nd->vd", *rows), d_bias, head.soft_cap))
+        return (sums + _weighted(weights, terms), d_head), (losses, correct, d_hidden.astype(hidden.dtype))
 
     inputs = (_strided(x, options.chunk) for x in (hidden, targets, weights))
-    start = jnp.zeros(2, jnp.float32), jnp.zeros(matrix.shape, jnp.float32)
-    (sums, d_matrix), (losses, correct, d_hidden) = jax.lax.scan(step, start, tuple(inputs))
+    start = jnp.zeros(2, jnp.float32), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
+    (sums, d_head), (losses, correct, d_hidden) = jax.lax.scan(step, start, tuple(inputs))
     found = CrossEntropy(sums.sum(), sums[1], _whole(losses, targets), _whole(correct, targets))
-    return found, (_whole(d_hidden, targets), d_matrix.astype(matrix.dtype))
+    d_head = jax.tree.map(lambda slope, leaf: slope.astype(leaf.dtype), d_head, head)
+    return found, (_whole(d_hidden, targets), d_head)
 
 
 def _backward(options, slopes, cotangents):
     del options
-    d_hidden, d_matrix = (slope * cotangents.total.astype(slope.dtype) for slope in slopes)
-    return d_hidden, d_matrix, None, None
+    d_hidden, d_head = jax.tree.map(lambda slope: slope * cotangents.total.astype(slope.dtype), slopes)
+    return d_hidden, d_head, None, None
 
 
 _scan.defvjp(_forward, _backward)
@@ -144,10 +174,10 @@ def _weighted(weights, terms):
     return jnp.stack([jnp.sum(weights * term) for term in terms])
 
 
-def _chunk(options: _Options, matrix, hidden, targets):
+def _chunk(options: _Options, head: Unembedding, hidden, targets):
     """Of `[B, chunk]` tokens: (smoothed losses, z-losses), losses, hits, and slopes of the first two in the logits."""
     smoothing = options.smoothing
-    logits = _product("bcd,vd->bcv", hidden, matrix)
+    logits = head.logits(hidden, "highest")
     # A comparison with iota, not a gather: it stays local where the vocabulary is sharded.
     here = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
     peak = jnp.max(logits, axis=-1, keepdims=True)
@@ -161,6 +191,8 @@ def _chunk(options: _Options, matrix, hidden, targets):
     slopes = chances - (1 - smoothing) * here - smoothing / logits.shape[-1]
     if options.z_loss:
         slopes += 2 * options.z_loss * log_mass * chances
+    if head.soft_cap:
+        slopes *= 1 - jnp.square(logits / head.soft_cap)
     return (smoothed, options.z_loss * jnp.square(log_mass[..., 0])), losses, found >= peak[..., 0], slopes
 
 

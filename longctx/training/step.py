@@ -82,7 +82,8 @@ def loss_sums(
             axis_names={"data", "context"},
             check_vma=False,
         )
-    unembedding = rules.gathered(model.unembedding, ("vocab", "embed"))
+    head = model.unembedding
+    unembedding = dataclasses.replace(head, matrix=rules.gathered(head.matrix, ("vocab", "embed")))
     totals, squares, correct = own_tokens(hidden, unembedding, batch["targets"], weights)
     answers = batch["answers"]
     return Sums(totals.sum(), squares.sum(), weights.sum(), jnp.sum(correct & answers), jnp.sum(answers))

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longctx.ops.cross_entropy import cross_entropy
+from longctx.ops.cross_entropy import Unembedding, cross_entropy
 from longctx.ops.sizes import sizes
 
 
@@ -62,33 +62,37 @@ def test_gradients_are_softmax_minus_target(chunk, smoothing):
     np.testing.assert_allclose(found[1], np.einsum("btv,btd->vd", slopes, h), atol=1e-5)
 
 
-def test_z_loss_is_in_the_total_alone():
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+def test_z_loss_bias_and_cap(cap):
     """Against jax's own gradients of the formula, float64 being off: 1e-5 relative to the largest entry.
 
-    Seen to fail: the slope without its factor of 2; weights left out; the z-loss in `losses`.
+    Seen to fail: the slope without its factor of 2; weights left out; the z-loss in `losses`; the cap's slope left out.
     """
     hidden, unembedding, targets, weights = inputs()
+    bias = jnp.asarray(np.random.default_rng(1).standard_normal(len(unembedding)), jnp.float32)
 
-    def plain(hidden, unembedding):
-        logits = jnp.einsum("btd,vd->btv", hidden, unembedding, precision="highest")
+    def plain(hidden, unembedding, bias):
+        logits = jnp.einsum("btd,vd->btv", hidden, unembedding, precision="highest") + bias
+        logits = cap * jnp.tanh(logits / cap) if cap else logits
         log_mass = jax.nn.logsumexp(logits, axis=-1)
         here = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         z_loss = 0.3 * jnp.sum(weights * log_mass**2)
         return jnp.sum(weights * (log_mass - here)) + z_loss, z_loss
 
-    def chunked(hidden, unembedding):
-        found = cross_entropy(hidden, unembedding, targets, weights, z_loss=0.3, chunk=5)
+    def chunked(hidden, unembedding, bias, z_loss=0.3):
+        found = cross_entropy(hidden, Unembedding(unembedding, bias, cap), targets, weights, z_loss=z_loss, chunk=5)
         return found.total, found.z_loss
 
-    expected = jax.value_and_grad(plain, (0, 1), has_aux=True)(hidden, unembedding)
-    found = jax.value_and_grad(chunked, (0, 1), has_aux=True)(hidden, unembedding)
+    arrays = hidden, unembedding, bias
+    expected = jax.value_and_grad(plain, (0, 1, 2), has_aux=True)(*arrays)
+    found = jax.value_and_grad(chunked, (0, 1, 2), has_aux=True)(*arrays)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
-    without = cross_entropy(hidden, unembedding, targets, weights, chunk=5)
-    assert without.z_loss == 0
-    np.testing.assert_allclose(found[0][0] - found[0][1], without.total, rtol=1e-5)
-    losses = cross_entropy(hidden, unembedding, targets, weights, z_loss=0.3, chunk=5).losses
-    np.testing.assert_array_equal(losses, without.losses)
+    without = chunked(*arrays, z_loss=0.0)
+    assert without[1] == 0
+    np.testing.assert_allclose(found[0][0] - found[0][1], without[0], rtol=1e-5)
+    losses = [cross_entropy(hidden, unembedding, targets, weights, z_loss=z, chunk=5).losses for z in (0.0, 0.3)]
+    np.testing.assert_array_equal(*losses)
 
 
 def test_large_logits_stay_finite():
