@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 from longctx import plugins, schema
 from longctx.errors import UsageError
@@ -154,8 +154,31 @@ class Embedding(Options):
 
 
 @dataclasses.dataclass(frozen=True)
+class Group(Options):
+    """Layers that one scan goes over: a pattern of blocks, whose parameters are stacked over its repeats."""
+
+    pattern: tuple[str, ...]  # names of blocks, in order
+    repeats: int = 1  # times
+
+    def problems(self):
+        if not self.pattern:
+            yield "pattern is empty; name at least one block"
+        if self.repeats < 1:
+            yield f"repeats is {self.repeats}; it must be at least 1"
+
+
+class Layer(NamedTuple):
+    """Where the parameters of a layer are: in `blocks/<place>`, at index `repeat` of their first axis."""
+
+    block: str  # its name
+    group: int
+    place: int  # in the patterns of all groups, one after another
+    repeat: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Model(Options):
-    """A language model: a pattern of blocks, repeated.
+    """A language model: a pattern of blocks, repeated; or several such groups, one after another.
 
     What the backward pass finds of a block, and recomputes the rest from, is what `remat` says:
 
@@ -169,10 +192,11 @@ class Model(Options):
     On a CPU, whose memory is the host's, "offload" is "full".
     """
 
-    pattern: tuple[str, ...]  # names of blocks, in order
-    blocks: Mapping[str, Block]  # the kinds of block that the pattern names
+    pattern: tuple[str, ...] = ()  # names of blocks, in order: the one group of layers, if `groups` is empty
+    blocks: Mapping[str, Block] = dataclasses.field(default_factory=dict)  # the kinds of block that are named
     width: int = 128  # D
     repeats: int = 1  # times the pattern is repeated (its parameters stacked, one scan)
+    groups: tuple[Group, ...] = ()  # (pattern, repeats) of each, where one does not say it; `grouped` finds them
     embedding: Embedding = Embedding()  # of tokens, and back
     final_norm: Norm = Norm()  # of what logits are made of
     dtype: str = "auto"  # of activations; "auto" is bfloat16 on GPU and TPU, float32 on CPU
@@ -182,14 +206,48 @@ class Model(Options):
     def problems(self):
         if self.width < 1 or self.repeats < 1:
             yield f"width is {self.width} and repeats is {self.repeats}; both must be at least 1"
-        if not self.pattern:
-            yield "pattern is empty; name at least one block"
-        for name in dict.fromkeys(self.pattern):
+        if not self.pattern and not self.groups:
+            yield "pattern is empty; name at least one block, or give groups"
+        if self.groups and (self.pattern or self.repeats != 1):
+            yield "groups are given, and so is pattern or repeats, which are one group; leave them out"
+        for name in dict.fromkeys([*self.pattern, *(name for group in self.groups for name in group.pattern)]):
             if name not in self.blocks:
                 yield f"pattern names the block '{name}', not among blocks: {sorted(self.blocks)}"
         yield from _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         yield from _one_of("param_dtype", self.param_dtype, ("float32", "bfloat16"))
         yield from _one_of("remat", self.remat, ("none", "dots", "full", "offload"))
+
+    @property
+    def scans(self) -> tuple[Group, ...]:
+        """The groups, whichever way they are given."""
+        return self.groups or (Group(self.pattern, self.repeats),)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All layers in order: of a layer's number, its block and where its parameters are."""
+        found, first = [], 0
+        for i, group in enumerate(self.scans):
+            for repeat in range(group.repeats):
+                found += [Layer(name, i, first + n, repeat) for n, name in enumerate(group.pattern)]
+            first += len(group.pattern)
+        return tuple(found)
+
+
+def grouped(names: Sequence[str]) -> tuple[Group, ...]:
+    """The groups of an irregular list of layers, with the fewest blocks to compile, and of these the fewest scans.
+
+    So `("local",) * 5 + ("full",)` four times and then two more local layers are a group of six blocks and one of one.
+    """
+    names = tuple(names)
+    best = [(0, 0, ())]  # blocks, scans and groups of the first layers
+    for stop in range(1, len(names) + 1):
+        ways = []
+        for start, (blocks, scans, groups) in enumerate(best):
+            part = names[start:stop]
+            period = next(p for p in range(1, len(part) + 1) if part == part[:p] * (len(part) // p))
+            ways.append((blocks + period, scans + 1, (*groups, Group(part[:period], len(part) // period))))
+        best.append(min(reversed(ways), key=lambda way: way[:2]))
+    return best[-1][2]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,7 @@ NOTATION = (
 PARTS = {
     "experiment": config.Experiment,
     "model": config.Model,
+    "group": config.Group,
     "block": config.Block,
     "norm": config.Norm,
     "embedding": config.Embedding,

@@ -37,9 +37,9 @@ def check(model: config.Model) -> int:
             )
     if problems:
         raise UsageError("\n".join(problems))
-    total = model.repeats * sum(counts[name] for name in model.pattern)
+    total = sum(group.repeats * sum(counts[name] for name in group.pattern) for group in model.scans)
     if total > MOST:
-        largest = max(model.pattern, key=counts.get)
+        largest = max((name for group in model.scans for name in group.pattern), key=counts.get)
         raise UsageError(
             f"the model has {total:,} parameters, {counts[largest]:,} of them in each block '{largest}', and at most "
             f"{MOST:,} are possible; give a smaller model.width, fewer model.repeats, or smaller options of the block"

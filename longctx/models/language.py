@@ -1,12 +1,13 @@
-"""A language model: embedding, a pattern of blocks repeated, a norm, and logits.
+"""A language model: embedding, patterns of blocks repeated, a norm, and logits.
 
-Training repeats the pattern by one scan over stacked parameters. With a state it is a loop over the layers, written
+Training repeats each pattern by a scan over stacked parameters. With a state it is a loop over the layers, written
 out: each layer's state is then a tree of its own, of which a program that is given it may write a part in place.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -63,8 +64,9 @@ class LanguageModel(nnx.Module):
         deviation = 1 / embedding.scale if embedding.scale else width**-0.5  # so that what the blocks read has 1
         normal = jax.nn.initializers.normal(deviation)
         self.embedding = nnx.Param(normal(rngs.params(), (vocab_size, width), jnp.float32), axes=_AXES, decays=True)
-        # One Block per place in the pattern, each of its parameters stacked over the repeats.
-        self.blocks = nnx.List([_stacked(options, options.blocks[name], rngs) for name in options.pattern])
+        # One Block per place in the patterns of the groups, each of its parameters stacked over the repeats.
+        places = [(options.blocks[name], group.repeats) for group in options.scans for name in group.pattern]
+        self.blocks = nnx.List([_stacked(width, block, repeats, rngs) for block, repeats in places])
         small = first_scale(width, vocab_size) * (width**-0.5 / deviation) / embedding.logit_scale
         norm = options.final_norm
         self.norm = NORMS[norm.kind](width, initial=small if embedding.tied else 1.0, options=norm)
@@ -122,8 +124,11 @@ class LanguageModel(nnx.Module):
             return x, tuple(after)
 
         if state is None:
-            nothing = (None,) * len(self.blocks)
-            x, _ = jax.lax.scan(lambda x, blocks: (through(x, blocks, nothing)[0], None), x, tuple(self.blocks))
+            blocks = iter(self.blocks)
+            for group in self.options.scans:
+                nothing = (None,) * len(group.pattern)
+                own = tuple(itertools.islice(blocks, len(nothing)))
+                x, _ = jax.lax.scan(lambda x, own, nothing=nothing: (through(x, own, nothing)[0], None), x, own)
         else:
             x, state = through(x, self._layers(), state)
         hidden = self.norm(x)
@@ -145,11 +150,11 @@ class LanguageModel(nnx.Module):
         To be made once, before many steps that are given a state: such a step takes each layer's parameters out of the
         stacks, which copies them.
         """
-        model = nnx.merge(*nnx.split(self))
-        repeats = self.options.repeats
-        model.options = dataclasses.replace(self.options, pattern=self.options.pattern * repeats, repeats=1)
-        apart = (_apart(block, repeats) for block in self.blocks)
-        model.blocks = nnx.List(block for each in zip(*apart, strict=True) for block in each)
+        model, layers = nnx.merge(*nnx.split(self)), self.options.layers
+        names = tuple(layer.block for layer in layers)
+        model.options = dataclasses.replace(self.options, pattern=names, repeats=1, groups=())
+        apart = [_apart(block) for block in self.blocks]
+        model.blocks = nnx.List(apart[layer.place][layer.repeat] for layer in layers)
         return model
 
     @property
@@ -160,20 +165,20 @@ class LanguageModel(nnx.Module):
 
     def _layers(self) -> list[Block]:
         """The blocks of all layers, in their order."""
-        repeats = range(self.options.repeats)
-        return [jax.tree.map(lambda leaf, i=i: leaf[i], block) for i in repeats for block in self.blocks]
+        layers = self.options.layers
+        return [jax.tree.map(lambda leaf, i=layer.repeat: leaf[i], self.blocks[layer.place]) for layer in layers]
 
 
-def _stacked(options: config.Model, block: config.Block, rngs: nnx.Rngs) -> Block:
-    """A Block whose parameters have a leading axis of `options.repeats`, each repeat initialised on its own."""
-    keys = jax.random.split(rngs.params(), options.repeats)
-    return jax.vmap(lambda key: Block(options.width, block, nnx.Rngs(params=key)))(keys)
+def _stacked(width: int, block: config.Block, repeats: int, rngs: nnx.Rngs) -> Block:
+    """A Block whose parameters have a leading axis of `repeats`, each repeat initialised on its own."""
+    keys = jax.random.split(rngs.params(), repeats)
+    return jax.vmap(lambda key: Block(width, block, nnx.Rngs(params=key)))(keys)
 
 
-def _apart(block: Block, repeats: int) -> list[Block]:
+def _apart(block: Block) -> list[Block]:
     """The repeats of a stacked Block, each a stack of one."""
     leaves, tree = jax.tree.flatten(block)
-    parts = (jnp.split(leaf, repeats) for leaf in leaves)
+    parts = (jnp.split(leaf, leaf.shape[0]) for leaf in leaves)
     return [tree.unflatten(part) for part in zip(*parts, strict=True)]
 
 

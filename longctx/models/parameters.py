@@ -16,7 +16,7 @@ _PARTS = {"mixer": "mixer", "beside": "mixer", "mlp": "mlp"}  # of a block, and 
 def parameter_table(experiment: config.Experiment, vocab_size: int) -> str:
     """A table of the model's parameters, to match models by: a row for each kind of block and for what is around them.
 
-    A block's row is of all its copies, `repeats` times its places in the pattern; no array is made.
+    A block's row is of all its copies, one a layer; no array is made.
 
     Raises:
       ValueError: as the model's layers, of options that cannot be.
@@ -25,14 +25,15 @@ def parameter_table(experiment: config.Experiment, vocab_size: int) -> str:
     state = nnx.state(nnx.eval_shape(lambda: LanguageModel(options, vocab_size, nnx.Rngs(params=0))), nnx.Param)
     sizes = {path: math.prod(variable.get_value().shape) for path, variable in nnx.to_flat_state(state)}
     rows = []
-    for name in dict.fromkeys(options.pattern):
-        places = {i for i, other in enumerate(options.pattern) if other == name}
+    for name in dict.fromkeys(layer.block for layer in options.layers):
+        own = [layer for layer in options.layers if layer.block == name]
+        places = {layer.place for layer in own}
         counts = dict.fromkeys(_COLUMNS, 0)
         for path, size in sizes.items():
             if path[0] == "blocks" and path[1] in places:
                 counts[_PARTS.get(path[2], "norms")] += size
         kinds = ", ".join(layer.kind for layer in options.blocks[name].layers.values())
-        rows.append((f"{name}: {kinds}", len(places) * options.repeats, *counts.values(), 0))
+        rows.append((f"{name}: {kinds}", len(own), *counts.values(), 0))
     norm = sum(size for path, size in sizes.items() if path[0] == "norm")
     around = sum(size for path, size in sizes.items() if path[0] not in ("blocks", "norm"))
     rows.append(("embedding" if options.embedding.tied else "embedding, and back", "", 0, 0, 0, around))
