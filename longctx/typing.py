@@ -70,7 +70,7 @@ class Segments:
         """
         size = self.ids.shape[1]
         index = jnp.arange(size, dtype=jnp.int32)
-        last = jax.lax.cummax(jnp.where(self.valid, index, 0), axis=1)  # the last token at or before each place
+        last = jax.lax.cummax(jnp.where(self.valid, index, 0), axis=1)  # the last token at or before each one
         begins = jnp.where(self.starts, index, size)  # where the next document begins, after each token
         following = jax.lax.cummin(jnp.pad(begins[:, 1:], ((0, 0), (0, 1)), constant_values=size), axis=1, reverse=True)
         ends = jnp.take_along_axis(last, following - 1, axis=1)
@@ -109,7 +109,7 @@ class Segments:
             positions = jnp.where(valid, jnp.asarray(positions, jnp.int32), 0)
             return cls(ids, positions, valid & (positions == 0))
         index = jnp.arange(ids.shape[1], dtype=jnp.int32)
-        last = jax.lax.cummax(jnp.where(valid, index, -1), axis=1)  # the last token at or before each place
+        last = jax.lax.cummax(jnp.where(valid, index, -1), axis=1)  # the last token at or before each one
         before = jnp.pad(last, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
         previous = jnp.take_along_axis(ids, jnp.maximum(before, 0), axis=1)
         starts = valid & (before >= 0) & (previous != ids)
@@ -118,17 +118,17 @@ class Segments:
         return cls(ids, jnp.where(valid, index - origin, 0), starts)
 
     @classmethod
-    def of(cls, segment_ids: Int[Array, "B T"] | Segments | None, batch: int, length: int) -> Segments:
-        """What an op makes of its `segment_ids`: ids, `Segments`, or None for a span of one document.
+    def of(cls, segments: Int[Array, "B T"] | Segments | None, batch: int, length: int) -> Segments:
+        """What is made of ids, `Segments`, or None for a span of one document.
 
         A span of one document continues the state that is passed, so it has no start.
         """
-        if segment_ids is None:
+        if segments is None:
             return dataclasses.replace(cls.single(batch, length), starts=jnp.zeros((batch, length), bool))
-        segments = segment_ids if isinstance(segment_ids, Segments) else cls.from_ids(segment_ids)
+        segments = segments if isinstance(segments, Segments) else cls.from_ids(segments)
         if segments.ids.shape != (batch, length):
             raise ValueError(
-                f"segment_ids have shape {segments.ids.shape}, the span has batch {batch} and length {length}; "
+                f"segments have shape {segments.ids.shape}, the span has batch {batch} and length {length}; "
                 "pass one id per token."
             )
         return segments

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from longctx.ops import blockwise, thinned
+from longctx.ops import blockwise, kernels, thinned
 from longctx.ops.backend import platform
 from longctx.ops.biases import Bias
 from longctx.ops.family import Keyed, Result
@@ -58,6 +58,7 @@ def attention(
     decay: Float[Array, "B T H"] | None = None,
     key_decay: Float[Array, "B S H"] | None = None,
     bias: Bias | None = None,
+    before: int | None = None,
     implementation: str | None = None,
     block: int | None = None,
 ) -> Float[Array, "B T H V"]:
@@ -80,6 +81,8 @@ def attention(
       decay: d at each query, finite: the sum of the log decays of its document's tokens up to it, float32.
       key_decay: d at each key, for each head of the queries. None: keys are the queries' own tokens.
       bias: b, one of `longctx.ops.biases`.
+      before: where the keys of `key_segments` are neighbouring tokens of a row, of which the queries' own are the last,
+        how many stand before those. Kernels need it.
       implementation: "dense", "blockwise", "cudnn" or "splash"; None chooses by platform and case and logs the
         choice once.
       block: tokens a block of "blockwise"; None chooses.
@@ -101,7 +104,7 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     key_decay = decay if key_decay is None else key_decay
     case = {"segments": segments, "key_segments": key_segments, "sinks": sinks, "soft_cap": soft_cap}
-    case |= {"decay": decay, "bias": bias}
+    case |= {"decay": decay, "bias": bias, "before": before}
     chosen = _choose(q, k, v, pattern, case) if implementation is None else implementation
     if chosen == "dense":
         document = (queries.ids[:, :, None] == keys.ids[:, None, :]) & (queries.ids[:, :, None] > 0)
@@ -120,7 +123,8 @@ def attention(
         )
     if refusal := _KERNELS[chosen].refusal(q, k, v, pattern, **case):
         raise NotImplementedError(f"implementation '{chosen}' {refusal}")
-    return _KERNELS[chosen].attention(q, k, v, pattern, segments=segments, scale=scale, soft_cap=soft_cap)
+    case = {"segments": segments, "key_segments": key_segments, "before": before}
+    return _KERNELS[chosen].attention(q, k, v, pattern, scale=scale, soft_cap=soft_cap, **case)
 
 
 class Queries(NamedTuple):
@@ -369,7 +373,7 @@ def _tokens(q, k, segments, key_segments) -> tuple[blockwise.Tokens, blockwise.T
 
 def _choose(q, k, v, pattern: Pattern, case) -> str:
     """The implementation for this case on this platform."""
-    kernel = _PLATFORM_KERNELS.get(platform())
+    kernel = _PLATFORM_KERNELS.get(platform()) if kernels.allowed() else None
     refusal = _KERNELS[kernel].refusal(q, k, v, pattern, **case) if kernel else None
     if kernel and not refusal:
         chosen, reason = kernel, f"the kernel of this platform ({platform()})"
@@ -396,6 +400,7 @@ ATTENTION = Keyed(
     sharded,
     finish,
     shares_slots=lambda options: options.unbounded,
+    together=lambda options: len(getattr(options.patterns[0], "patterns", (None,))),
     parameters=Parameters,
     options=Options,
 )

@@ -79,15 +79,15 @@ def definition(
     scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
     q = q.astype(jnp.float32)
     k, v32 = (x.astype(jnp.float32).repeat(q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    seen = segments.before(held)[:, None]
+    visible = segments.before(held)[:, None]
     logits = scale * jnp.einsum("bthk,bshk->bhts", q, k, precision="highest")
-    gates = jnp.where(seen, jax.nn.sigmoid(logits), 0.0)
+    gates = jnp.where(visible, jax.nn.sigmoid(logits), 0.0)
     positions = jnp.minimum(jnp.flip(jnp.cumsum(jnp.flip(gates, -1), -1), -1), len(embeddings) - 1)
     products = jnp.einsum("bthk,nk->bhtn", q, embeddings.astype(jnp.float32), precision="highest")
     below, above = jnp.floor(positions), jnp.ceil(positions)
     low, high = (jnp.take_along_axis(products, n.astype(jnp.int32), axis=-1) for n in (below, above))
     logits += (positions - below) * high + (1 - positions + below) * low
-    y = jnp.einsum("bhts,bshv->bthv", softmax(logits, seen), v32, precision="highest")
+    y = jnp.einsum("bhts,bshv->bthv", softmax(logits, visible), v32, precision="highest")
     return Result(y.astype(v.dtype))
 
 

@@ -244,6 +244,9 @@ class Keyed:
       sharded: the same as `chunked` on a part of a row, a `longctx.ops.row.Row`, which is one argument more.
       finish: `finish(partial, *attending)`, the `Result` when those of all keys have been merged.
       shares_slots: `shares_slots(options)`, whether devices share the slots of a cache; None: never.
+      together: `together(options)`, how many neighbouring heads must stay on one device, where heads know nothing of
+        each other, are the third axis of queries and keys and the first of parameters. Islands then split rows and
+        heads by hand, so that kernels may run in them. None: the compiler splits them.
       parameters: named tuple of what has neither batch nor time; None for none.
       options: frozen dataclass of what is static.
     """
@@ -257,6 +260,7 @@ class Keyed:
     sharded: Callable[..., Result]
     finish: Callable[..., Result] | None = None
     shares_slots: Callable[[Any], bool] | None = None
+    together: Callable[[Any], int] | None = None
     parameters: type | None = None
     options: type = Options
 

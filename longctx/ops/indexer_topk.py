@@ -101,13 +101,13 @@ def chunked(
     @jax.checkpoint
     def some(queries, tokens):
         if chosen is None:
-            seen, keys, shared = _visible(*tokens, held), (k, v, index_k), None
+            visible, keys, shared = _visible(*tokens, held), (k, v, index_k), None
         else:
             places = jnp.maximum(tokens, 0)
             keys = [jax.vmap(lambda x, places: x[places])(x, places) for x in (k, v, index_k)]
-            seen, shared = tokens >= 0, 0
+            visible, shared = tokens >= 0, 0
         each = jax.vmap(_attend, (0, 0, 0, 0, shared, shared, shared, None))  # queries
-        return jax.vmap(each, (0,) * 7 + (None,))(*queries, seen, *keys, scale)  # rows
+        return jax.vmap(each, (0,) * 7 + (None,))(*queries, visible, *keys, scale)  # rows
 
     length = q.shape[1]
     step = min(length, max(8, min(_QUERIES, _KEYS // count)))
@@ -135,10 +135,10 @@ def _fetch(row: Row, tree, chosen):
     return [x.reshape(*x.shape[:2], *like.shape[2:]) for x, like in zip(found, tree, strict=True)]
 
 
-def _attend(q, index_q, weights, seen, k, v, index_k, scale):
+def _attend(q, index_q, weights, visible, k, v, index_k, scale):
     """One query, `[H, K]`, with `[J, I]` and `[J]`, and its keys `[n, G, K]`: what it reads, and its loss."""
     logits = jnp.einsum("grk,ngk->grn", q.reshape(k.shape[1], -1, k.shape[2]), k, preferred_element_type=jnp.float32)
-    logits = jnp.where(seen, logits * scale, -jnp.inf)
+    logits = jnp.where(visible, logits * scale, -jnp.inf)
     exponentials, total, _ = terms(logits)
     shares = exponentials / total[..., None]
     y = jnp.einsum("grn,ngv->grv", shares.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -146,7 +146,7 @@ def _attend(q, index_q, weights, seen, k, v, index_k, scale):
     scores = jnp.einsum("j,jn->n", weights.astype(jnp.float32), jax.nn.relu(products))
     target = jax.lax.stop_gradient(shares.mean((0, 1)))
     counts = target > 0  # of unseen keys, and of those too far below the best, nothing is left
-    logs = jax.nn.log_softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min))
+    logs = jax.nn.log_softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min))
     loss = jnp.where(counts, target * (jnp.log(jnp.where(counts, target, 1.0)) - logs), 0.0).sum()
     return y.reshape(-1, y.shape[-1]), loss
 
@@ -162,15 +162,15 @@ def definition(
 
     def one(query):
         q, index, weights, document, position = query
-        seen = (held.ids == document[:, None]) & (document > 0)[:, None] & (held.positions <= position[:, None])
+        visible = (held.ids == document[:, None]) & (document > 0)[:, None] & (held.positions <= position[:, None])
         products = jnp.einsum("bji,bsi->bjs", index.astype(jnp.float32), indices)
         scores = jnp.einsum("bj,bjs->bs", weights, jnp.maximum(products, 0))
         if count is not None:
-            order = jnp.argsort(jnp.where(seen, -scores, jnp.inf), axis=-1, stable=True)
-            seen &= jnp.argsort(order, axis=-1) < count
+            order = jnp.argsort(jnp.where(visible, -scores, jnp.inf), axis=-1, stable=True)
+            visible &= jnp.argsort(order, axis=-1) < count
         logits = jnp.einsum("bhk,bshk->bhs", q, keys) * scale
-        attention = softmax(logits, seen[:, None])
-        p, indexer = jax.lax.stop_gradient(attention.mean(1)), softmax(scores, seen)
+        attention = softmax(logits, visible[:, None])
+        p, indexer = jax.lax.stop_gradient(attention.mean(1)), softmax(scores, visible)
         tiny = jnp.finfo(jnp.float32).tiny
         loss = p * (jnp.log(jnp.maximum(p, tiny)) - jnp.log(jnp.maximum(indexer, tiny)))
         return jnp.einsum("bhs,bshv->bhv", attention, values), loss.sum(-1)

@@ -1,4 +1,4 @@
-r"""Attention within buckets: a query sees the keys before it that fell into its own bucket.
+r"""Attention within buckets: what a query attends to is the keys before it that fell into its own bucket.
 
 In each of R rounds every query and key of a head has a hash, the number of a bucket. With m_ts the number of rounds in
 which those of query t and key s agree (Kitaev et al., arXiv:2001.04451, Reformer),
@@ -6,7 +6,7 @@ which those of query t and key s agree (Kitaev et al., arXiv:2001.04451, Reforme
     out_t = Σ_{s < t of the document} m_ts exp(scale q_t . k_s - L_t) v_s
 
 with L_t the logarithm of the denominator. As in Reformer a token does not see itself, which among keys made from the
-same vector as the queries would always be the likest, unless there is nothing else to see: then out_t = v_t.
+same vector as the queries would always score highest, unless there is nothing else to see: then out_t = v_t.
 
 A key that agrees in m rounds counts m times, so that the rounds are a sum: each is an attention of its own, and they
 mix by their denominators. Reformer divides m out, for which each round must know the hashes of all; here a key counts
@@ -185,9 +185,9 @@ def definition(
     (q, own, q_hashes), (k, v, k_hashes) = queries, keys
     repeats, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5 if options.scale is None else options.scale
     k, v, own, k_hashes = (x.repeat(repeats, axis=2) for x in (k, v, own, k_hashes))
-    seen = (segments.ids[:, :, None] == held.ids[:, None, :]) & segments.valid[:, :, None]
-    seen &= held.positions[:, None, :] < segments.positions[:, :, None]  # [B, T, S]
-    agree = (q_hashes[:, :, None] == k_hashes[:, None, :]).sum(-1).mT * seen[:, :, None]  # m, [B, T, H, S]
+    visible = (segments.ids[:, :, None] == held.ids[:, None, :]) & segments.valid[:, :, None]
+    visible &= held.positions[:, None, :] < segments.positions[:, :, None]  # [B, T, S]
+    agree = (q_hashes[:, :, None] == k_hashes[:, None, :]).sum(-1).mT * visible[:, :, None]  # m, [B, T, H, S]
     logits = jnp.einsum("bthk,bshk->bths", q, k, preferred_element_type=jnp.float32) * scale
     weights = softmax(logits + jnp.log(jnp.maximum(agree, 1)), agree > 0)
     others = jnp.einsum("bths,bshv->bthv", weights, v.astype(jnp.float32)).astype(v.dtype)

@@ -101,16 +101,16 @@ def definition(
     alike = (held.ids[:, :, None] == held.ids[:, None, :]) & (theirs[:, :, None] == theirs[:, None, :])
     means = jnp.einsum("bsu,buhk->bshk", alike / alike.sum(-1, keepdims=True), keys)
     scores = jnp.einsum("bthk,bshk->bhts", q.astype(jnp.float32), means)
-    # The rank of each earlier block, told by its first token, among all of them.
+    # The rank of each earlier block, named by its first token, among all of them.
     earlier = (same & (theirs[:, None, :] < own[:, :, None]))[:, None]
     opens = earlier & (held.positions % block == 0)[:, None, None, :]
     rank = jnp.argsort(jnp.argsort(jnp.where(opens, -scores, jnp.inf), axis=-1, stable=True), axis=-1)
     first = jnp.maximum(jnp.arange(k.shape[1]) - held.positions % block, 0)[:, None, None, :]
     chosen = earlier & (jnp.take_along_axis(rank, first, axis=-1) < options.count - 1)
-    seen = chosen | (same & (theirs[:, None, :] == own[:, :, None]))[:, None]
-    seen &= (held.positions[:, None, :] <= segments.positions[:, :, None])[:, None]
+    visible = chosen | (same & (theirs[:, None, :] == own[:, :, None]))[:, None]
+    visible &= (held.positions[:, None, :] <= segments.positions[:, :, None])[:, None]
     logits = jnp.einsum("bthk,bshk->bhts", q, keys, preferred_element_type=jnp.float32) * scale
-    return Result(jnp.einsum("bhts,bshv->bthv", softmax(logits, seen), values).astype(v.dtype))
+    return Result(jnp.einsum("bhts,bshv->bthv", softmax(logits, visible), values).astype(v.dtype))
 
 
 MOBA = Keyed("moba", Queries, Keys, definition, chunked, partial=None, sharded=chunked, options=Options)

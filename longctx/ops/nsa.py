@@ -6,8 +6,8 @@ gates; a query that sees nothing in one of them gets 0 from it:
     out_t = Σ_c g_tc softmax(scale q_t . K^c) V^c        c: compressed, selected, window
 
 Compressed: keys φ(k_{di}, ..., k_{di + l - 1}) and the same of values, of blocks of l tokens every d, from their last
-token on. In the paper φ is an MLP of the block's keys and their places in it; here it is linear in the keys, a weighted
-sum with a weight for each place and channel.
+token on. In the paper φ is an MLP of the block's keys and their positions in it; here it is linear in the keys, a
+weighted sum with a weight for each position and channel.
 
 Selected: the tokens s <= t of n blocks of m tokens: the query's own (b = t // m), the one before it and the document's
 first, and of the others before it those that matter most to the group of heads, the first of equal ones. With p_ti the
@@ -124,9 +124,9 @@ def chunked(
 
     def score(q, total, ids, positions):
         same = (ends.ids[:, None] == ids[:, :, None]) & (ids > 0)[:, :, None]
-        seen = same & (ends.positions[:, None] <= positions[:, :, None])
+        visible = same & (ends.positions[:, None] <= positions[:, :, None])
         logits = jnp.einsum("btgrk,bmgk->btgrm", q, pooled[0], preferred_element_type=jnp.float32) * scale
-        weights = jnp.where(seen[:, :, None, None], jnp.exp(logits - total[..., None]), 0.0).sum(3)
+        weights = jnp.where(visible[:, :, None, None], jnp.exp(logits - total[..., None]), 0.0).sum(3)
         matters = sum(jax.vmap(lambda x, slot: x[..., slot])(weights, slot) * n[:, None, None] for slot, n in shared)
         latest = positions[:, :, None] // selected - 1
         index = blocks.index[:, None]
@@ -174,17 +174,17 @@ def definition(
     same = (segments.ids[:, :, None] == held.ids[:, None, :]) & segments.valid[:, :, None]  # [B, T, S]
     now, then = segments.positions[:, :, None], held.positions[:, None, :]
     past = same & (then <= now)
-    places = jnp.arange(k.shape[1])
+    positions = jnp.arange(k.shape[1])
 
-    def attend(keys, values, seen, gate):
+    def attend(keys, values, visible, gate):
         """The weights of a gated attention [B, H, T, S], and what it gives."""
         logits = jnp.einsum("bthk,bshk->bhts", q, keys.repeat(repeats, axis=2), preferred_element_type=jnp.float32)
-        weights = softmax(logits * scale, seen)
+        weights = softmax(logits * scale, visible)
         y = jnp.einsum("bhts,bshv->bthv", weights, values.repeat(repeats, axis=2).astype(jnp.float32))
         return weights, gate[..., None] * y
 
-    # Blocks are told by a token of theirs: compressed ones by their last, selected ones by their first.
-    inside = jnp.maximum(places[:, None] + jnp.arange(1 - size, 1), 0)
+    # Blocks are named by one of their tokens: compressed ones by their last, selected ones by their first.
+    inside = jnp.maximum(positions[:, None] + jnp.arange(1 - size, 1), 0)
     pooled = ((x[:, :, :, 0][:, inside] * w).sum(2) for x, w in zip(keys, parameters, strict=True))
     ends = (then + 1 >= size) & ((then + 1 - size) % stride == 0)
     weights, compressed = attend(*pooled, (past & ends)[:, None], gates[..., 0])
@@ -198,7 +198,7 @@ def definition(
     matters = jnp.where(((theirs == 0) | (theirs == own - 1))[:, None], jnp.inf, matters)
     matters = jnp.where((earlier & (then % selected == 0))[:, None], matters, -jnp.inf)
     rank = jnp.argsort(jnp.argsort(-matters, axis=-1, stable=True), axis=-1)
-    first = jnp.maximum(places - held.positions % selected, 0)[:, None, None]
+    first = jnp.maximum(positions - held.positions % selected, 0)[:, None, None]
     chosen = earlier[:, None] & (jnp.take_along_axis(rank, first, axis=-1) < options.count - 1)
     chosen |= (past & (theirs == own))[:, None]
     _, fine = attend(k[:, :, :, 1], v[:, :, :, 1], chosen.repeat(repeats, axis=1), gates[..., 1])

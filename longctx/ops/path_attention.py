@@ -210,8 +210,8 @@ def _prepare(q, k, v, w, beta, ids):
     taken = einsum("nbhcd,nbhde->nbhce", solve, jnp.tril(einsum("nbhck,nbhdk->nbhcd", w, k), -1))
     met = jnp.tril(einsum("nbhck,nbhdk->nbhcd", q, w))
     logits = einsum("nbhck,nbhdk->nbhcd", q, k) - einsum("nbhcd,nbhde->nbhce", met, taken)
-    seen = jnp.tril((ids[..., :, None] == ids[..., None, :]) & (ids[..., None] > 0))
-    part = _partial(logits, seen, v)
+    visible = jnp.tril((ids[..., :, None] == ids[..., None, :]) & (ids[..., None] > 0))
+    part = _partial(logits, visible, v)
     queries = q - einsum("nbhcd,nbhdk->nbhck", met, read)
     keys = k - einsum("nbhcd,nbhck->nbhdk", taken, w)
     return (queries, keys, part), w, read

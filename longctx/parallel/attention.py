@@ -78,7 +78,9 @@ def attention(
     if len(parts) == 1 and parts[0].pattern.reach is not None:
         q, k, pattern = parts[0]
         near = _keys_near(k, v, decay, segments, pattern, axis_name)
-        added |= {"sinks": sinks, "implementation": implementation}
+        neighbours = not pattern.anchors and pattern.seen(np.zeros(1, int)) is None
+        before = near[0].shape[1] - q.shape[1] if neighbours else None
+        added |= {"sinks": sinks, "implementation": implementation, "before": before}
         return _attend(ops.attention, q, decay, segments, near, pattern, **added)
     if implementation not in (None, "blockwise"):
         raise NotImplementedError(

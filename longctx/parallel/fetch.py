@@ -106,7 +106,9 @@ def _plan(axis_name: str, wanted: Bool[Array, "P B G N"]):
     device, (devices, *_, blocks) = jax.lax.axis_index(axis_name), wanted.shape
     wanted &= (jnp.arange(devices) < device)[:, None, None, None]
     size = -(-blocks // _ROUNDS)
-    rounds = jax.lax.pmax(-(-wanted.sum(-1, dtype=jnp.int32).max() // size), axis_name)
+    # All devices run as many, those that split rows and heads by hand as well: a message is sent by all at a time.
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    rounds = jax.lax.pmax(-(-wanted.sum(-1, dtype=jnp.int32).max() // size), axes)
 
     def lists(wanted):
         index = jnp.sort(jnp.where(wanted, jnp.arange(blocks), blocks), axis=-1)

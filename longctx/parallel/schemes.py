@@ -32,7 +32,7 @@ import jax
 from jaxtyping import Array
 
 from longctx.ops.patterns import Pattern
-from longctx.parallel import balance, mesh, ulysses
+from longctx.parallel import balance
 
 NAMES = ("auto", "ring", "heads", "both", "gather")
 _IDS = 8  # bytes a token: id and position
@@ -90,7 +90,7 @@ class Case:
     """A device's share of an attention, `batch` rows of `length` tokens, and how many share the sequence.
 
     Attributes:
-      heads, groups: those that `model` leaves a device.
+      heads, groups: of a device.
       itemsize: bytes of a number of queries, keys and values.
       sharing: numbers of devices that may share the heads.
       balances: how many, or 1, if shards may then trade halves.
@@ -112,19 +112,18 @@ class Case:
     @classmethod
     def of(cls, q: Array, k: Array, v: Array, pattern: Pattern, axis_name: str) -> Case:
         """The case of one device's q, k and v, inside a `jax.shard_map` over `axis_name`."""
-        devices, model = jax.lax.axis_size(axis_name), mesh.size("model")
-        (batch, length, heads, width), groups = q.shape, k.shape[2]
+        devices, ((batch, length, heads, width), groups) = jax.lax.axis_size(axis_name), (q.shape, k.shape[2])
         divisors = [among for among in range(1, devices + 1) if devices % among == 0]
         return cls(
-            batch=-(-batch // mesh.size("data")),
+            batch=batch,
             length=length,
-            heads=-(-heads // model),
-            groups=-(-groups // model),
+            heads=heads,
+            groups=groups,
             key_width=width,
             value_width=v.shape[3],
             itemsize=k.dtype.itemsize,
             devices=devices,
-            sharing=tuple(n for n in divisors if n > 1 and ulysses.can_share(heads, groups, n)),
+            sharing=tuple(n for n in divisors if n > 1 and heads % n == 0),
             balances=tuple(n for n in divisors if balance.pays(pattern, n * length, devices // n)),
             platform=jax.sharding.get_abstract_mesh().abstract_device.platform,
         )

@@ -40,7 +40,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from longctx.ops import causal_conv, resolution
-from longctx.ops.family import Keyed, Recurrence, Result
+from longctx.ops.family import Attending, Keyed, Recurrence, Result
 from longctx.parallel import family as families
 from longctx.parallel import halo, mesh, prefix, tree
 from longctx.parallel.shards import Shards
@@ -182,13 +182,17 @@ def attend(
     """
     call = family.prepare(queries, keys, parameters, segments, key_segments, options)
     (length, slots), devices = (x.ids.shape[1] for x in (call.segments, call.key_segments)), mesh.context_size()
-    if key_segments is None and _splits(length):
+    time = "context" if key_segments is None and _splits(length) else None
+    rows, heads = _by_hand(family, call) if key_segments is None else (None, None)
+    if axes := {axis for axis in (rows, time, heads) if axis}:
 
         def shard(queries, keys, parameters, segments):
-            row = Shards("context", segments.ids.shape[1])
-            return family.sharded(queries, keys, parameters, segments, segments, call.options, row)
+            own = Attending(queries, keys, parameters, segments, segments, call.options)
+            return family.sharded(*own, Shards(time, segments.ids.shape[1])) if time else family.run(own)
 
-        island = _island(shard, (_SHARD, _SHARD, _WHOLE, _SHARD), _SHARD)
+        tokens = PartitionSpec(rows, time)
+        each, of_heads = (PartitionSpec(rows, time, heads), PartitionSpec(heads)) if heads else (tokens, _WHOLE)
+        island = _island(shard, (each, each, of_heads, tokens), each, axes)
         return island(call.queries, call.keys, _float32(call.parameters), call.segments)
     shares = family.shares_slots is not None and family.shares_slots(call.options)
     if key_segments is not None and shares and length == 1 and devices > 1 and slots % devices == 0:
@@ -250,11 +254,25 @@ def _splits(length: int) -> bool:
     return True
 
 
-def _island(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """`f` on the shards of each device along `context`."""
+def _by_hand(family: Keyed, call: Attending) -> tuple[str | None, str | None]:
+    """The mesh axes that split rows and heads by hand: those with several devices, which divide them."""
+    if family.together is None:
+        return None, None
+    data, model = mesh.size("data"), mesh.size("model")
+    queries, keys = jax.tree.leaves(call.queries), jax.tree.leaves(call.keys)
+    each = [x.shape[2] // model for x in queries]  # heads of a device
+    divided = all(x.shape[2] % model == 0 for x in queries + keys) and each[0] % family.together(call.options) == 0
+    return (
+        "data" if data > 1 and queries[0].shape[0] % data == 0 else None,
+        "model" if model > 1 and divided else None,
+    )
+
+
+def _island(f: Callable, in_specs: Any, out_specs: Any, axes: set[str] = frozenset({"context"})) -> Callable:
+    """`f` on the shards of each device along `axes`."""
     # Without the check of varying axes: ops know no mesh, and start their scans from plain zeros. Inside a jit: an
     # island over some of the mesh's axes does not run eagerly.
-    island = jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names={"context"}, check_vma=False)
+    island = jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
     return jax.jit(island, inline=True)
 
 

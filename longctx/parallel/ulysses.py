@@ -26,15 +26,9 @@ from longctx.ops import attention as ops
 from longctx.ops.biases import Bias
 from longctx.ops.partial import Partial
 from longctx.ops.patterns import Pattern
-from longctx.parallel import mesh, ring
+from longctx.parallel import ring
 from longctx.parallel.all_to_all import all_to_all
 from longctx.typing import Segments
-
-
-def can_share(heads: int, groups: int, among: int) -> bool:
-    """Whether `among` devices can share the heads, with those that `model` splits left where they are."""
-    model = mesh.size("model")
-    return groups % model == 0 and heads // model % among == 0
 
 
 def attention(
@@ -55,14 +49,14 @@ def attention(
 
     Args:
       q, k, v, pattern, segments, axis_name, decay, bias, options: as in `longctx.parallel.ring.attention`.
-      among: A, neighbouring devices that share the heads; `can_share`, and A divides the devices of the axis.
+      among: A, neighbouring devices that share the heads; it divides H and the devices of the axis.
       balanced: whether the ring is, where A leaves one.
 
     Returns:
       The partial result, float32. First derivatives only.
     """
     (batch, length), groups = q.shape[:2], k.shape[2]
-    sets = math.gcd(groups // mesh.size("model"), among)  # a
+    sets = math.gcd(groups, among)  # a
     sharers = among // sets  # s
 
     def by_device(x, axis):  # the heads at `axis`: A first, then those of each

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType
 from longctx import config
 from longctx.data import Task, Tokenizer
 from longctx.errors import refused
+from longctx.ops import kernels
 from longctx.parallel import mesh as meshes
 from longctx.planning import programs, work
 from longctx.planning.chips import Passes
@@ -143,7 +144,7 @@ def operations(program: Program, stage: config.Stage, passes: Passes) -> tuple[w
     device = program.mesh.abstract_mesh.abstract_device
 
     def two(axis: str) -> AbstractMesh:
-        """Two devices along one axis: rows are whole, and no kernel hides what it does."""
+        """Two devices along one axis: rows are whole."""
         sizes = [2 if name == axis else 1 for name in meshes.AXES]
         return AbstractMesh(tuple(sizes), meshes.AXES, (AxisType.Auto,) * 3, abstract_device=device)
 
@@ -158,6 +159,7 @@ def operations(program: Program, stage: config.Stage, passes: Passes) -> tuple[w
 
 
 def traced(program: Program, stage: config.Stage, passes: Passes) -> tuple[work.Work, work.Work]:
-    """What `work.count` finds in a step, under the ambient mesh."""
+    """What `work.count` finds in a step, under the ambient mesh, where no kernel hides it."""
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.arguments(stage))
-    return work.count(jax.jit(program.step).trace(*given).jaxpr.jaxpr, passes)
+    with kernels.none():
+        return work.count(jax.jit(program.step).trace(*given).jaxpr.jaxpr, passes)

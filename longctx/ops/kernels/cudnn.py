@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from longctx.ops.backend import platform
 
 
-def refusal(q, k, v, pattern, *, segments, key_segments, sinks, soft_cap, decay, bias) -> str | None:
+def refusal(q, k, v, pattern, *, segments, key_segments, before, sinks, soft_cap, decay, bias) -> str | None:
     """Why cuDNN cannot compute this, as the end of a sentence; None if it can. Arguments as `attention`."""
     if platform() != "gpu":
         return f"needs an NVIDIA GPU, and the platform is {platform()}; use 'blockwise'."
@@ -31,9 +31,9 @@ def refusal(q, k, v, pattern, *, segments, key_segments, sinks, soft_cap, decay,
     return None
 
 
-def attention(q, k, v, pattern, *, segments, scale, soft_cap):
+def attention(q, k, v, pattern, *, segments, key_segments, before, scale, soft_cap):
     """Causal attention, within the pattern's window if it has one. Arguments as `attention`, after `refusal`."""
-    del segments, soft_cap  # None: refused otherwise
+    del segments, key_segments, before, soft_cap  # None: refused otherwise
     window = None if pattern.reach is None else (pattern.reach, 0)
     return jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, local_window_size=window, implementation="cudnn"

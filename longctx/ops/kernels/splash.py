@@ -16,13 +16,13 @@ from longctx.typing import Segments
 _LANES = 128  # the kernel's tiles; lengths are filled up to a multiple of it
 
 
-def refusal(q, k, v, pattern, *, segments, key_segments, sinks, soft_cap, decay, bias) -> str | None:
+def refusal(q, k, v, pattern, *, segments, key_segments, before, sinks, soft_cap, decay, bias) -> str | None:
     """Why splash cannot compute this, as the end of a sentence; None if it can. Arguments as `attention`."""
     del k, v, segments, soft_cap
     if platform() != "tpu":
         return f"needs a TPU, and the platform is {platform()}; use 'blockwise'."
-    if key_segments is not None:
-        return "takes keys that are the queries' own tokens, and key_segments were given; use 'blockwise'."
+    if key_segments is not None and before is None:
+        return "takes keys of neighbouring tokens, and key_segments may be of any; say `before`, or use 'blockwise'."
     if any(x is not None for x in (sinks, decay, bias)):
         return "has neither sinks, nor decay, nor bias; use 'blockwise'."
     if pattern.ahead != 0 or not pattern.band:
@@ -34,39 +34,43 @@ def refusal(q, k, v, pattern, *, segments, key_segments, sinks, soft_cap, decay,
     return None
 
 
-def attention(q, k, v, pattern, *, segments, scale, soft_cap, interpret=False):
+def attention(q, k, v, pattern, *, segments, key_segments, before, scale, soft_cap, interpret=False):
     """Causal attention, within the pattern's window if it has one. Arguments as `attention`, after `refusal`.
 
     With `interpret` the kernel is interpreted, on any platform.
     """
-    batch, length, heads, _ = q.shape
-    padding = -length % _LANES
-    padded = length + padding
-    block = next(size for size in (512, 256, _LANES) if padded % size == 0)
-    shape = (padded, padded)
+    (batch, length, heads, _), earlier = q.shape, before or 0
+    front, end = -earlier % _LANES, -length % _LANES
+    shape = length + end, front + earlier + length + end
     if pattern.reach is None:
-        mask = splash_attention.CausalMask(shape)
+        mask = splash_attention.CausalMask(shape, front + earlier)
     else:
-        mask = splash_attention.LocalMask(shape, (pattern.reach, 0), 0)
+        mask = splash_attention.LocalMask(shape, (pattern.reach, 0), front + earlier)
+    rows, columns = (next(size for size in (512, 256, _LANES) if side % size == 0) for side in shape)
     kernel = splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask] * heads),
         block_sizes=splash_attention.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
+            block_q=rows,
+            block_kv=columns,
+            block_q_dkv=rows,
+            block_kv_dkv=columns,
+            block_q_dq=rows,
+            block_kv_dq=columns,
         ),
         attn_logits_soft_cap=soft_cap,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
     )
-    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q * scale, k, v))
+
+    def fill(x, front):
+        return jnp.pad(x, ((0, 0), (front, end), *((0, 0),) * (x.ndim - 2)))
+
+    inputs = (fill(x, at).swapaxes(1, 2) for x, at in ((q * scale, 0), (k, front), (v, front)))
     if segments is None:
-        return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)[:, :length]
+        return jax.vmap(kernel)(*inputs).swapaxes(1, 2)[:, :length]
     segments = Segments.of(segments, batch, length)
-    ids = jnp.pad(segments.ids, ((0, 0), (0, padding)))
-    y = jax.vmap(kernel)(q, k, v, splash_attention.SegmentIds(ids, ids)).swapaxes(1, 2)[:, :length]
+    held = segments if key_segments is None else key_segments
+    ids = splash_attention.SegmentIds(fill(segments.ids, 0), fill(held.ids, front))
+    y = jax.vmap(kernel)(*inputs, ids).swapaxes(1, 2)[:, :length]
     return jnp.where(segments.valid[:, :, None, None], y, 0)  # padding sees padding there
