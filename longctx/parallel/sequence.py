@@ -3,6 +3,8 @@
 Under a mesh (`jax.set_mesh`) whose `context` axis has several devices, each op runs as a `jax.shard_map` island over
 that axis, on contiguous shards of the span; the axes `data` and `model` stay with the compiler. Otherwise, and for a
 span of fewer tokens than devices (a decoding step), it is the plain op, the same on every device along `context`.
+Islands of softmax attention are over `data` and `model` as well, where these divide rows and heads: fused kernels run
+in them, which the compiler cannot split.
 
 What a device must know of those before it, and the bytes it sends for that:
 
@@ -14,7 +16,7 @@ What a device must know of those before it, and the bytes it sends for that:
 | recurrence, not associative  | the state, device after device in turn        | devices - 1 states              |
 | attention of bounded reach   | the last keys and values, by a halo exchange  | those of `reach` tokens         |
 | ... with n anchors           | also these of the document, by a scan         | those of ⌈log₂ devices⌉ n       |
-| ... to scattered blocks      | those that are seen, in rounds                | those of these                  |
+| ... to scattered blocks      | those that are visible, in rounds             | those of these                  |
 | attention of unbounded reach | as the cheapest scheme does                   | `parallel/schemes.py` says      |
 | ... balanced, in a ring      | half of queries, keys, values and results     | those of T / 2 tokens           |
 | ... in a ring                | all keys and values                           | those of (devices - 1) T tokens |
