@@ -21,7 +21,7 @@ def get_config(arg: str = "rope") -> ConfigDict:
     """`KIND`, or `KIND,smoke` for a test of the machinery."""
     kind, _, size = arg.partition(",")
     if kind not in KINDS or size not in ("", "smoke"):
-        raise ValueError(f"extension is asked for '{arg}'; choose one of {', '.join(KINDS)}, and ',smoke' or nothing")
+        raise ValueError(f"the argument is '{arg}'; choose one of {', '.join(KINDS)}, and ',smoke' or nothing")
     config = ConfigDict()
     config.seed = 0
 
@@ -49,7 +49,7 @@ def get_config(arg: str = "rope") -> ConfigDict:
             "kv_heads": 2,
             "head_width": 64,
             "positions": {"kind": kind, **OPTIONS.get(kind, {})},
-            "conv_width": 4,  # makes facts quick to learn; it tells only the order of neighbours
+            "conv_width": 4,  # makes facts quick to learn; it gives only the order of neighbours
         },
         "mlp": {"kind": "relu2", "hidden": 256},
     }

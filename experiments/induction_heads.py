@@ -13,7 +13,7 @@ which 4 rows are read (benchmarks/induction_heads.md); training takes 1 to 4 min
 
 from ml_collections import ConfigDict
 
-# Each needs a convolution to see the token before. A layer that never forgets is right at any length if noise writes
+# Each needs a convolution to read the token before. A layer that never forgets is right at any length if noise writes
 # nothing where the answer is read: exactly nothing, which ReLU's zeros allow and training at 256 tokens finds.
 OPTIONS = {
     # Positions would not reach beyond the trained length.

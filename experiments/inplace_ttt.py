@@ -5,7 +5,7 @@ Commands, each for the same parameters (to 0.1 %) and the same tokens in the sam
     python -m longctx.train --config=experiments/inplace_ttt.py:inplace_ttt --workdir=runs/inplace_ttt
     python -m longctx.train --config=experiments/inplace_ttt.py:swiglu --workdir=runs/swiglu
 
-Attention sees the last 64 tokens alone, so whatever lies further back reaches the final block through the MLPs'
+Attention reaches the last 64 tokens only, so whatever lies further back reaches the final block through the MLPs'
 fast weights or not at all. Compare the report's perplexity of the fixed final block by context (the measurement of the
 paper, arXiv 2604.06169, section 4); other seeds by `--config.seed=1`.
 

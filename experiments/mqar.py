@@ -28,7 +28,7 @@ def get_config(arg: str = "gated_delta") -> ConfigDict:
     config.data.power = 0.01  # of the law of the distances to the questions
     config.data.random_filler = True  # or token 0
 
-    # Attention needs a convolution to see the token before each value, and no positions, to read longer rows.
+    # Attention needs a convolution to read the token before each value, and no positions, to read longer rows.
     options = {"positions": {"kind": "nope"}, "conv_width": 4} if kind == "attention" else {}
     config.model = ConfigDict()
     config.model.width = 64  # D

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 def get_config(arg: str = "") -> ConfigDict:
     """The quickstart; `smoke` (`--config=experiments/quickstart.py:smoke`) shrinks it to a test of the machinery."""
     if arg not in ("", "smoke"):
-        raise ValueError(f"the quickstart is asked for '{arg}'; it knows 'smoke', or nothing for the whole run")
+        raise ValueError(f"the argument is '{arg}'; give 'smoke', or nothing for the whole run")
     config = ConfigDict()
     config.seed = 0  # of the parameters, the order of the rows and the planted facts
 
@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "heads": 2,
             "kv_heads": 2,  # heads of keys and values; divides heads
             "head_width": 64,
-            "pattern": "Window(64)",  # what a query sees: its own token and the 63 before it
+            "pattern": "Window(64)",  # keys visible to a query: its own token and the 63 before it
             "conv_width": 4,
         },
         "mlp": mlp(),

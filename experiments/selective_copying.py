@@ -28,7 +28,7 @@ def get_config(arg: str = "gated_delta") -> ConfigDict:
     # Tokens of the documents that fill a row. Were they as long as it, noise would be counted, not passed over.
     config.data.train = (32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 
-    # Attention needs a convolution to tell tokens' neighbours; its default rotary positions tell their order.
+    # Attention needs a convolution to know tokens' neighbours; its default rotary positions give their order.
     options = {"conv_width": 4} if kind == "attention" else {}
     config.model = ConfigDict()
     config.model.width = 64  # D

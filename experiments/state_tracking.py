@@ -1,4 +1,4 @@
-"""State tracking: the product so far of a word over a group of permutations, at every place.
+"""State tracking: the product so far of a word over a group of permutations, at every position.
 
 Command, for any mixer of `longctx.layers` (by default gated_delta) and a group of `parity`, `s3`, `s4`, `s5`:
 

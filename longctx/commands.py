@@ -1,4 +1,4 @@
-"""What every command shares: flags, quiet logs, and errors told in a sentence.
+"""What every command shares: flags, quiet logs, and errors in a sentence.
 
 A command ends with code 0, or 2 when what it was given cannot be used (nothing is written then), or 1 when training
 met a loss that is not finite, a full disk, or a process that was lost (jax or its watchman may end it by a signal
@@ -165,33 +165,33 @@ def _guarded(main: Callable[[], int | None]) -> int | None:
 
 
 def _ended(main: Callable[[], int | None]) -> int | None:
-    """The exit code of `main`, after telling its error if that can be told in a sentence."""
+    """The exit code of `main`, after reporting its error where a sentence can."""
     try:
         return main()
     except UsageError as error:
-        return _tell(error, 2)
+        return _report(error, 2)
     except (RunError, FloatingPointError) as error:
-        return _tell(error, 1)
+        return _report(error, 1)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         name = error.filename or "a file"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return _tell(f"{name} cannot be written: {error.strerror}. Make room and go on.", 1)
-        return _tell(f"{name} cannot be read or written: {error.strerror or error}.", 1)
+            return _report(f"{name} cannot be written: {error.strerror}. Make room and go on.", 1)
+        return _report(f"{name} cannot be read or written: {error.strerror or error}.", 1)
     except KeyboardInterrupt:
-        return _tell("interrupted", 130)
+        return _report("interrupted", 130)
 
 
-def _tell(error: object, code: int) -> int:
+def _report(error: object, code: int) -> int:
     for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr)
     return code
 
 
 def _parse(words: bool, arguments: Sequence[str]) -> Sequence[str]:
-    """The flags parser of `app.run`: what is wrong is told as a UsageError is, where absl shows a traceback."""
+    """The flags parser of `app.run`: what is wrong is reported as a UsageError is, where absl shows a traceback."""
     try:
         rest = flags.FLAGS(arguments)
     except SystemExit:  # the help was asked for, and has been written
@@ -200,11 +200,11 @@ def _parse(words: bool, arguments: Sequence[str]) -> Sequence[str]:
         text = re.sub(r"invalid literal for int\(\).*|Exceeds the limit.*", "expected a whole number", str(error))
         text = re.sub(r"could not convert string to float.*", "expected a number", text.removeprefix("flag "))
         text = re.sub(r"(\S{80})\S{40,}", r"\1...", text) or type(error).__name__
-        sys.exit(_tell(text, 2))
+        sys.exit(_report(text, 2))
     _words[:] = rest[1:]
     if _words and not words:
-        sys.exit(_tell(f"'{rest[1]}' is not a flag; flags are written --name=value.", 2))
+        sys.exit(_report(f"'{rest[1]}' is not a flag; flags are written --name=value.", 2))
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = logging.WARNING  # absl would tell every library's progress
+        flags.FLAGS.verbosity = logging.WARNING  # absl would log every library's progress
     logging.get_absl_handler().setFormatter(None)
     return rest

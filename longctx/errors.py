@@ -1,4 +1,4 @@
-"""Errors that are told in a sentence, without a traceback."""
+"""Errors that are reported in a sentence, without a traceback."""
 
 from __future__ import annotations
 

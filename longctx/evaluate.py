@@ -62,15 +62,15 @@ def _overridden(experiment: config.Experiment) -> tuple[config.Experiment, list[
             "what a trained model is cannot be overridden; of its config give --config.evaluation.NAME=VALUE and "
             "--config.data.path=FOLDER alone."
         )
-    told = []
+    changes = []
     for part in ("evaluation", "data"):
         before, after = (dataclasses.asdict(getattr(each, part)) for each in (experiment, given))
-        told += [
+        changes += [
             f"{part}.{name} was {before[name]!r}, and is {after[name]!r} in this report."
             for name in before
             if before[name] != after[name]
         ]
-    return given, told
+    return given, changes
 
 
 if __name__ == "__main__":

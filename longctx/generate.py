@@ -3,7 +3,7 @@
     python -m longctx.generate --workdir=runs/quickstart --prompt="import os" --max_tokens=100
 
 The text goes to stdout as it is written, the speeds to stderr. With --mesh=1,8,1 eight devices share the caches of
-attention that sees all of the document.
+attention to all of the document.
 """
 
 from __future__ import annotations

@@ -180,13 +180,13 @@ def _rows(cls: Any) -> Iterator[tuple[str, str, str]]:
     options = options_of(cls)
     if not dataclasses.is_dataclass(options) or cls in PATTERNS.values():
         return
-    told = meanings(options)
+    meaning = meanings(options)
     for field in dataclasses.fields(options):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         default = "required" if required else _shown(field)
         kind = re.sub(r"\b(Tokens|Seed|Size|Taps)\b", "int", str(field.type).replace("Text", "str"))
         more = f"; left out, {FOLLOWS}" if field.name in config.following(options) else ""
-        yield f"{field.name}: {kind}", default, told[field.name] + more
+        yield f"{field.name}: {kind}", default, meaning[field.name] + more
 
 
 def _shown(field: dataclasses.Field) -> str:

@@ -52,7 +52,7 @@ class RunParser(config_flags.config_flags.ConfigFileFlagParser):
         except UsageError:
             if given:
                 raise
-            return ConfigDict()  # the command tells it
+            return ConfigDict()  # the command reports it
         experiment = ConfigDict(_tuples(config.to_dict(run.experiment)))
         for override in given:
             _find(experiment, override)

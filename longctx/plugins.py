@@ -44,7 +44,7 @@ def run(file: str) -> types.ModuleType:
 
 
 def called(file: str, function, *arguments):
-    """What a function from a user's file returns; whatever it raises is told as a UsageError, with the line."""
+    """What a function from a user's file returns; whatever it raises is reported as a UsageError, with the line."""
     try:
         return function(*arguments)
     except KeyboardInterrupt:
@@ -97,11 +97,11 @@ def apart(names: Any, folder: Path) -> None:
     for name in names if isinstance(names, list | tuple) else ():
         if not isinstance(name, str):
             continue
-        places = [Path(name)]
+        files = [Path(name)]
         if not name.endswith(".py"):
             top = name.split(".")[0]
-            places = [Path(entry, f"{top}{ending}") for entry in sys.path for ending in ("", ".py")]
-        if any(Path(os.path.realpath(place)).is_relative_to(inside) for place in places if os.path.exists(place)):
+            files = [Path(entry, f"{top}{ending}") for entry in sys.path for ending in ("", ".py")]
+        if any(Path(os.path.realpath(file)).is_relative_to(inside) for file in files if os.path.exists(file)):
             raise UsageError(
                 f"plugins names {show(name)}, which is in the workdir itself, and a workdir brings no code. Look at "
                 "it, and if you trust it, move it elsewhere and write in plugins where it is then."

@@ -1,4 +1,4 @@
-"""Options: frozen dataclasses that are refused where they are made, built from dictionaries, and told as them again.
+"""Options: frozen dataclasses that are refused where they are made, built from dictionaries, and written as them again.
 
 Every part of an experiment is made of them: the options of layers, position schemes and tasks, and `longctx.config`.
 A field is a bool, int, float or str, a tuple of one of these, a mapping with names, other options, or options that are
@@ -153,7 +153,7 @@ def plain(value: Any) -> Any:
 
 
 class _Builder:
-    """Builds values, and collects what hinders it; what cannot be built is None."""
+    """Builds values, and collects the problems; what cannot be built is None."""
 
     def __init__(self, problems: list[str], kinds: Mapping[type, Mapping[str, type]] = types.MappingProxyType({})):
         self._problems, self._kinds = problems, kinds

@@ -157,7 +157,7 @@ def _walk(root: Path) -> list[Path]:
 
     Links to folders are followed; a folder that is met again is passed over.
     """
-    found, seen, folders = [], set(), [root]
+    found, visited, folders = [], set(), [root]
     while folders:
         folder = folders.pop()
         try:
@@ -166,9 +166,9 @@ def _walk(root: Path) -> list[Path]:
                 inside = {entry.name: entry for entry in entries}
         except OSError as error:
             raise UsageError(f"'{folder}' cannot be read ({error.strerror}); mend it or take it away") from error
-        if (status.st_dev, status.st_ino) in seen:
+        if (status.st_dev, status.st_ino) in visited:
             continue
-        seen.add((status.st_dev, status.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         of_run = _is_run(folder, inside.keys())
         for name in sorted(inside, reverse=True):
             if (
@@ -184,7 +184,7 @@ def _walk(root: Path) -> list[Path]:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, which is told as a file that cannot be read
+    except OSError:  # a link to itself, which is reported as a file that cannot be read
         return False
 
 

@@ -49,7 +49,7 @@ class Planter:
     def plant(self, row: Row, rng: np.random.Generator) -> Row:
         """The row with facts planted in the longest of its pieces, which keeps its length: its text is cut short.
 
-        Each fact and its question stand at two places drawn uniformly. At most half of the piece is planted, by
+        Each fact and its question stand at two positions drawn uniformly. At most half of the piece is planted, by
         fewer facts if need be; a piece of fewer than `ROOM` tokens is left alone.
         """
         begin, length = _longest(row["segment_ids"])
@@ -60,11 +60,11 @@ class Planter:
         values = rng.choice(self._values, facts, replace=False)
         statements = np.stack([np.full(facts, self._fact), keys, values], axis=1)
         questions = np.stack([np.full(facts, self._ask), keys, values], axis=1)
-        # A fact is at the lesser of two places, its question at the greater; the piece's first token stays first.
+        # A fact is at the lesser of two positions, its question at the greater; the piece's first token stays first.
         text = length + 1 - 2 * _STATEMENT * facts
-        places = np.sort(rng.random((2, facts)), axis=0)
-        gaps = 1 + (places.ravel() * text).astype(np.int64)
-        order = np.argsort(places.ravel(), kind="stable")
+        positions = np.sort(rng.random((2, facts)), axis=0)
+        gaps = 1 + (positions.ravel() * text).astype(np.int64)
+        order = np.argsort(positions.ravel(), kind="stable")
         end = begin + length
         tokens, planted = _weave(
             row["tokens"][begin : begin + text],
@@ -89,7 +89,7 @@ def needle_rows(
     """One question at the end of held-out text, about a fact at a chosen depth.
 
     The text is `packing.stretches`: documents one after another as a single segment, of any length. Every sample has
-    its own text, keys, values and places, and so have other depths, lengths and seeds.
+    its own text, keys, values and positions, and so have other depths, lengths and seeds.
 
     Args:
       store: held-out documents.
@@ -97,7 +97,7 @@ def needle_rows(
       length: T; the last two tokens are the question.
       depth: of the fact asked for, from 0 (start of the context) to 1 (just before the question).
       samples: B.
-      facts: stated in each sample, the one asked for among them; the others stand at random places.
+      facts: stated in each sample, the one asked for among them; the others stand at random positions.
       seed: from 0 up.
 
     Returns:
@@ -162,12 +162,12 @@ def _weave(text: np.ndarray, items: np.ndarray, gaps: np.ndarray) -> tuple[np.nd
       gaps: `[items]` ascending; item i goes before token `gaps[i]` of the text.
 
     Returns:
-      int32 `[text + items * width]`, and the places of the items' tokens in it, in order, `[items * width]`.
+      int32 `[text + items * width]`, and the positions of the items' tokens in it, in order, `[items * width]`.
     """
-    places = np.repeat(gaps, items.shape[1]) + np.arange(items.size)
+    positions = np.repeat(gaps, items.shape[1]) + np.arange(items.size)
     out = np.empty(len(text) + items.size, np.int32)
     is_text = np.ones(len(out), bool)
-    is_text[places] = False
+    is_text[positions] = False
     out[is_text] = text
-    out[places] = items.ravel()
-    return out, places
+    out[positions] = items.ravel()
+    return out, positions

@@ -84,7 +84,7 @@ class TokenStore:
 
 
 class Rows:
-    """The rows of a store, made when asked for; what does not fill a row at the end is left out."""
+    """The rows of a store, made on demand; an incomplete row at the end is left out."""
 
     def __init__(self, store: TokenStore, length: int):
         self._store = store

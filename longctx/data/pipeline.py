@@ -34,7 +34,7 @@ class Corpus:
       tokenizer: of both stores.
       train: training documents, in an order that the seed gives.
       heldout: held-out documents, in the order of their names.
-      lost: share of the text's characters that the tokenizer cannot represent; training sees the unknown token there.
+      lost: share of the text's characters that the tokenizer cannot represent; training has the unknown token there.
     """
 
     tokenizer: Tokenizer
@@ -74,22 +74,22 @@ class Corpus:
         """
         given = self.fingerprint()
         names = ["vocab_size", "heldout_tokens", *(["training_tokens"] if trained else [])]
-        told = [
+        lines = [
             f"{name}: {found.get(name)} then, {given[name]} now" for name in names if found.get(name) != given[name]
         ]
         if trained and found.get("training", given["training"]) != given["training"]:
-            told.append("the training documents hold another text, or are in another order")
+            lines.append("the training documents hold another text, or are in another order")
         if (before := found.get("heldout", given["heldout"])) != given["heldout"]:
             before = set(map(str, before)) if isinstance(before, list) else set()
             names = sorted(self.heldout.names)
             new = [name for name, digest in zip(names, given["heldout"], strict=True) if digest not in before]
             lost = len(before - set(given["heldout"]))
-            told.append(
+            lines.append(
                 f"{len(new)} of {len(names)} held-out documents were not held out then"
                 + (f" ({_some(new)})" if new else "")
                 + (f", and {lost} that were are not now" if lost else "")
             )
-        return told
+        return lines
 
 
 MOST_LOST = 0.2  # share of the characters of a corpus that its tokenizer may lack
@@ -98,7 +98,7 @@ Source = Corpus | Task  # where rows come from; both have a `vocab_size`
 
 
 class _Made:
-    """The rows of a synthetic task, each made when asked for from its own seed; more of them than anyone can read."""
+    """The rows of a synthetic task, each made on demand from its own seed; more of them than anyone can read."""
 
     def __init__(self, task: Task, length: int, seed: int, stage_index: int):
         self._task, self._length, self._seeds = task, length, (seed, stage_index)
@@ -250,12 +250,12 @@ def notes(source: Source, data: config.Data | Task, stages: Sequence[config.Stag
     """What a reader of the run's numbers should know of its source, in sentences.
 
     How much text was held out, what the tokenizer cannot represent, and how many of the facts that were asked for
-    found room in the training rows.
+    fit in the training rows.
     """
     if not isinstance(source, Corpus):
         return []
     count = len(source.heldout)
-    told = [
+    lines = [
         f"Held out: {count} of {count + len(source.train)} documents ({_some(source.heldout.names)}), "
         f"{source.heldout_share:.1%} of the text.",
         f"The tokenizer cannot represent {source.lost:.2%} of the text's characters."
@@ -266,11 +266,11 @@ def notes(source: Source, data: config.Data | Task, stages: Sequence[config.Stag
         room = Rows(source.train, stage.length).longest() // ROOM
         planted = np.minimum(room, data.needles.facts)
         if len(room) and planted.mean() < 0.95 * data.needles.facts:
-            told.append(
+            lines.append(
                 f"Facts fit in {np.mean(room > 0):.1%} of the rows of training.stages[{index}], and "
                 f"{planted.mean():.1f} of the {data.needles.facts} asked for on average: its documents are short."
             )
-    return told
+    return lines
 
 
 def _some(names: Sequence[str]) -> str:

@@ -32,7 +32,7 @@ SPECIAL = ("<|padding|>", "<|document|>", "<|fact|>", "<|ask|>")
 
 # Characters encoded as one and at once: the library takes some 150 bytes for each until the ids are arrays.
 _PART, _LONGEST_PART, _AT_ONCE = 2**16, 2**20, 2**21
-_PLACES = (re.compile(r"(?<=\S)(?=\s)"), re.compile(r"\b|(?<=\d)(?=\D)|(?<=\D)(?=\d)"))  # a part may end there
+_CUTS = (re.compile(r"(?<=\S)(?=\s)"), re.compile(r"\b|(?<=\d)(?=\D)|(?<=\D)(?=\d)"))  # a part may end there
 _AROUND = 200  # characters on each side that say whether it does
 _LONGEST_WORD = 256  # bytes that merges are learnt from together: the time of learning goes with their square
 
@@ -141,7 +141,7 @@ class Tokenizer:
         """Where the parts of a text begin and end that are encoded apart, for bounded memory, with the same ids.
 
         A part ends where the tokenizer ends a token whatever follows: at white space, else between letters, digits and
-        other characters. Whether it does is seen from a few words around. A text without such places is cut all the
+        other characters. Whether it does shows in a few words around. A text without such points is cut all the
         same after `_LONGEST_PART`.
         """
         begin = 0
@@ -155,8 +155,8 @@ class Tokenizer:
     def _cut(self, text: str, first: int, last: int) -> tuple[int, int]:
         """Where a part that ends at `first` or after ends, and where the next begins."""
         last = min(last, len(text))
-        for places in _PLACES:
-            for match in itertools.islice(places.finditer(text, first, last), 16):
+        for pattern in _CUTS:
+            for match in itertools.islice(pattern.finditer(text, first, last), 16):
                 place = match.start()
                 if place == last:  # where what is looked at ends, which says nothing
                     break
@@ -209,8 +209,8 @@ class Tokenizer:
                 begin = place = int(np.argmax(is_lost))
                 end = begin + int(np.argmin(np.append(is_lost[begin:], False)))
                 if normal != part:  # the first character of which the normalised form holds it
-                    places = (i for i, character in enumerate(part) if normal[begin] in self._normalised(character))
-                    place = next(places, begin)
+                    found = (i for i, character in enumerate(part) if normal[begin] in self._normalised(character))
+                    place = next(found, begin)
                 self._refuse(normal[begin : min(end, begin + 40)], start + place)
 
     def _refuse(self, lost: str, place: int) -> None:
@@ -288,7 +288,7 @@ def _between_words(text: str) -> Iterator[str]:
     """A text in parts that begin with white space, as words of byte-pair encoding do."""
     begin = 0
     while len(text) - begin > _PART:
-        found = _PLACES[0].search(text, begin + _PART, begin + _LONGEST_PART)
+        found = _CUTS[0].search(text, begin + _PART, begin + _LONGEST_PART)
         end = found.start() if found else min(begin + _LONGEST_PART, len(text))
         yield text[begin:end]
         begin = end
@@ -311,7 +311,7 @@ def _groups(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]
 def _reader(description: dict[str, Any]) -> tokenizers.Tokenizer:
     """The tokenizer as text is read by: special tokens keep their ids and have names that no text holds.
 
-    The library can be told not to look for special tokens in a text, but not to leave them out of the words and
+    The library can be set not to look for special tokens in a text, but not to leave them out of the words and
     pieces that its models look up.
     """
     mark = secrets.token_hex(16)

@@ -1,6 +1,6 @@
 """Does the model solve its synthetic task? Accuracy of the answers by the length of rows, in new rows.
 
-Rows are read in spans, the state handed from each to the next, as a prompt is: a million tokens need the memory of one
+Rows are read in spans, the state passed from each to the next, as a prompt is: a million tokens need the memory of one
 span and the state. One program serves every length at least as long as a span, unless the state grows with the length.
 """
 
@@ -88,10 +88,10 @@ class Reader:
         """
         span, batch, capacity = self._sizes(length, samples)
         rng = data.heldout_rng(seed, length)
-        counts, seconds, peak, seen = [], 0.0, 0, hashlib.blake2b(digest_size=8)
+        counts, seconds, peak, digest = [], 0.0, 0, hashlib.blake2b(digest_size=8)
         for first in range(0, samples, batch):
             row = task.test_rows(rng, batch, length)
-            seen.update(row["tokens"][: samples - first].tobytes())
+            digest.update(row["tokens"][: samples - first].tobytes())
             state = self._init(self._params, batch, capacity)
             sums = np.zeros((3, batch))
             for piece in _spans(row, span):
@@ -106,7 +106,9 @@ class Reader:
             peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
         hits, asked, loss = np.concatenate(counts, axis=1)
         speed = len(counts) * batch * length / seconds
-        return Measured(hits / asked, seen.hexdigest(), float(loss.sum() / asked.sum()), int(asked.sum()), speed, peak)
+        return Measured(
+            hits / asked, digest.hexdigest(), float(loss.sum() / asked.sum()), int(asked.sum()), speed, peak
+        )
 
     def trace(self, length: int, samples: int) -> None:
         """Traces what `measure` will run, without arrays: shapes serve as the model's parameters.

@@ -1,6 +1,6 @@
 """Runs next to one another: what each measured, and by how much it differs from the first on the very same text.
 
-The loss of a window depends more on the window than on the model, so that models which differ by little look alike
+The loss of a window depends more on the window than on the model, so that models that differ by little look the same
 next to their standard errors. Their difference on the same windows does not hold what windows differ by. With d the
 difference of a window, the standard error is that of the mean of d, clustered by document (`statistics.clustered`).
 
@@ -207,10 +207,10 @@ def _items(windows: dict[str, Any]) -> dict[tuple[str, int | None], dict[Hashabl
 
 def _apart(names: Iterable[str]) -> Iterator[tuple[str, int]]:
     """Each name with how often it came before: copies of a text are pieces of their own."""
-    seen: collections.Counter[str] = collections.Counter()
+    counted: collections.Counter[str] = collections.Counter()
     for name in names:
-        yield name, seen[name]
-        seen[name] += 1
+        yield name, counted[name]
+        counted[name] += 1
 
 
 def compare(runs: Sequence[Run]) -> Comparison:

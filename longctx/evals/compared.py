@@ -173,10 +173,10 @@ def _shares(figure: Figure, looks: Looks, cells: Mapping[int, list[Cell | None]]
         values = np.array([cell.value for cell in of_group.values()])
         edges = np.array([wilson(cell.value, len(group.items((what, tokens)))) for tokens, cell in of_group.items()])
         bars = np.maximum([values - edges[:, 0], edges[:, 1] - values], 0) if len(values) else None
-        beside = 2 ** (min(0.12, 0.6 / len(looks)) * (i - (len(looks) - 1) / 2))  # so that equal ones are seen
-        places = [tokens * beside for tokens in of_group]
+        beside = 2 ** (min(0.12, 0.6 / len(looks)) * (i - (len(looks) - 1) / 2))  # so that equal ones are apart
+        lengths = [tokens * beside for tokens in of_group]
         axes.errorbar(
-            places, values, bars, linestyle=line, color=color, marker="o", capsize=3, elinewidth=1, label=group.name
+            lengths, values, bars, linestyle=line, color=color, marker="o", capsize=3, elinewidth=1, label=group.name
         )
     axes.set(xlabel="tokens", ylabel=what, ylim=(-0.03, 1.05), yticks=np.linspace(0, 1, 6))
     axes.yaxis.set_major_formatter(PercentFormatter(1))

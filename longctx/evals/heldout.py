@@ -94,12 +94,12 @@ class HeldOut:
         if isinstance(source, data.Task):
             count = int(np.clip(experiment.evaluation.heldout_tokens // stage.length, *ROWS))
             rows = source.rows(data.heldout_rng(0, 0), count, stage.length)
-            places = np.broadcast_to(np.arange(count)[:, None], rows["tokens"].shape)
+            documents = np.broadcast_to(np.arange(count)[:, None], rows["tokens"].shape)
             names = tuple(hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in rows["tokens"])
             self._texts = (names, np.zeros(count), True)
         else:
-            rows, places, *self._texts = _rows(source.heldout, stage.length, experiment.evaluation.heldout_tokens)
-        self._documents = np.where(rows["weights"] > 0, places, -1)
+            rows, documents, *self._texts = _rows(source.heldout, stage.length, experiment.evaluation.heldout_tokens)
+        self._documents = np.where(rows["weights"] > 0, documents, -1)
         self._rows = rows
         mesh = jax.sharding.get_abstract_mesh()
         devices = meshes.size("data")
@@ -153,11 +153,11 @@ def _rows(store: data.TokenStore, length: int, most: int):
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     text = np.arange(padded).reshape(-1, length) < size
     stacked = {name: np.where(text, array, np.zeros((), array.dtype)) for name, array in stacked.items()}
-    places = np.repeat(np.arange(len(counts)), counts)
+    documents = np.repeat(np.arange(len(counts)), counts)
     ends = np.cumsum(counts) - 1  # their targets are the ends of documents, but where one was cut
-    places[ends[[count < store.lengths[i] for i, count in chosen]]] = -1
-    places = np.pad(places, (0, padded - size)).reshape(-1, length)
-    return stacked, places, tuple(store.texts[i] for i, _ in chosen), sizes, whole
+    documents[ends[[count < store.lengths[i] for i, count in chosen]]] = -1
+    documents = np.pad(documents, (0, padded - size)).reshape(-1, length)
+    return stacked, documents, tuple(store.texts[i] for i, _ in chosen), sizes, whole
 
 
 def _chosen(store: data.TokenStore, most: int) -> tuple[list[tuple[int, int]], bool]:

@@ -36,7 +36,7 @@ def grid(
       facts: facts a row.
       where: depths.
       tail: tokens the scorer's programs score; the answer is the last of them.
-      seed: of the facts and their places.
+      seed: of the facts and their positions.
     """
     hits, digests = np.zeros((len(lengths), len(where), samples), bool), []
     for i, length in enumerate(lengths):

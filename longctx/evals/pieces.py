@@ -38,12 +38,12 @@ def digest(*tokens: np.ndarray) -> str:
 def final_block(
     store: data.TokenStore, cut: Sequence[Window], block: int, blocks: Mapping[int, Float[np.ndarray, "windows block"]]
 ) -> dict[str, Any]:
-    """Of the losses of the final blocks after every context; the place in the document is part of an identity."""
+    """Of the losses of the final blocks after every context; the position in the document is part of an identity."""
     tokens = [store.document(window.document)[window.end - block : window.end] for window in cut]
     texts = [store.texts[window.document] for window in cut]
-    places = zip(texts, cut, tokens, strict=True)
+    windows = zip(texts, cut, tokens, strict=True)
     return {
-        "windows": [f"{text}-{window.end}-{digest(block)}" for text, window, block in places],
+        "windows": [f"{text}-{window.end}-{digest(block)}" for text, window, block in windows],
         "documents": texts,
         "nats": {str(context): losses.mean(axis=1, dtype=np.float64).tolist() for context, losses in blocks.items()},
     }

@@ -1,4 +1,4 @@
-"""The report's pictures, as PNG bytes, in a light and a dark style; colours told apart by the colour-blind."""
+"""The report's pictures, as PNG bytes, in a light and a dark style, in colours that the colour-blind can tell apart."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def length_axis(axes: Axes, ticks: Iterable[float]) -> None:
 
 
 def number_axis(axis: Axis, whole: bool = False) -> None:
-    """Few ticks, told as numbers with commas, of which no two look alike; only whole ones if `whole`."""
+    """Few ticks, numbers with commas, no two of them alike; only whole ones if `whole`."""
     axis.set_major_locator(MaxNLocator(6, integer=whole, min_n_ticks=1))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
@@ -244,7 +244,7 @@ def _curve(axes, color: str, history, name: str) -> None:
     """The values of every line, and their running mean."""
     steps = np.array([line["step"] for line in history])
     values = np.array([line[name] for line in history], float)
-    if len(values) < 50:  # few enough to be seen one by one; a single one is no line
+    if len(values) < 50:  # few enough to be visible one by one; a single one is no line
         axes.plot(steps, values, color=color, marker="o", markersize=3 if len(values) > 1 else 6)
         return
     axes.plot(steps, values, color=color, alpha=0.35, linewidth=0.8)

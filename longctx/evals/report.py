@@ -22,7 +22,7 @@ def write(workdir: Path, summary: dict[str, Any], windows: dict[str, Any], name:
 
     Args:
       workdir: of the run; metrics.jsonl in it gives the curves of training.
-      summary: what `evaluate` measured; numbers that are not finite have no place in it.
+      summary: what `evaluate` measured; it holds no number that is not finite.
       windows: what it measured of each piece of text, see `longctx.evals.pieces`; likewise.
       name: of the report's folder. What has that name already is kept as `name.1`, `name.2`, ..., the oldest first.
 
@@ -117,8 +117,8 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
             found.append((label, form.format(train[key])))
     heldout = summary["heldout"]
     if corpus := summary["corpus"]:
-        told = f"{corpus['tokens']:,} tokens in {corpus['documents']:,} documents, {corpus['epochs']:,.3g} epochs"
-        found.append(("corpus", told))
+        size = f"{corpus['tokens']:,} tokens in {corpus['documents']:,} documents, {corpus['epochs']:,.3g} epochs"
+        found.append(("corpus", size))
     text = "bits_per_byte" in heldout
     loss = _with_error(heldout["loss"], heldout["standard_error"], ".4f")
     found.append(("held-out loss", f"{loss} nats {'a token' if text else 'an answer'}"))

@@ -208,7 +208,7 @@ def _of_text(
 
 
 def _finite(tree: Any, lost: list[str], path: str = "") -> Any:
-    """The tree with None for numbers that are not finite; their places are added to `lost`."""
+    """The tree with None for numbers that are not finite; their paths are added to `lost`."""
     if isinstance(tree, dict):
         return {key: _finite(value, lost, f"{path}.{key}" if path else key) for key, value in tree.items()}
     if isinstance(tree, list | tuple):

@@ -1,4 +1,4 @@
-"""What the path of a working directory may be, told before anything is written."""
+"""What the path of a working directory may be, checked before anything is written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def given(text: str) -> Path:
     """The folder that `--workdir` names, with `~` spelt out.
 
     Raises:
-      UsageError: see `check`; or it begins with the home folder of nobody.
+      UsageError: see `check`; or it begins with the home folder of an unknown user.
     """
     expanded = os.path.expanduser(text)
     if text.startswith("~") and expanded == text:
@@ -52,7 +52,7 @@ def check(workdir: str | os.PathLike, flag: str = "--workdir") -> None:
     try:
         length = len(str(path).encode())
     except UnicodeEncodeError as error:
-        raise UsageError(f"{flag}={text!a} is not UTF-8; name a folder whose name and place are.") from error
+        raise UsageError(f"{flag}={text!a} is not UTF-8; name a folder whose whole path is.") from error
     if "\0" in text:
         raise UsageError(f"{flag}={text!r} holds a NUL, which no path can.")
     if found := sorted(set(PATTERN) & set(str(path))):
@@ -106,7 +106,7 @@ def writable(workdir: str | os.PathLike, needed: int = LEAST_FREE) -> None:
             f"--workdir={workdir} cannot be written: {folder} may not be changed by you; name another folder."
         )
     usage = shutil.disk_usage(folder)
-    if usage.total > 0 and usage.free < needed:  # a file system that does not tell its size has 0
+    if usage.total > 0 and usage.free < needed:  # a file system that does not report its size has 0
         raise UsageError(
             f"--workdir={workdir} is on a disk with {usage.free / 2**20:,.1f} MiB free, and {needed / 2**20:,.1f} MiB "
             "are needed to save anything; make room, or name a folder elsewhere."

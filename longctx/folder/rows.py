@@ -1,4 +1,4 @@
-"""WORKDIR/metrics.jsonl: the log of a run, one row a step. What cannot be read in it hinders nothing."""
+"""WORKDIR/metrics.jsonl: the log of a run, one row a step. Lines that cannot be read are skipped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 def read(workdir: Path) -> list[Row]:
     """The rows by step; of a step that is there twice, the later. Lines that are no rows are counted in a warning.
 
-    A last line that was cut short by a kill is left out without a word.
+    A last line that was cut short by a kill is left out silently.
     """
     file = Path(workdir) / FILE
     rows, problem = _read(file)

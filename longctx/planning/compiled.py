@@ -24,7 +24,7 @@ from longctx.training import loop
 from longctx.training.step import Program
 
 _SIZE = r"([\d.]+)([BKMGT]?)"
-_FAILURES = (  # what libtpu says of a program that is too large: of its temporaries, before and after they have places
+_FAILURES = (  # what libtpu says of a program that is too large: of its temporaries, with and without addresses
     re.compile(rf"HLO temporaries \({_SIZE}\)"),
     re.compile(rf"program\s+{_SIZE}"),
     re.compile(rf"Used {_SIZE} of"),
@@ -115,7 +115,7 @@ def compile_step(program: Program, stage: config.Stage) -> Compiled:
 
 
 def too_large(error: Exception, arguments: int) -> dict[str, int]:
-    """Temporaries and total, as the error of a compilation that ran out of memory tells them.
+    """Temporaries and total, as the error of a compilation that ran out of memory gives them.
 
     Raises:
       The error itself, if it is another.
@@ -136,7 +136,7 @@ def on_each_device(tree: Any) -> int:
 def operations(program: Program, stage: config.Stage, passes: Passes) -> tuple[work.Work, work.Work]:
     """Of the model, as it is defined, and of the program, with what it computes again and for other devices.
 
-    Loops that end at run time are counted in the program for whole rows, which tells how many steps they take when
+    Loops that end at run time are counted in the program for whole rows, which says how many steps they take when
     each row is one document.
     """
     model = dataclasses.replace(program.experiment.model, remat="none")

@@ -74,7 +74,7 @@ def operations(text: str) -> int:
     """Additions and multiplications of the matrix products of a compiled program.
 
     Args:
-      text: of a program for a CPU, `compiled.as_text()`; matrix products that XLA hands to a library are not in it.
+      text: of a program for a CPU, `compiled.as_text()`; matrix products that XLA passes to a library are not in it.
 
     Returns:
       2 m n k for each product of `[m, k]` and `[k, n]`, times the runs of the loops around it; of branches the most.

@@ -2,7 +2,7 @@
 
 XLA's analysis of a compiled program counts a loop's body once. A traced program says how often its scans run. Loops
 that end at run time are those of `longctx.ops.blockwise`, over pairs of blocks that the pattern and the documents
-leave; they tell in a named scope how many steps they take if each row is one document.
+leave; they say in a named scope how many steps they take if each row is one document.
 """
 
 from __future__ import annotations

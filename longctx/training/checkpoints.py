@@ -205,7 +205,7 @@ def _kinds(parts: dict[str, Any]) -> list[str]:
 
 
 def _steps(directory: Path) -> list[int]:
-    """Of the folders that are named as `save` names them: 0999, digits of other scripts and of 5,000 places are not."""
+    """Of the folders that are named as `save` names them: not 0999, digits of other scripts, or 5,000 digits."""
     try:
         names = os.listdir(directory)
     except FileNotFoundError:

@@ -2,7 +2,7 @@
 
 WORKDIR/training.lock is held by the training of a run, WORKDIR/evaluating.lock by what writes a report, so that a run
 can be evaluated while it trains; reading takes no lock. Who holds one is its content, and since when its time. The
-kernel, or the server of the files, lets go of it however the holder ends: what a killed command left hinders nobody.
+kernel, or the server of the files, lets go of it however the holder ends: what a killed command left blocks nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def check(workdir: Path, doing: str) -> None:
                 fcntl.flock(own, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UsageError(_taken(file)) from None
-            except OSError:  # told when it is to be held
+            except OSError:  # reported when it is to be held
                 pass
 
 
@@ -62,12 +62,12 @@ def held(workdir: Path, doing: str) -> Iterator[None]:
         yield
     finally:
         if own is not None:
-            file.unlink(missing_ok=True)  # before it is free: who waits for it sees that it is no longer there
+            file.unlink(missing_ok=True)  # before it is free: so a command that waits for it finds it gone
             own.close()
 
 
 def _take(file: Path) -> tuple[IO[str] | None, str | None]:
-    """The lock, or what hinders; neither where there are no locks."""
+    """The lock, or the problem; neither where there are no locks."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(file) and not file.is_file():

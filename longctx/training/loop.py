@@ -268,8 +268,8 @@ def _batches(experiment: config.Experiment, source: data.Source, program: Progra
     """The iterator of a stage, of this process's share of the rows."""
     stage = experiment.training.stages[index]
     sharding = program.batch_sharding((stage.batch, stage.length))
-    places = sharding.addressable_devices_indices_map((stage.batch, stage.length)).values()
-    spans = {place[0].indices(stage.batch)[:2] for place in places}
+    slices = sharding.addressable_devices_indices_map((stage.batch, stage.length)).values()
+    spans = {index[0].indices(stage.batch)[:2] for index in slices}
     first, rows = min(spans)[0], max(spans)[1] - min(spans)[0]
     return data.batches(source, experiment.data, stage, experiment.seed, index, first // rows, stage.batch // rows)
 

@@ -84,7 +84,7 @@ class Metrics:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
-        # A full disk hinders these as well; what it hindered first is the error to tell.
+        # A full disk stops these as well; the first error is the one to report.
         with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
             self._bar.close()
             if self._chief:

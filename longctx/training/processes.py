@@ -23,7 +23,7 @@ from longctx.errors import RunError, UsageError
 from longctx.training import watchman
 
 AUTO = "auto"
-HEARTBEAT = 30  # seconds after which jax takes a silent process for dead, where the watchmen see no locks
+HEARTBEAT = 30  # seconds after which jax takes a silent process for dead, where the file system has no locks
 
 
 @contextlib.contextmanager
@@ -132,9 +132,9 @@ def _listen(port: int) -> None:
 
 
 def _words(error: BaseException) -> str:
-    """What the others are told of an error."""
-    told = isinstance(error, UsageError | RunError | FloatingPointError)
-    return f"ended {' '.join(str(error).split())}" if told else "failed"
+    """What the others report of an error."""
+    known = isinstance(error, UsageError | RunError | FloatingPointError)
+    return f"ended {' '.join(str(error).split())}" if known else "failed"
 
 
 class _Watch:
@@ -177,7 +177,7 @@ class _Watch:
         if multihost_utils.process_allgather(np.int32(len(missing))).any():
             self.leave("done")
             raise UsageError(
-                f"what processes write in {folder} is not seen by all, so --workdir={folder.parent} is not a folder "
+                f"what processes write in {folder} is not visible to all, so --workdir={folder.parent} is not a folder "
                 "that they share; name one on a shared file system."
             )
         if len(held) == count:

@@ -51,19 +51,19 @@ def facts(program: Program, source: data.Source, workdir: Path) -> dict[str, Any
 def lines(found: dict[str, Any]) -> list[str]:
     """The facts as text."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
-    told = [
+    text = [
         f"{found['parameters']:,} parameters, with the optimiser {found['state_bytes'] / 2**20:,.1f} MiB on a device",
         f"{found['devices']} x {found['device']}, mesh: {mesh}",
     ]
     if corpus := found.get("corpus"):
-        told += [
+        text += [
             f"corpus: {corpus['training_tokens']:,} tokens in {corpus['training_documents']:,} documents, and held out "
             f"{corpus['heldout_tokens']:,} in {corpus['heldout_documents']:,}",
             f"training: {found['tokens']:,} tokens, {found['epochs']:,.3g} epochs",
         ]
     else:
-        told.append(f"training: {found['tokens']:,} tokens, made anew each")
-    return told
+        text.append(f"training: {found['tokens']:,} tokens, made anew each")
+    return text
 
 
 def write(workdir: Path, found: dict[str, Any]) -> None:

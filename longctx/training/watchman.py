@@ -3,8 +3,8 @@
     python -S longctx/training/watchman.py FOLDER INDEX COUNT
 
 jax ends a process that has lost the first one by an abort, which no code of that process survives, and one whose
-collective waits for a dead process may wait for long. So what names the dead stands beside the process, needs nothing
-but the standard library, and sees the lock that each watchman holds on FOLDER/INDEX: the kernel, or the server of the
+collective waits for a dead process may wait for long. So what names the dead stands beside the process, needs only
+the standard library, and watches the lock that each watchman holds on FOLDER/INDEX: the kernel, or the server of the
 files, lets go of it however the holder ended.
 
 FOLDER/INDEX says who holds it and, below, how it ended; it is removed at a good end. The process speaks to its watchman
@@ -12,7 +12,7 @@ through stdin:
 
     watch       all are there; from now on, look after the others
     done        it ends as it should
-    ended TEXT  it ends with an error that it tells itself
+    ended TEXT  it ends with an error that it reports itself
     failed      it ends with an error that a lost process may have caused
 
 and says nothing if it is killed. Process 0 looks after all, the others after process 0.
@@ -140,7 +140,7 @@ def watch(folder: Path, index: int, count: int) -> int:
     if words.startswith("ended "):
         write(own, who + words.removeprefix("ended "))
         return 0
-    # Without a word it was killed, or jax ended it for want of process 0, whose watchman waits for nobody.
+    # Without a word it was killed, or jax ended it for want of process 0, whose watchman does not wait.
     end = time.monotonic() + (10 if words else 3 if index else 0)
     while time.monotonic() < end:
         if name(folder, others):
@@ -149,7 +149,7 @@ def watch(folder: Path, index: int, count: int) -> int:
         time.sleep(LOOK / 4)
     if not words:
         print(f"error: process {index} ({who.strip()}) was killed, or crashed.", file=sys.stderr, flush=True)
-    write(own, who + ("it failed, as its own log tells" if words else "it was killed, or crashed"))
+    write(own, who + ("it failed, as its own log says" if words else "it was killed, or crashed"))
     return 0
 
 

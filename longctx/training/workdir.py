@@ -246,7 +246,7 @@ def _until(step: int, stages: Sequence[config.Stage]) -> list[tuple[int, int, in
 
 
 def _check_forms(workdir: Path) -> None:
-    """Raises UsageError where something else stands in the place of what a run needs; a log is not needed."""
+    """Raises UsageError where something else has the name of what a run needs; a log is not needed."""
     for name in ("config.json", "data.json", "tokenizer.json", "checkpoints"):
         path = workdir / name
         right, form = (path.is_dir(), "a folder") if name == "checkpoints" else (path.is_file(), "a file")

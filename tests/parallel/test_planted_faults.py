@@ -213,7 +213,7 @@ FAULTS = {
     "gradient stopped": (gradient_stopped, "recurrence"),
     "gradient not sent back": (gradient_not_sent_back, "recurrence"),
     "gradient away from home": (gradient_away_from_home, "ring"),
-    "zeros taken for a transition": (zeros_applied, "recurrence"),
+    "zeros used as a transition": (zeros_applied, "recurrence"),
     "order swapped": (order_swapped, "recurrence"),
 }
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "context_parallelism.md"

@@ -1,4 +1,4 @@
-"""Synthetic tasks: rows of integers with known answers, made when asked for, from a seed; no text, no tokenizer.
+"""Synthetic tasks: rows of integers with known answers, made on demand from a seed; no text, no tokenizer.
 
 A task is a frozen dataclass of its options, named by `config.data.kind`; see `task.Task` for what it does. `TASKS` is
 the registry that experiment files name.

@@ -8,7 +8,7 @@ more, and there, as the next token, its value is asked for; the value is not sho
 
 Keys are tokens 1 to V/2 - 1, values tokens V/2 to V - 1, each drawn without repetition. Key i is asked for in the
 2g-th token after the pairs, with its gap g below (T - 2N) / 2 drawn without repetition, p(g) ∝ (g + 1)^(a - 1), a =
-0.01: most are asked for soon. Places without a key hold filler: token 0, or any token but 0 and the document's keys.
+0.01: most are asked for soon. Positions without a key hold filler: token 0, or any token but 0 and the document's keys.
 (In Zoology random filler may equal a key, whose value is then ambiguous.)
 
 Zoology trains on a mixture of lengths and numbers of pairs, and tests up to (1024, 256). Here each row draws one of
@@ -103,15 +103,15 @@ class MQAR(Task):
         # The first N of a random order in which p(g) says who comes early: the order of log p(g) + Gumbel noise.
         law = (self.power - 1) * np.log(np.arange(1, (length - 2 * pairs) // 2 + 1))
         order = np.argsort(-(law + rng.gumbel(size=(batch, len(law)))), axis=1)
-        places = 2 * pairs + 2 * order[:, :pairs]
+        positions = 2 * pairs + 2 * order[:, :pairs]
         tokens = self._filler(rng, keys, length)
         tokens[:, 0 : 2 * pairs : 2] = keys
         tokens[:, 1 : 2 * pairs : 2] = values
-        np.put_along_axis(tokens, places, keys, axis=1)
+        np.put_along_axis(tokens, positions, keys, axis=1)
         targets, answers = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
         targets[:, :-1] = tokens[:, 1:]
-        np.put_along_axis(targets, places, values, axis=1)
-        np.put_along_axis(answers, places, True, axis=1)
+        np.put_along_axis(targets, positions, values, axis=1)
+        np.put_along_axis(answers, positions, True, axis=1)
         return row(tokens, targets, answers)
 
     def _filler(self, rng, keys: np.ndarray, length: int) -> np.ndarray:

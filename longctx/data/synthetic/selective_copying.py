@@ -1,6 +1,6 @@
 """Selective copying (Gu and Dao 2023, arXiv:2312.00752, section 4.1; copying is of Arjovsky et al. 2016).
 
-A row of T tokens: T - M tokens of context, in which M data tokens stand at places drawn uniformly without repetition
+A row of T tokens: T - M tokens of context, in which M data tokens stand at positions drawn uniformly without repetition
 and all else is noise (token 0); then M times the token "write" (1). At the j-th of these, the j-th data token in their
 order is asked for. What was written before is not shown: the model must count. For M = 3:
 
@@ -35,7 +35,7 @@ class SelectiveCopying(Task):
 
     vocab_size: int = 16  # noise, "write", and data tokens
     items: int = 16  # M, data tokens a row
-    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)  # tokens of the rows tested, places to write included
+    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)  # tokens of the rows tested, positions to write included
     train: tuple[int, ...] = ()  # tokens of the documents that fill the rows trained on; none: one as long as the row
 
     def problems(self):
@@ -48,7 +48,7 @@ class SelectiveCopying(Task):
             yield f"vocab_size is {self.vocab_size}; noise, 'write' and two data tokens are needed at least"
 
     def shortest(self) -> int:
-        """A document of `train`, or as many places as items in the context, and to write."""
+        """A document of `train`, or as many positions as items in the context, and to write."""
         return min(self.train, default=2 * self.items)
 
     def guessing(self, length: int) -> float:
@@ -72,10 +72,10 @@ class SelectiveCopying(Task):
     def test_rows(self, rng: np.random.Generator, batch: int, length: int) -> Row:
         """Single documents; see the module."""
         items, context = self.items, length - self.items
-        places = np.stack([rng.choice(context, items, replace=False, shuffle=False) for _ in range(batch)])
+        positions = np.stack([rng.choice(context, items, replace=False, shuffle=False) for _ in range(batch)])
         data = rng.integers(2, self.vocab_size, (batch, items), dtype=np.int32)
         tokens = np.full((batch, length), NOISE, np.int32)
-        np.put_along_axis(tokens, np.sort(places, axis=1), data, axis=1)
+        np.put_along_axis(tokens, np.sort(positions, axis=1), data, axis=1)
         tokens[:, context:] = WRITE
         targets, answers = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
         targets[:, :-1] = tokens[:, 1:]

@@ -1,7 +1,7 @@
 """State tracking: words over a group of permutations (Liu et al. 2022, arXiv:2210.10749; Merrill et al. 2024,
 arXiv:2404.08819; Grazzi et al. 2024, arXiv:2411.12537).
 
-Token x_t is an element of the group, drawn uniformly, and at every place the product so far is asked for:
+Token x_t is an element of the group, drawn uniformly, and at every position the product so far is asked for:
 
     s_t = x_1 · x_2 ⋯ x_t,    (a · b)[i] = b[a[i]]: first a, then b
 
@@ -72,7 +72,7 @@ def multiplication(symbols: int) -> np.ndarray:
 
 
 def products(tokens: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The products of all beginnings of the words `[batch, T]`, by doubling the span that each place covers."""
+    """The products of all beginnings of the words `[batch, T]`, by doubling the span that each position covers."""
     found, reach = tokens, 1
     while reach < tokens.shape[1]:
         found = np.concatenate([found[:, :reach], table[found[:, :-reach], found[:, reach:]]], axis=1)
