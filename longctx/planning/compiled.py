@@ -61,10 +61,10 @@ def plan(experiment: config.Experiment, topology: Topology, name: str) -> Report
     program = Program.make(experiment, vocabulary(experiment.data), mesh)
     with jax.set_mesh(mesh), refused(f"{stage.batch} rows of {stage.length} tokens"):
         program.trace(stage)
+    model, done, share = operations(program, stage, topology.device.passes)
     begin = time.perf_counter()
-    compiled = compile_step(program, stage)
+    compiled = compile_step(program, stage, share)
     seconds = time.perf_counter() - begin
-    model, done = operations(program, stage, topology.device.passes)
     return Report(
         config=name,
         topology=topology.name,
@@ -92,8 +92,11 @@ def vocabulary(data: config.Data | Task) -> int:
     return (Tokenizer.bytes() if data.tokenizer == "bytes" else Tokenizer.load(data.tokenizer)).vocab_size
 
 
-def compile_step(program: Program, stage: config.Stage) -> Compiled:
-    """Compiles one step. Too large a program is a result as well: for TPUs none at all, for GPUs like any other."""
+def compile_step(program: Program, stage: config.Stage, share: float) -> Compiled:
+    """Compiles one step. Too large a program is a result as well: for TPUs none at all, for GPUs like any other.
+
+    `share` is that of `programs.moved`.
+    """
     sizes = {
         "parameters": on_each_device(program.abstract.params),
         "optimizer": on_each_device(program.abstract.optimizer),
@@ -111,7 +114,9 @@ def compile_step(program: Program, stage: config.Stage) -> Compiled:
     sizes["host"] = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
     taken = memory.argument_size_in_bytes + results + sizes["temporaries"] + sizes["program"]
     text = compiled.as_text()
-    return Compiled(sizes | {"total": taken}, programs.moved(text), programs.collectives(text, program.mesh.size))
+    return Compiled(
+        sizes | {"total": taken}, programs.moved(text, share), programs.collectives(text, program.mesh.size)
+    )
 
 
 def too_large(error: Exception, arguments: int) -> dict[str, int]:
@@ -133,8 +138,10 @@ def on_each_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def operations(program: Program, stage: config.Stage, passes: Passes) -> tuple[work.Work, work.Work]:
+def operations(program: Program, stage: config.Stage, passes: Passes) -> tuple[work.Work, work.Work, float]:
     """Of the model, as it is defined, and of the program, with what it computes again and for other devices.
+
+    Then the share that loops that end at run time make of the rounds that they may make on one device's part of a row.
 
     Loops that end at run time are counted in the program for whole rows, which says how many steps they take when
     each row is one document.
@@ -154,8 +161,9 @@ def operations(program: Program, stage: config.Stage, passes: Passes) -> tuple[w
     with jax.sharding.use_abstract_mesh(two("model")):
         (_, looped), (_, repeated) = (traced(each, stage, passes) for each in (plain, program))
     with jax.set_mesh(program.mesh):
-        split, _ = traced(program, stage, passes)
-    return fixed.times(1 / 2) + looped, split + repeated
+        split, allowed = traced(program, stage, passes)
+    share = repeated.operations / allowed.operations if allowed.operations else 1.0
+    return fixed.times(1 / 2) + looped, split + repeated, share
 
 
 def traced(program: Program, stage: config.Stage, passes: Passes) -> tuple[work.Work, work.Work]:

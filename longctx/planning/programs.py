@@ -19,7 +19,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|(?:true|false)_computation)=%?([\w
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
 _ELSEWHERE = re.compile(r"\b\w+\[[\d,]*\]\{[^{}]*S\([1-9]\d*\)\}")  # an array on the chip or in the host's memory
-_STEPS = re.compile(r"at_most_(\d+)_steps")  # the scope of a loop that ends at run time, see longctx.ops.blockwise
+STEPS = re.compile(r"at_most_(\d+)_steps")  # the scope of a loop that ends at run time, see longctx.ops.blockwise
 _ENTERED = ("while", "conditional", "call")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _COLLECTIVE = re.compile(
@@ -125,13 +125,17 @@ def collectives(text: str, devices: int) -> dict[str, int]:
     return {kind: int(_total(kinds[kind], "collectives")) for kind in sorted(kinds)}
 
 
-def moved(text: str) -> int:
+def moved(text: str, share: float = 1.0) -> int:
     """Bytes that a device reads from its memory and writes to it in one run of a compiled program.
 
     Every instruction reads its operands and writes its results, but for what it leaves alone of them: a slice reads its
     result, an update in place writes what is new, and so they do inside a fusion, whose other values stay on the chip.
-    Arrays that the compiler keeps on the chip count for nothing. A loop whose rounds are known at run time only counts
-    for as many as its scope allows, or for one.
+    Arrays that the compiler keeps on the chip count for nothing.
+
+    Args:
+      text: of the program, `compiled.as_text()`.
+      share: of the rounds that the scope of a loop allows, those that it makes, if they are known at run time only; a
+        loop without such a scope counts once.
     """
     computations, entry = parse(text)
 
@@ -192,8 +196,14 @@ def moved(text: str) -> int:
             return 2 * _held(inside[instruction.operands[1]].type)
         return _held(instruction.type) + sum(_held(inside[x].type) for x in instruction.operands if x in inside)
 
-    entered = lambda instruction: instruction.called if instruction.op in _ENTERED else []  # noqa: E731
-    return int(sum(run.amount * run.times for run in _runs(computations, entry, amount, entered, _STEPS)))
+    def entered(instruction: Instruction) -> list[str]:
+        return instruction.called if instruction.op in _ENTERED else []
+
+    def rounds(loop: Instruction) -> int | None:
+        found = STEPS.findall(loop.rest)
+        return max(1, round(share * int(found[-1]))) if found else None
+
+    return int(sum(run.amount * run.times for run in _runs(computations, entry, amount, entered, rounds)))
 
 
 def _held(kind: str) -> int:
@@ -256,7 +266,7 @@ def _runs(
     entry: str,
     amount: Callable[[Instruction, Mapping[str, Instruction]], float],
     entered: Callable[[Instruction], list[str]] = lambda instruction: instruction.called,
-    steps: re.Pattern | None = None,
+    rounds: Callable[[Instruction], int | None] = lambda loop: None,
 ) -> list[Run]:
     """What a program runs that has an `amount`: in loops as often as they run, of branches those with the most.
 
@@ -264,7 +274,7 @@ def _runs(
       computations, entry: from `parse`.
       amount: of one run of an instruction, by itself and the instructions of its computation.
       entered: the computations of an instruction that are looked into.
-      steps: what the scope of a loop that ends at run time says of its rounds.
+      rounds: of a loop that ends at run time.
     """
 
     @functools.cache
@@ -283,8 +293,7 @@ def _runs(
         found += itertools.chain(*inner)
         if instruction.op == "while" and found:
             trips = _trips(instruction, computations)
-            if trips is None and steps is not None and (said := steps.findall(instruction.rest)):
-                trips = int(said[-1])
+            trips = rounds(instruction) if trips is None else trips
             if trips is None:
                 return [run._replace(open=True) for run in found]
             return [run._replace(times=run.times * trips) for run in found]

@@ -8,14 +8,12 @@ leave; they say in a named scope how many steps they take if each row is one doc
 from __future__ import annotations
 
 import math
-import re
 from typing import NamedTuple
 
 import jax
 
 from longctx.planning.chips import OF_TPU, Passes
-
-_STEPS = re.compile(r"at_most_(\d+)_steps")
+from longctx.planning.programs import STEPS
 
 
 class Work(NamedTuple):
@@ -59,7 +57,7 @@ def count(jaxpr, passes: Passes = OF_TPU) -> tuple[Work, Work]:
         if name == "shard_map":
             runs = math.prod(parameters["mesh"].shape[axis] for axis in parameters["newly_manual_axes"])
         if name == "while":
-            steps = _STEPS.findall(str(equation.source_info.name_stack))
+            steps = STEPS.findall(str(equation.source_info.name_stack))
             runs = int(steps[-1]) if steps else 0
             inner = [(Work(), outside + inside) for outside, inside in inner]
         for outside, inside in inner:

@@ -107,20 +107,21 @@ ENTRY %main (p: (s32[], f32[64,64], f32[8,64,64], bf16[8,64,64])) -> f32[8,64,64
 
 
 @pytest.mark.parametrize(
-    ("said", "trips"),
+    ("said", "share", "trips"),
     [
-        ('backend_config={"known_trip_count":{"n":"8"}}', 8),
-        ('metadata={op_name="jit(f)/at_most_5_steps/while"}', 5),
-        ("backend_config={}", 1),
+        ('backend_config={"known_trip_count":{"n":"8"}}', 0.4, 8),
+        ('metadata={op_name="jit(f)/at_most_5_steps/while"}', 1, 5),
+        ('metadata={op_name="jit(f)/at_most_5_steps/while"}', 0.4, 2),
+        ("backend_config={}", 1, 1),
     ],
 )
-def test_bytes_of_a_tpu_program(said, trips):
+def test_bytes_of_a_tpu_program(said, share, trips):
     """Slices read and updates write what they touch, inside fusions too; arrays on the chip, S(1), count for nothing.
 
     Seen to fail: S(1) counted; a nested fusion's operand counted whole; an update counted as its whole array.
     """
     read_x, read_w, write_y, write_new = 4 * 64**2, 2 * 64**2, 4 * 64**2, 4 * 64**2
-    assert moved(MOVED.replace("TRIPS", said)) == trips * (read_x + read_w + write_y + write_new)
+    assert moved(MOVED.replace("TRIPS", said), share) == trips * (read_x + read_w + write_y + write_new)
 
 
 def test_collectives_by_hand():

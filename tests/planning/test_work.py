@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from longctx import config
@@ -107,8 +108,26 @@ def test_the_model_is_counted_once_and_the_program_as_often_as_it_runs():
         experiment = config.parse(tree | {"mesh": dict(zip(meshes.AXES, sizes, strict=True))}, MIXERS, MLPS)
         mesh = meshes.make(experiment.mesh, jax.devices()[: math.prod(sizes)])
         program = Program.make(experiment, 260, mesh)
-        model, done = compiled.operations(program, experiment.training.stages[0], OF_TPU)
+        model, done, _ = compiled.operations(program, experiment.training.stages[0], OF_TPU)
         found[sizes] = model.operations, done.operations
     (model, alone), (same, split) = found.values()
     assert model == same == alone
     assert split > model
+
+
+def test_the_share_of_a_loop_that_a_device_makes():
+    """Of 16 blocks of a window of one block, 31 pairs; each of 8 devices may meet all pairs of 2 blocks and 3.
+
+    Seen to fail: the bound taken for one device's rounds.
+    """
+    mixer = {"kind": "attention", "heads": 1, "kv_heads": 1, "head_width": 8, "pattern": "Window(512)"}
+    tree = {
+        "model": {"width": 8, "pattern": ("only",), "blocks": {"only": {"mixer": mixer, "mlp": {"kind": "relu2"}}}},
+        "training": {"stages": ((1, 1, 8192),)},
+        "data": {"tokenizer": "bytes", "needles": {"rows": 0.0}},
+        "mesh": {"data": 1, "context": 8},
+    }
+    experiment = config.parse(tree, MIXERS, MLPS)
+    program = Program.make(experiment, 260, meshes.make(experiment.mesh))
+    *_, share = compiled.operations(program, experiment.training.stages[0], OF_TPU)
+    assert share == pytest.approx(31 / (8 * 2 * 3))
