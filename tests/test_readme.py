@@ -1,20 +1,9 @@
-"""The README is short, its layer runs as it stands there, links lead somewhere; CONTRIBUTING's layer is one."""
+"""The README is short, its layer runs as it stands there, links lead somewhere."""
 
-import dataclasses
 import pathlib
 import re
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax import nnx
-
-from longctx.layers.basic import Linear
-from longctx.ops import linear_scan
-from longctx.parallel import sequence
-from longctx.schema import Options
-from longctx.typing import Segments
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -47,21 +36,3 @@ def test_links(page):
 def test_the_layer_of_the_readme():
     """It asserts what it shows, over all devices too. Seen to fail: the second span without the state."""
     exec(code("README.md"), {})
-
-
-def test_the_layer_of_the_contributing_page():
-    """Run as it stands there: two spans are one, and its parameters say what they are."""
-    names = {"dataclasses": dataclasses, "jax": jax, "jnp": jnp, "nnx": nnx, "Linear": Linear, "Options": Options}
-    names |= {"sequence": sequence, "linear_scan": linear_scan, "Segments": Segments}
-    exec(code("CONTRIBUTING.md"), names)
-    cls = names["DecayedSum"]
-    layer = cls(8, cls.Config(hidden=6), nnx.Rngs(params=0))
-    x = jax.random.normal(jax.random.key(0), (2, 7, 8))
-
-    @jax.jit
-    def run(x):
-        y, state = layer(x[:, :4], state=layer.init_state(2, 7))
-        return layer(x)[0], jnp.concatenate([y, layer(x[:, 4:], state=state)[0]], axis=1)
-
-    np.testing.assert_allclose(*run(x), atol=1e-5)
-    assert [v.get_metadata().get("decays", False) for v in (layer.value.weight, layer.rate)] == [True, False]

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from longctx.layers import Titans
 from longctx.layers.attention import Attention
 from longctx.layers.positions import NoPositions
+from longctx.layers.titans import Titans
 from longctx.typing import Segments
 
 D, T = 8, 23
