@@ -23,16 +23,15 @@ from longctx.layers.basic import (
     document,
     empty_tail,
     l2_normalise,
-    like_queries,
     short_conv,
-    undo_values,
 )
+from longctx.layers.recurrent import projections
 from longctx.layers.rotary import rotate
 from longctx.memory.cache import KVCache
 from longctx.ops import block_recurrent as ops
 from longctx.ops.patterns import Causal, Window
 from longctx.parallel import sequence
-from longctx.schema import Options
+from longctx.schema import Options, Size
 from longctx.typing import Segments
 
 
@@ -64,17 +63,15 @@ class BlockRecurrent(nnx.Module):
 
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
-        heads: int = 4  # H
-        head_width: int = 32  # K
-        block: int = 16  # W, tokens between two updates of the state vectors, and of the window
-        vectors: int = 8  # R
+        heads: Size = 4  # H
+        head_width: Size = 32  # K
+        block: Size = 16  # W, tokens between two updates of the state vectors, and of the window
+        vectors: Size = 8  # R
         gate: str = "fixed"  # of the vectors: "fixed", the same at every update, or "lstm", by what was read
         rope_base: float = 10_000.0  # of the rotary frequencies in the window; 0: no positions
         conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
-            if min(self.heads, self.head_width, self.block, self.vectors) < 1:
-                yield f"heads, head_width, block and vectors must be at least 1, given {self}"
             if self.gate not in ("fixed", "lstm"):
                 yield f"gate is '{self.gate}'; give 'fixed' or 'lstm'"
             if self.rope_base < 0 or (self.rope_base and self.head_width % 2):
@@ -84,11 +81,7 @@ class BlockRecurrent(nnx.Module):
         self.options = options
         shape = options.heads, options.head_width
         keys = options.heads * options.head_width
-        self.query = Linear(width, keys, ("embed", "heads"), rngs)
-        like_query = like_queries(self.query, *shape)
-        self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
-        self.value = Linear(width, keys, ("embed", "heads"), rngs)
-        self.out = Linear(keys, width, ("heads", "embed"), rngs, initial=undo_values(self.value, *shape))
+        self.query, self.key, self.value, self.out = projections(width, *shape, options.head_width, rngs)
         self.cell_query = Linear(width, keys, ("embed", "heads"), rngs)
         self.cell_out = Linear(keys, width, ("heads", "embed"), rngs)
         self.conv = short_conv(options.conv_width, [0] * keys + [1] * keys + [0] * 2 * keys, rngs)
@@ -133,7 +126,7 @@ class BlockRecurrent(nnx.Module):
             gate_out=None if self.gate_out is None else self.gate_out[...],
         )
         before = None if state is None else state.cell
-        told, after = sequence.recurrence(
+        recalled, after = sequence.recurrence(
             ops, asked, k, v, parameters=(cell,), state=before, segments=segments, block=options.block
         )
         if options.rope_base:
@@ -142,7 +135,7 @@ class BlockRecurrent(nnx.Module):
         before = None if state is None else state.cache
         cache = (self._empty(batch, x.dtype) if before is None else before).append(k, v, segments)
         near = attend_with_cache(q, k, v, pattern, segments, before, cache, scale=1.0)
-        y = self.out(near.reshape(batch, length, -1)) + self.cell_out(told.reshape(batch, length, -1))
+        y = self.out(near.reshape(batch, length, -1)) + self.cell_out(recalled.reshape(batch, length, -1))
         return y, behind(BlockRecurrentState(cache, after), tail)
 
     def _empty(self, batch: int, dtype) -> KVCache:

@@ -16,23 +16,20 @@ from jaxtyping import Array, Float
 
 from longctx.layers.attention import attend_with_cache
 from longctx.layers.basic import (
-    Linear,
     Taps,
     behind,
     convolved,
     document,
     empty_tail,
-    like_queries,
-    short_conv,
-    undo_values,
 )
+from longctx.layers.recurrent import projections, qkv_conv
 from longctx.layers.rotary import rotate
 from longctx.memory.cache import KVCache
 from longctx.ops import infini as ops
 from longctx.ops import infini_delta
 from longctx.ops.patterns import Causal, Chunked
 from longctx.parallel import sequence
-from longctx.schema import Options
+from longctx.schema import Options, Size
 from longctx.typing import Segments
 
 
@@ -50,37 +47,29 @@ class Infini(nnx.Module):
 
     y = σ(g) M^T f(q) / (z · f(q)) + (1 - σ(g)) softmax(q K^T / √K) V, with g learned per head and f = ELU + 1; M and z
     sum f(k) v^T and f(k) over finished segments, which are counted from the document's start; with `delta`, v less what
-    the memory held for k when the segment began. Rotary positions, if any, turn queries and keys of the softmax only.
+    the memory held for k when the segment began. Rotary positions, if any, rotate queries and keys of the softmax only.
     State: a cache of `segment` tokens, and [B, H, K, V+1] float32 twice.
     """
 
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
-        heads: int = 4  # H
-        head_width: int = 32  # K and V
-        segment: int = 64  # tokens a segment
+        heads: Size = 4  # H
+        head_width: Size = 32  # K and V
+        segment: Size = 64  # tokens a segment
         rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions
         delta: bool = False  # write only what the memory does not hold yet: devices then take turns
         conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
-            if min(self.heads, self.head_width, self.segment) < 1:
-                yield f"heads, head_width and segment must be at least 1, given {self}"
             if self.rope_base < 0 or (self.rope_base and self.head_width % 2):
                 yield f"rope_base is {self.rope_base}; give 0, or more than 0 and an even head_width"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options
-        keys = options.heads * options.head_width
-        self.query = Linear(width, keys, ("embed", "heads"), rngs)
-        like_query = like_queries(self.query, options.heads, options.head_width)
-        self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
-        self.value = Linear(width, keys, ("embed", "heads"), rngs)
-        lags = [0] * keys + [1] * keys + [0] * keys
-        self.conv = short_conv(options.conv_width, lags, rngs)
+        size = options.head_width
+        self.query, self.key, self.value, self.out = projections(width, options.heads, size, size, rngs)
+        self.conv = qkv_conv(options.conv_width, self.query, self.key, self.value, rngs)
         self.balance = nnx.Param(jnp.zeros(options.heads), axes=("heads",))
-        back = undo_values(self.value, options.heads, options.head_width)
-        self.out = Linear(keys, width, ("heads", "embed"), rngs, initial=back)
 
     def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: InfiniState | None = None):
         """Returns `(y[B, T, D], InfiniState)`."""

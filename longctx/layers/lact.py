@@ -25,16 +25,14 @@ from longctx.layers.basic import (
     document,
     empty_tail,
     l2_normalise,
-    like_queries,
-    short_conv,
-    undo_values,
 )
+from longctx.layers.recurrent import projections, qkv_conv
 from longctx.layers.rotary import rotate
 from longctx.memory.cache import KVCache
 from longctx.ops import lact as ops
 from longctx.ops.patterns import Causal, Window
 from longctx.parallel import sequence
-from longctx.schema import Options
+from longctx.schema import Options, Size
 from longctx.typing import Segments
 
 
@@ -48,10 +46,10 @@ class LaCTState:
 
 
 class LaCT(nnx.Module):
-    """Gated MLPs trained on the document, C tokens at a time, and attention to the window that they have not seen yet.
+    """Gated MLPs trained on the document, C tokens at a time, and attention to the window that they have not learned yet.
 
     Both share q, k, v and the projection of the output. With s and o of each channel, |·| of norm 1 per MLP, and R the
-    rotation of the attention's heads by the position in the document, each MLP f(u) = W1 (silu(W0 u) ⊙ W2 u) is put to
+    rotation of the attention's heads by the position in the document, each MLP f(u) = W1 (silu(W0 u) ⊙ W2 u) is applied to
     R |silu(s_q q + o_q)|, and then learns the mini-batch's (R |silu(s_k k + o_k)|, silu(v)), at rates
     r = softplus(x W_r + b_r) per token and matrix, with momentum σ(x W_m + b_m). W0 and W2 begin a document as a matrix
     of low rank plus half the identity.
@@ -71,25 +69,22 @@ class LaCT(nnx.Module):
 
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
-        heads: int = 4  # of the attention
-        head_width: int = 16  # of its queries, keys and values
-        fast_width: int = 16  # K, channels of an MLP, of all that there are; the paper has 4 MLPs beside 24 heads
-        hidden: int = 16  # M, of each MLP
+        heads: Size = 4  # of the attention
+        head_width: Size = 16  # of its queries, keys and values
+        fast_width: Size = 16  # K, channels of an MLP, of all that there are; the paper has 4 MLPs beside 24 heads
+        hidden: Size = 16  # M, of each MLP
         rank: int = 4  # of what W0 and W2 begin as, beside the identity; the paper has 32. 0: matrices of full rank
-        minibatch: int = 16  # C, tokens per update; the paper uses 2,048 and more
+        minibatch: Size = 16  # C, tokens per update; the paper uses 2,048 and more
         rate: float = 0.1  # r at the beginning: 1.6 for a mini-batch, the paper's 2,048 tokens at 1e-3 are 2.0
         momentum: bool = True  # updates are carried on, as much as each token says
         # Updates are orthogonalised (Muon). With fewer tokens than directions, those that no token wrote are rounding
         # errors blown up to the size of the rest, and the layer is chaos.
         orthogonal: bool = False
-        window: int = 16  # tokens that attention looks back on; as many as a mini-batch has, that none be missed
+        window: Size = 16  # tokens that attention looks back on; as many as a mini-batch has, that none be missed
         rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions
         conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
-            if min(self.heads, self.head_width, self.fast_width, self.hidden, self.minibatch, self.window) < 1:
-                yield f"heads, head_width, fast_width, hidden, minibatch and window must be at least 1, given {self}"
-                return
             if self.heads * self.head_width % self.fast_width:
                 yield (
                     f"fast_width is {self.fast_width}; it must divide the channels, heads * head_width = "
@@ -115,12 +110,8 @@ class LaCT(nnx.Module):
         self.options = options
         heads, size, fast = options.heads, options.head_width, options.fast_heads
         channels, fast_width = heads * size, options.fast_width
-        self.query = Linear(width, channels, ("embed", "heads"), rngs)
-        self.key = Linear(width, channels, ("embed", "heads"), rngs, initial=like_queries(self.query, heads, size))
-        self.value = Linear(width, channels, ("embed", "heads"), rngs)
-        self.out = Linear(channels, width, ("heads", "embed"), rngs, initial=undo_values(self.value, heads, size))
-        lags = [0] * channels + [1] * channels + [0] * channels
-        self.conv = short_conv(options.conv_width, lags, rngs)
+        self.query, self.key, self.value, self.out = projections(width, heads, size, size, rngs)
+        self.conv = qkv_conv(options.conv_width, self.query, self.key, self.value, rngs)
         # Of the MLPs' queries and keys.
         self.scale = nnx.Param(jnp.ones((2, channels), jnp.float32), axes=(None, "heads"))
         self.offset = nnx.Param(jnp.zeros((2, channels), jnp.float32), axes=(None, "heads"))
@@ -141,10 +132,10 @@ class LaCT(nnx.Module):
         (q, k, v), state, tail = convolved(self.conv, parts, segments, state)
         y, model = self._learned(x, q, k, v, segments, None if state is None else state.model)
 
-        def turned(part):
-            return self._turned(part.reshape(batch, length, options.heads, -1), segments)
+        def rotated(part):
+            return self._rotated(part.reshape(batch, length, options.heads, -1), segments)
 
-        q, k, v = turned(q), turned(k), v.reshape(batch, length, options.heads, -1)
+        q, k, v = rotated(q), rotated(k), v.reshape(batch, length, options.heads, -1)
         pattern = Causal() & Window(options.window)
         before = None if state is None else state.window
         window = (self._empty(batch, x.dtype) if before is None else before).append(k, v, segments)
@@ -161,7 +152,7 @@ class LaCT(nnx.Module):
 
         def direction(part, index):
             part = l2_normalise(jax.nn.silu(part * scale[index] + offset[index]).reshape(by_mlp))
-            return self._turned(part.reshape(by_head), segments).reshape(by_mlp)
+            return self._rotated(part.reshape(by_head), segments).reshape(by_mlp)
 
         rates = jax.nn.softplus(self.rates(x).astype(jnp.float32)).reshape(by_mlp)
         momentum = None if self.momentum is None else jax.nn.sigmoid(self.momentum(x).astype(jnp.float32))
@@ -173,7 +164,7 @@ class LaCT(nnx.Module):
         y = self.norm(y) * jax.nn.silu(self.share(x))[..., None]
         return y.reshape(batch, length, -1), state
 
-    def _turned(self, x, segments: Segments):
+    def _rotated(self, x, segments: Segments):
         base = self.options.rope_base
         return rotate(x, segments.positions, base) if base else x
 
