@@ -185,11 +185,11 @@ Taps = Annotated[int, Bound(0, 256)]  # of a short convolution; 0: none
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Convolved:
-    """A mixer's state behind a short convolution: its own, and the last inputs of the convolution."""
+class State:
+    """What a mixer carries: its memory, and the last inputs of its short convolution, None without one."""
 
-    mixer: Any
-    conv: Float[Array, "B W-1 C"]
+    memory: Any
+    conv: Float[Array, "B W-1 C"] | None
 
 
 def short_conv(width: int, lags: Sequence[int], rngs: nnx.Rngs, axis: str = "heads") -> ShortConv | None:
@@ -197,29 +197,32 @@ def short_conv(width: int, lags: Sequence[int], rngs: nnx.Rngs, axis: str = "hea
     return ShortConv(width, lags, rngs, axis) if width else None
 
 
-def convolved(conv: ShortConv | None, parts: Sequence[Float[Array, "B T C"]], segments: Segments | None, state: Any):
+def convolved(
+    conv: ShortConv | None,
+    parts: Sequence[Float[Array, "B T C"]],
+    segments: Segments | None,
+    state: State | None,
+    bias: Float[Array, " C"] | None = None,
+):
     """What a mixer begins with, where it may have a short convolution.
 
     Args:
       conv: over the channels of all parts, one after another; None is none.
       parts: projections, such as queries, keys and values.
       segments: the documents of the span.
-      state: before the span, as `behind` gave it; None is the empty one.
+      state: before the span; None is the empty one.
+      bias: of the convolution.
 
     Returns:
-      `(parts convolved, the mixer's own state, the last inputs of the convolution)`.
+      `(parts convolved, the mixer's memory, the last inputs of the convolution)`.
     """
+    memory, tail = (None, None) if state is None else (state.memory, state.conv)
     if conv is None:
-        return list(parts), state, None
-    mixer, tail = (None, None) if state is None else (state.mixer, state.conv)
+        return list(parts), memory, None
     mixed, tail = conv(jnp.concatenate(parts, axis=-1), segments, tail)
+    mixed = mixed if bias is None else mixed + bias.astype(mixed.dtype)
     edges = np.cumsum([part.shape[-1] for part in parts])[:-1]
-    return jnp.split(mixed, edges, axis=-1), mixer, tail
-
-
-def behind(state: Any, tail: Float[Array, "B W-1 C"] | None) -> Any:
-    """The state of a mixer that may have a short convolution: its own, and that one's last inputs if there are any."""
-    return state if tail is None else Convolved(state, tail)
+    return jnp.split(mixed, edges, axis=-1), memory, tail
 
 
 def empty_tail(conv: ShortConv | None, batch: int) -> Float[Array, "B W-1 C"] | None:

@@ -15,16 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import attend_with_cache
-from longctx.layers.basic import (
-    Linear,
-    Taps,
-    behind,
-    convolved,
-    document,
-    empty_tail,
-    l2_normalise,
-    short_conv,
-)
+from longctx.layers.basic import Linear, State, Taps, convolved, document, empty_tail, l2_normalise, short_conv
 from longctx.layers.recurrent import projections
 from longctx.layers.rotary import rotate
 from longctx.memory.cache import KVCache
@@ -136,7 +127,7 @@ class BlockRecurrent(nnx.Module):
         cache = (self._empty(batch, x.dtype) if before is None else before).append(k, v, segments)
         near = attend_with_cache(q, k, v, pattern, segments, before, cache, scale=1.0)
         y = self.out(near.reshape(batch, length, -1)) + self.cell_out(recalled.reshape(batch, length, -1))
-        return y, behind(BlockRecurrentState(cache, after), tail)
+        return y, State(BlockRecurrentState(cache, after), tail)
 
     def _empty(self, batch: int, dtype) -> KVCache:
         options = self.options
@@ -147,7 +138,7 @@ class BlockRecurrent(nnx.Module):
         options = self.options
         block = jnp.zeros((batch, 2 * options.block, options.heads, options.head_width), jnp.float32)
         cell = ops.State(jnp.zeros((batch, *self.initial.shape), jnp.float32), block, block)
-        return behind(BlockRecurrentState(self._empty(batch, dtype), cell), empty_tail(self.conv, batch))
+        return State(BlockRecurrentState(self._empty(batch, dtype), cell), empty_tail(self.conv, batch))
 
 
 def _of_heads(scale, like):

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm
-from longctx.layers.recurrent import Recurrent, State, delta_inputs, flat, projections, qkv_conv
+from longctx.layers.basic import Linear, RMSNorm, State
+from longctx.layers.recurrent import Recurrent, delta_inputs, flat, projections, qkv_conv
 from longctx.ops.gated_delta import GATED_DELTA
 from longctx.schema import Options, Size
 from longctx.typing import Segments

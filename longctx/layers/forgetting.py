@@ -19,8 +19,8 @@ from longctx.layers.attention import attend_with_cache
 from longctx.layers.basic import (
     Linear,
     RMSNorm,
+    State,
     Taps,
-    behind,
     convolved,
     document,
     empty_tail,
@@ -129,7 +129,7 @@ class Forgetting(nnx.Module):
         y = attend_with_cache(q, k, v, pattern, segments, before, cache, decay)
         if options.output_gate:
             y = self.norm(y) * jax.nn.sigmoid(self.gate(x)).reshape(y.shape)
-        return self.out(y.reshape(batch, length, -1)), behind(ForgettingState(cache, total, last), tail)
+        return self.out(y.reshape(batch, length, -1)), State(ForgettingState(cache, total, last), tail)
 
     def _shifted(self, x, k, v, segments: Segments, last: Float[Array, "B 1 2*G*K"] | None):
         """Keys and values mixed with those of the token before, and the last of them unmixed."""
@@ -156,4 +156,4 @@ class Forgetting(nnx.Module):
         total = jnp.zeros((batch, options.heads), jnp.float32)
         last = jnp.zeros((batch, 1, 2 * options.kv_heads * options.head_width), jnp.float32) if options.shift else None
         state = ForgettingState(self._empty(batch, capacity, dtype), total, last)
-        return behind(state, empty_tail(self.conv, batch))
+        return State(state, empty_tail(self.conv, batch))

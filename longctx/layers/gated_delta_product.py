@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, ShortConv, l2_normalise
-from longctx.layers.recurrent import Recurrent, State, by_head, flat, projections, slow_steps
+from longctx.layers.basic import Linear, RMSNorm, ShortConv, State, l2_normalise
+from longctx.layers.recurrent import Recurrent, by_head, flat, projections, slow_steps
 from longctx.ops.gated_delta_product import GATED_DELTA_PRODUCT
 from longctx.schema import Options, Size
 from longctx.typing import Segments

@@ -15,12 +15,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.basic import (
-    Convolved,
     LayerNorm,
     Linear,
     RMSNorm,
+    State,
     Taps,
-    behind,
     convolved,
     document,
     empty_tail,
@@ -137,7 +136,7 @@ class IndexerTopK(nnx.Module):
         inputs = (q, index_q, weights), (k, v, index_k)
         count = ops.Options(None if options.stage == "dense" else options.count)
         read = sequence.attend(ops.INDEXER_TOPK, *inputs, segments=segments, key_segments=held, options=count)
-        return attach(self.out(read.y.reshape(batch, length, -1)), read.loss, options.kl_weight), behind(after, tail)
+        return attach(self.out(read.y.reshape(batch, length, -1)), read.loss, options.kl_weight), State(after, tail)
 
     def _index(self, x):
         """Index queries `[B, T, J, I]`, keys `[B, T, 1, I]` and weights `[B, T, J]`."""
@@ -146,9 +145,9 @@ class IndexerTopK(nnx.Module):
         q, k = (part.reshape(*x.shape[:2], -1, options.index_width) for part in parts)
         return q, k, self.index_weight(x) * (options.index_heads * options.index_width) ** -0.5
 
-    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> KVCache | Convolved:
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> State:
         """The state before any token, with room for `capacity` tokens."""
-        return behind(self._empty(batch, capacity, dtype), empty_tail(self.conv, batch))
+        return State(self._empty(batch, capacity, dtype), empty_tail(self.conv, batch))
 
     def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
         width = self.options.kv_heads * self.options.head_width

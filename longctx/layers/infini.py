@@ -15,13 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import attend_with_cache
-from longctx.layers.basic import (
-    Taps,
-    behind,
-    convolved,
-    document,
-    empty_tail,
-)
+from longctx.layers.basic import State, Taps, convolved, document, empty_tail
 from longctx.layers.recurrent import projections, qkv_conv
 from longctx.layers.rotary import rotate
 from longctx.memory.cache import KVCache
@@ -89,7 +83,7 @@ class Infini(nnx.Module):
         near = attend_with_cache(q, k, v, pattern, segments, before, cache)
         share = jax.nn.sigmoid(self.balance[...])[:, None].astype(x.dtype)
         y = share * recalled + (1 - share) * near
-        return self.out(y.reshape(batch, length, -1)), behind(InfiniState(cache, memory), tail)
+        return self.out(y.reshape(batch, length, -1)), State(InfiniState(cache, memory), tail)
 
     def _empty(self, batch: int, dtype) -> KVCache:
         options = self.options
@@ -100,4 +94,4 @@ class Infini(nnx.Module):
         options = self.options
         empty = jnp.zeros((batch, options.heads, options.head_width, options.head_width + 1), jnp.float32)
         state = InfiniState(self._empty(batch, dtype), ops.State(empty, empty))
-        return behind(state, empty_tail(self.conv, batch))
+        return State(state, empty_tail(self.conv, batch))

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm
-from longctx.layers.recurrent import Recurrent, State, by_head, delta_inputs, flat, projections, qkv_conv, slow_steps
+from longctx.layers.basic import Linear, RMSNorm, State
+from longctx.layers.recurrent import Recurrent, by_head, delta_inputs, flat, projections, qkv_conv, slow_steps
 from longctx.ops.gated_delta import GATED_DELTA
 from longctx.schema import Options, Size
 from longctx.typing import Segments

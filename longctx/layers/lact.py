@@ -16,16 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import attend_with_cache
-from longctx.layers.basic import (
-    Linear,
-    RMSNorm,
-    Taps,
-    behind,
-    convolved,
-    document,
-    empty_tail,
-    l2_normalise,
-)
+from longctx.layers.basic import Linear, RMSNorm, State, Taps, convolved, document, empty_tail, l2_normalise
 from longctx.layers.recurrent import projections, qkv_conv
 from longctx.layers.rotary import rotate
 from longctx.memory.cache import KVCache
@@ -46,10 +37,10 @@ class LaCTState:
 
 
 class LaCT(nnx.Module):
-    """Gated MLPs trained on the document, C tokens at a time, and attention to the window that they have not learned yet.
+    """Gated MLPs trained on the document, C tokens at a time, and attention to a window of tokens not learned yet.
 
     Both share q, k, v and the projection of the output. With s and o of each channel, |·| of norm 1 per MLP, and R the
-    rotation of the attention's heads by the position in the document, each MLP f(u) = W1 (silu(W0 u) ⊙ W2 u) is applied to
+    rotation of the attention's heads by the position in the document, each MLP f(u) = W1 (silu(W0 u) ⊙ W2 u) is given
     R |silu(s_q q + o_q)|, and then learns the mini-batch's (R |silu(s_k k + o_k)|, silu(v)), at rates
     r = softplus(x W_r + b_r) per token and matrix, with momentum σ(x W_m + b_m). W0 and W2 begin a document as a matrix
     of low rank plus half the identity.
@@ -140,7 +131,7 @@ class LaCT(nnx.Module):
         before = None if state is None else state.window
         window = (self._empty(batch, x.dtype) if before is None else before).append(k, v, segments)
         near = attend_with_cache(q, k, v, pattern, segments, before, window)
-        return self.out(near.reshape(y.shape) + y), behind(LaCTState(model, window), tail)
+        return self.out(near.reshape(y.shape) + y), State(LaCTState(model, window), tail)
 
     def _learned(self, x, q, k, v, segments: Segments, state: ops.State | None):
         """What the MLPs give, `[B, T, C]`, and their state."""
@@ -183,7 +174,7 @@ class LaCT(nnx.Module):
         if self.options.momentum:
             before, share = weights, jnp.zeros((batch, self.options.fast_heads), jnp.float32)
         state = LaCTState(ops.State(weights, weights, before, share), self._empty(batch, dtype))
-        return behind(state, empty_tail(self.conv, batch))
+        return State(state, empty_tail(self.conv, batch))
 
 
 class FastWeight(nnx.Module):

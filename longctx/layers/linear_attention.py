@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import RMSNorm, Taps
-from longctx.layers.recurrent import Recurrent, State, by_head, flat, projections, qkv_conv
+from longctx.layers.basic import RMSNorm, State, Taps
+from longctx.layers.recurrent import Recurrent, by_head, flat, projections, qkv_conv
 from longctx.ops import feature_maps
 from longctx.ops import gated_linear as ops
 from longctx.schema import Options, Seed, Size

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, document
-from longctx.layers.recurrent import Recurrent, State, by_head, delta_inputs, flat, projections, qkv_conv, slow_steps
+from longctx.layers.basic import Linear, RMSNorm, State, document
+from longctx.layers.recurrent import Recurrent, by_head, delta_inputs, flat, projections, qkv_conv, slow_steps
 from longctx.ops import log_linear as ops
 from longctx.schema import Options, Size
 from longctx.typing import Segments

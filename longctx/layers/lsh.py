@@ -16,10 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.basic import (
-    Convolved,
     Linear,
+    State,
     Taps,
-    behind,
     convolved,
     document,
     empty_tail,
@@ -131,11 +130,11 @@ class LSH(nnx.Module):
         y = self.out(y.reshape(batch, length, -1))
         if self.centroids is not None:
             y = attach(y, jnp.where(segments.valid[..., None, None], 1 - cosine, 0.0), options.centroid_weight)
-        return y, behind(after, tail)
+        return y, State(after, tail)
 
-    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> LSHState | Convolved:
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> State:
         """The state before any token, with room for `capacity` tokens."""
-        return behind(self._empty(batch, capacity, dtype), empty_tail(self.conv, batch))
+        return State(self._empty(batch, capacity, dtype), empty_tail(self.conv, batch))
 
     def _empty(self, batch: int, capacity: int, dtype) -> LSHState:
         options = self.options

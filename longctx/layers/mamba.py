@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, ShortConv
-from longctx.layers.recurrent import Recurrent, State
+from longctx.layers.basic import Linear, ShortConv, State
+from longctx.layers.recurrent import Recurrent
 from longctx.ops import selective_scan as ops
 from longctx.schema import Options, Size
 from longctx.typing import Segments

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, ShortConv, like_queries, undo_values
-from longctx.layers.recurrent import Recurrent, State, by_head, flat, slow_steps
+from longctx.layers.basic import Linear, ShortConv, State, like_queries, undo_values
+from longctx.layers.recurrent import Recurrent, by_head, flat, slow_steps
 from longctx.ops import gated_linear as ops
 from longctx.ops.backend import scaled
 from longctx.parallel import mesh

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, Taps
-from longctx.layers.recurrent import Recurrent, State, by_head, flat, projections, qkv_conv, standardised
+from longctx.layers.basic import Linear, State, Taps
+from longctx.layers.recurrent import Recurrent, by_head, flat, projections, qkv_conv, standardised
 from longctx.ops import mlstm as ops
 from longctx.ops.backend import scaled
 from longctx.schema import Options, Size

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.config import Mixer
-from longctx.layers.basic import Linear, RMSNorm, ShortConv, Taps, behind, convolved, document, empty_tail, short_conv
+from longctx.layers.basic import Linear, RMSNorm, ShortConv, State, Taps, convolved, document, empty_tail, short_conv
 from longctx.layers.gated_delta import GatedDelta
 from longctx.layers.mlp import Hidden, SwiGLU
 from longctx.parallel import sequence
@@ -101,11 +101,11 @@ class MultiResolution(nnx.Module):
         newest = coarse.valid & (jnp.cumsum(coarse.valid[:, ::-1], axis=1)[:, ::-1] == 1)
         latest = jnp.sum(jnp.where(newest[..., None, None], u.astype(jnp.float32), 0), axis=1)
         told = jnp.where(coarse.valid.any(1)[:, None, None], latest, told)
-        return y, behind(MultiResolutionState(tail, told, tuple(states)), last)
+        return y, State(MultiResolutionState(tail, told, tuple(states)), last)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> MultiResolutionState:
         """The state before any token, with room for `capacity` tokens."""
         factor, width = self.options.factor, self.down.weight.shape[0]
         inner = tuple(mixer.init_state(batch, -(-capacity // factor), dtype) for mixer in self.mixers)
         state = MultiResolutionState(self.pool.init_state(batch), jnp.zeros((batch, factor, width)), inner)
-        return behind(state, empty_tail(self.conv, batch))
+        return State(state, empty_tail(self.conv, batch))

@@ -15,11 +15,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.basic import (
-    Convolved,
     Linear,
     RMSNorm,
+    State,
     Taps,
-    behind,
     convolved,
     document,
     empty_tail,
@@ -125,11 +124,11 @@ class NSA(nnx.Module):
         sizes = ops.Options(options.stride, options.selected, options.count, options.window)
         documents = {"segments": segments, "key_segments": held}
         y = sequence.attend(ops.NSA, (q, gates), branches, pools, options=sizes, **documents).y
-        return self.out(y.reshape(batch, length, -1)), behind(cache, tail)
+        return self.out(y.reshape(batch, length, -1)), State(cache, tail)
 
-    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> KVCache | Convolved:
+    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> State:
         """The state before any token, with room for `capacity` tokens."""
-        return behind(self._empty(batch, capacity, dtype), empty_tail(self.conv, batch))
+        return State(self._empty(batch, capacity, dtype), empty_tail(self.conv, batch))
 
     def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
         options = self.options

@@ -9,29 +9,27 @@ A mixer has its parameters, and in `__call__` its mathematics from `begin` to `o
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, ShortConv, l2_normalise, like_queries, short_conv, undo_values
+from longctx.layers.basic import (
+    Linear,
+    ShortConv,
+    State,
+    convolved,
+    l2_normalise,
+    like_queries,
+    short_conv,
+    undo_values,
+)
 from longctx.ops.family import Recurrence
 from longctx.parallel import sequence
 from longctx.typing import Segments
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """What a recurrent mixer carries: the op's state, and the last inputs of the convolution, None without one."""
-
-    memory: Any
-    conv: Float[Array, "B W-1 C"] | None
 
 
 class Recurrent(nnx.Module):
@@ -68,11 +66,7 @@ class Recurrent(nnx.Module):
         Returns:
           `(parts, run)`, with `run(family, *inputs, parameters=(), **options) -> (y, State)` as `sequence.run`.
         """
-        memory, tail = (None, None) if state is None else (state.memory, state.conv)
-        if self.conv is not None:
-            mixed, tail = self.conv(jnp.concatenate(parts, axis=-1), segments, tail)
-            mixed = mixed if bias is None else mixed + bias.astype(mixed.dtype)
-            parts = jnp.split(mixed, np.cumsum([part.shape[-1] for part in parts])[:-1], axis=-1)
+        parts, memory, tail = convolved(self.conv, parts, segments, state, bias)
 
         def run(op, *inputs, parameters=(), **options):
             if isinstance(op, Recurrence):
@@ -84,7 +78,7 @@ class Recurrent(nnx.Module):
                 )
             return y, State(after, tail)
 
-        return list(parts), run
+        return parts, run
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> State:
         """The state before any token: zeros of the shapes that a token leaves; `capacity` does not matter."""

@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, Taps, document
-from longctx.layers.recurrent import Recurrent, State, by_head, flat, projections, qkv_conv
+from longctx.layers.basic import Linear, RMSNorm, State, Taps, document
+from longctx.layers.recurrent import Recurrent, by_head, flat, projections, qkv_conv
 from longctx.ops import gated_linear as ops
 from longctx.ops.positions import Rotation, rotate
 from longctx.schema import Options, Size

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, ShortConv, document
-from longctx.layers.recurrent import Recurrent, State, by_head
+from longctx.layers.basic import Linear, ShortConv, State, document
+from longctx.layers.recurrent import Recurrent, by_head
 from longctx.ops import linear_scan as ops
 from longctx.ops.backend import scaled
 from longctx.schema import Options, Size

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, Taps, like_queries, short_conv, undo_values
-from longctx.layers.recurrent import Recurrent, State, by_head, flat, standardised
+from longctx.layers.basic import Linear, State, Taps, like_queries, short_conv, undo_values
+from longctx.layers.recurrent import Recurrent, by_head, flat, standardised
 from longctx.ops.diagonal_low_rank import DIAGONAL_LOW_RANK
 from longctx.parallel import sequence
 from longctx.schema import Options, Size

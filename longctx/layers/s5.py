@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, Taps, short_conv
-from longctx.layers.recurrent import Recurrent, State
+from longctx.layers.basic import Linear, State, Taps, short_conv
+from longctx.layers.recurrent import Recurrent
 from longctx.ops import linear_scan as ops
 from longctx.schema import Options, Size
 from longctx.typing import Segments

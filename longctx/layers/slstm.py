@@ -15,8 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.errors import UsageError
-from longctx.layers.basic import Linear, ShortConv
-from longctx.layers.recurrent import Recurrent, State, by_head, flat, standardised
+from longctx.layers.basic import Linear, ShortConv, State
+from longctx.layers.recurrent import Recurrent, by_head, flat, standardised
 from longctx.ops import slstm as ops
 from longctx.ops.backend import scaled
 from longctx.schema import Options, Size

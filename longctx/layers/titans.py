@@ -15,8 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.attention import Attention, AttentionState
-from longctx.layers.basic import Linear, RMSNorm, document, l2_normalise
-from longctx.layers.recurrent import Recurrent, State, by_head, flat, projections, qkv_conv
+from longctx.layers.basic import Linear, RMSNorm, State, document, l2_normalise
+from longctx.layers.recurrent import Recurrent, by_head, flat, projections, qkv_conv
 from longctx.ops import titans as ops
 from longctx.schema import Options, Size
 from longctx.typing import Segments

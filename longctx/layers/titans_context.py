@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, document, like_queries, undo_values
-from longctx.layers.recurrent import Recurrent, State, by_head, qkv_conv
+from longctx.layers.basic import Linear, RMSNorm, State, document, like_queries, undo_values
+from longctx.layers.recurrent import Recurrent, by_head, qkv_conv
 from longctx.ops import titans_context as ops
 from longctx.schema import Options, Size
 from longctx.typing import Segments

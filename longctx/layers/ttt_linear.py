@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import LayerNorm, Linear, ShortConv, document, undo_values
-from longctx.layers.recurrent import Recurrent, State, by_head, flat
+from longctx.layers.basic import LayerNorm, Linear, ShortConv, State, document, undo_values
+from longctx.layers.recurrent import Recurrent, by_head, flat
 from longctx.layers.rotary import rotate
 from longctx.ops import ttt_linear as ops
 from longctx.schema import Options, Size
