@@ -33,7 +33,30 @@ class TitansState:
     window: AttentionState | None
 
 
-class Titans(Recurrent):
+class NeuralMemory(Recurrent):
+    """A mixer whose memory is an MLP per head: its gates per token, and the weights that a document begins with."""
+
+    def _make_memory(self, rngs: nnx.Rngs) -> None:
+        options, heads, size = self.options, self.options.heads, self.options.head_width
+        self.forget = Linear(self.width, heads, ("embed", "heads"), rngs)
+        self.momentum = Linear(self.width, heads, ("embed", "heads"), rngs, bias=0.0)
+        self.rate = Linear(self.width, heads, ("embed", "heads"), rngs, bias=0.0)
+        # The heads begin by forgetting over spans of 10 to 1,000 tokens.
+        forget = jnp.geomspace(1e-3, 1e-1, heads)
+        self.forget_bias = nnx.Param(jnp.log(forget) - jnp.log1p(-forget), axes=("heads",))
+        shapes = [(size, size)] if options.depth == 1 else [(size, options.hidden), (options.hidden, size)]
+        normal = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=(0,))
+        first, *second = (
+            nnx.Param(normal(rngs.params(), (heads, *s), jnp.float32), axes=_AXES, decays=True) for s in shapes
+        )
+        self.memory_in, self.memory_out = first, second[0] if second else None
+
+    @property
+    def _initial(self) -> ops.Weights:
+        return tuple(w[...] for w in (self.memory_in, self.memory_out) if w is not None)
+
+
+class Titans(NeuralMemory):
     """An MLP per head that learns the document token by token, with momentum η, forgetting α and rate θ per token.
 
     m_t = M_t(q_t), S_t = η_t S_{t-1} - θ_t ∇|M(k_t) - v_t|², M_t = (1 - α_t) M_{t-1} + S_t, the gradient at the weights
@@ -90,27 +113,12 @@ class Titans(Recurrent):
         channels = heads * size
         self.query, self.key, self.value, self.out = projections(width, heads, size, size, rngs)
         self.conv = qkv_conv(options.conv_width, self.query, self.key, self.value, rngs)
-        self.forget = Linear(width, heads, ("embed", "heads"), rngs)
-        self.momentum = Linear(width, heads, ("embed", "heads"), rngs, bias=0.0)
-        self.rate = Linear(width, heads, ("embed", "heads"), rngs, bias=0.0)
-        # The heads begin by forgetting over spans of 10 to 1,000 tokens.
-        forget = jnp.geomspace(1e-3, 1e-1, heads)
-        self.forget_bias = nnx.Param(jnp.log(forget) - jnp.log1p(-forget), axes=("heads",))
-        shapes = [(size, size)] if options.depth == 1 else [(size, options.hidden), (options.hidden, size)]
-        normal = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=(0,))
-        first, *second = (
-            nnx.Param(normal(rngs.params(), (heads, *s), jnp.float32), axes=_AXES, decays=True) for s in shapes
-        )
-        self.memory_in, self.memory_out = first, second[0] if second else None
+        self._make_memory(rngs)
         self.norm = RMSNorm(size, ("head",))
         self.gate = Linear(width, channels, ("embed", "heads"), rngs)
         self.window = Attention(width, options.attention, rngs) if options.window else None
         self.near_norm = RMSNorm(width) if options.mode == "gate" else None
         self.gate_norm = RMSNorm(width) if options.mode == "gate" else None
-
-    @property
-    def _initial(self) -> ops.Weights:
-        return tuple(w[...] for w in (self.memory_in, self.memory_out) if w is not None)
 
     def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: TitansState | None = None):
         """Returns `(y[B, T, D], TitansState)`."""

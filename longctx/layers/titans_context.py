@@ -14,16 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Linear, RMSNorm, State, document, like_queries, undo_values
-from longctx.layers.recurrent import Recurrent, by_head, qkv_conv
+from longctx.layers.basic import RMSNorm, State, document
+from longctx.layers.recurrent import by_head, projections, qkv_conv
+from longctx.layers.titans import NeuralMemory
 from longctx.ops import titans_context as ops
 from longctx.schema import Options, Size
 from longctx.typing import Segments
 
-_AXES = ("heads", "head", None)  # of a matrix per head
 
-
-class TitansContext(Recurrent):
+class TitansContext(NeuralMemory):
     """Attention within segments, which also reads what a neural memory of the earlier segments recalls.
 
     With M the memory of `layers/titans.py`, C tokens a segment and p learned tokens that all others read,
@@ -63,48 +62,18 @@ class TitansContext(Recurrent):
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         super().__init__(width, options)
-        heads, size = options.heads, options.head_width
-        channels = heads * size
-
-        def projection(initial=None):
-            return Linear(width, channels, ("embed", "heads"), rngs, initial=initial)
-
-        def back(value):
-            initial = undo_values(value, heads, size)
-            return Linear(channels, width, ("heads", "embed"), rngs, initial=initial)
-
+        shape = options.heads, options.head_width, options.head_width
         # Of the attention.
-        self.query = projection()
-        self.key = projection(like_queries(self.query, heads, size))
-        self.value = projection()
-        self.out = back(self.value)
+        self.query, self.key, self.value, self.out = projections(width, *shape, rngs)
         self.conv = qkv_conv(options.conv_width, self.query, self.key, self.value, rngs)
         tokens = jax.random.normal(rngs.params(), (options.persistent, width))
         self.persistent = nnx.Param(tokens, axes=("taps", "embed"))
         self.norm = RMSNorm(width)
         # Of the memory.
-        self.ask = projection()
-        self.write = projection(like_queries(self.ask, heads, size))
-        self.content = projection()
-        self.recall = back(self.content)
-        self.recall_norm = RMSNorm(size, ("head",))
+        self.ask, self.write, self.content, self.recall = projections(width, *shape, rngs)
+        self.recall_norm = RMSNorm(options.head_width, ("head",))
         self.gate_norm = RMSNorm(width)
-        self.forget = Linear(width, heads, ("embed", "heads"), rngs)
-        self.momentum = Linear(width, heads, ("embed", "heads"), rngs, bias=0.0)
-        self.rate = Linear(width, heads, ("embed", "heads"), rngs, bias=0.0)
-        # The heads begin by forgetting over spans of 10 to 1,000 tokens.
-        forget = jnp.geomspace(1e-3, 1e-1, heads)
-        self.forget_bias = nnx.Param(jnp.log(forget) - jnp.log1p(-forget), axes=("heads",))
-        shapes = [(size, size)] if options.depth == 1 else [(size, options.hidden), (options.hidden, size)]
-        normal = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=(0,))
-        first, *second = (
-            nnx.Param(normal(rngs.params(), (heads, *s), jnp.float32), axes=_AXES, decays=True) for s in shapes
-        )
-        self.memory_in, self.memory_out = first, second[0] if second else None
-
-    @property
-    def _initial(self):
-        return tuple(w[...] for w in (self.memory_in, self.memory_out) if w is not None)
+        self._make_memory(rngs)
 
     def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: State | None = None):
         """Returns `(y[B, T, D], State)`."""
