@@ -33,6 +33,14 @@ def test_links(page):
             assert heading in anchors, f"{page.name} links to {target}"
 
 
+def test_files():
+    """That a page names are there. Seen to fail: a file renamed."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"`((?:longctx/)?[a-z]+/[\w/]+\.(?:py|md|txt|sh|yaml|ipynb))`", text):
+            assert (ROOT / name).exists() or (ROOT / "longctx" / name).exists(), f"{page.name} names {name}"
+
+
 def test_the_layer_of_the_readme():
     """It asserts what it shows, over all devices too. Seen to fail: the second span without the state."""
     exec(code("README.md"), {})
