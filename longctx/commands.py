@@ -106,7 +106,7 @@ def experiment() -> config.Experiment:
     """The experiment that `--config` and its overrides describe.
 
     Raises:
-      UsageError: none is given, or it cannot be; with everything that is wrong.
+      UsageError: none is given, or it is wrong; the message lists all that is wrong.
     """
     if flags.FLAGS.config is None:
         raise UsageError("--config is missing; give an experiment file, such as --config=experiments/quickstart.py.")
@@ -130,7 +130,7 @@ _words: list[str] = []
 
 
 def words() -> list[str]:
-    """What stands on the command line beside flags, for a command that takes such words."""
+    """The words of the command line that are no flags, for a command that takes them."""
     return list(_words)
 
 

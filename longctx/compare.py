@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def _name(path: Path) -> str:
-    """Of a run that of its folder; of one of its reports the run's and the report's."""
+    """A run has the name of its folder; one of its reports has the run's and its own."""
     return f"{path.parent.name}/{path.name}" if (path / "summary.json").is_file() else path.name
 
 

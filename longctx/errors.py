@@ -23,7 +23,7 @@ class RunError(RuntimeError):
 
 @contextlib.contextmanager
 def refused(what: str) -> Iterator[None]:
-    """Tells what a layer refuses while it is traced (a ValueError) as a UsageError that begins with `what`.
+    """Reports what a layer refuses while it is traced (a ValueError) as a UsageError that begins with `what`.
 
     Args:
       what: what was traced, and of which size, such as "training.stages[0], rows of 64 tokens".

@@ -50,7 +50,7 @@ def _evaluate(run: workdirs.Run) -> None:
 
 
 def _overridden(experiment: config.Experiment) -> tuple[config.Experiment, list[str]]:
-    """With what the command line overrides, and that in sentences."""
+    """The experiment with the command line's overrides, and each of these in a sentence."""
     given = commands.experiment()
     allowed = dataclasses.replace(experiment, evaluation=given.evaluation)
     if isinstance(experiment.data, config.Data):

@@ -1,4 +1,4 @@
-"""Experiment files, and what the command line changes of them: every field that there is, also what they leave out."""
+"""Experiment files and their overrides on the command line, which reach the fields that a file leaves out, too."""
 
 from __future__ import annotations
 

@@ -117,11 +117,11 @@ def of(options: Any) -> set[str]:
     if not dataclasses.is_dataclass(options):
         return set()
     modules = {name for name in getattr(type(options), "modules", ()) if name.split(".")[0] != "longctx"}
-    own = {_told(sys.modules[name]) for name in modules if name in sys.modules}
+    own = {_name_of(sys.modules[name]) for name in modules if name in sys.modules}
     return own.union(*(of(getattr(options, field.name)) for field in dataclasses.fields(options)))
 
 
-def _told(module: types.ModuleType) -> str:
+def _name_of(module: types.ModuleType) -> str:
     """How another process finds a module: an installed one, or one of a package, by its name."""
     file = getattr(module, "__file__", None) or ""
     installed = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]

@@ -42,7 +42,7 @@ class Progress:
         self._stream: TextIO = sys.stderr
         self._look = {"prefix": name, "unit": unit, "unit_scale": large}
         self._stays, self._shown, self._note = stays, shown, ""
-        self._start, self._first, self._told = time.monotonic(), done, -1
+        self._start, self._first, self._said = time.monotonic(), done, -1
         self._last = self._start
         self._bar = None
         if shown and self._stream.isatty():
@@ -76,11 +76,11 @@ class Progress:
         """Ends it; to be called once."""
         if self._bar is not None:
             self._bar.close()
-        elif self._stays and self.done != self._told:
+        elif self._stays and self.done != self._said:
             self._line()
 
     def _line(self) -> None:
-        self._last, self._told = time.monotonic(), self.done
+        self._last, self._said = time.monotonic(), self.done
         if self._shown:
             seconds = self._last - self._start
             rate = (self.done - self._first) / seconds if seconds > 0 else None

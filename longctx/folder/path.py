@@ -33,7 +33,7 @@ def given(text: str) -> Path:
 
 
 def check(workdir: str | os.PathLike, flag: str = "--workdir") -> None:
-    """Whether a run can be read and written back under this path, were it allowed to write.
+    """Whether a run can be read and written back under this path, permissions aside.
 
     Args:
       workdir: the path.

@@ -61,7 +61,7 @@ class Checkpoints:
         self.wait()
         path = self.directory / str(step)
         parts = {"params": state.params, "optimizer": _rest(state)}
-        with self._told(step):
+        with self._reported(step):
             self._prepare(path)
             response = ocp.save_checkpointables_async(path, parts, overwrite=True)
         self._saving = step, self._background.submit(self._finish, path, response, _kinds(parts))
@@ -74,7 +74,7 @@ class Checkpoints:
         """
         if self._saving is not None:
             (step, saving), self._saving = self._saving, None
-            with self._told(step):
+            with self._reported(step):
                 saving.result()
 
     def newest(self) -> str:
@@ -83,7 +83,7 @@ class Checkpoints:
         return f"{self.directory / str(saved[-1])} is the last good checkpoint" if saved else "nothing is saved"
 
     @contextlib.contextmanager
-    def _told(self, step: int) -> Iterator[None]:
+    def _reported(self, step: int) -> Iterator[None]:
         """Tells in a sentence what hindered a save; Orbax raises many kinds."""
         try:
             yield

@@ -106,7 +106,7 @@ def mean(rows: Iterable[Row]) -> Row:
 
 
 def summarise(workdir: Path, training: config.Training, done: int | None = None) -> Row:
-    """What is worth telling of a run: totals, the mean of the last `log_every` steps, whether it is finished.
+    """The summary of a run: totals, the mean of the last `log_every` steps, whether it is finished.
 
     Args:
       workdir: of the run.

@@ -184,7 +184,7 @@ class _Watch:
             self._say("watch\n")
 
     def leave(self, words: str) -> int:
-        """Tells how this process ends; the watchman's exit code."""
+        """Reports how this process ends; returns the watchman's exit code."""
         self._say(words)
         with contextlib.suppress(OSError):
             self._process.stdin.close()

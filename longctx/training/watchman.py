@@ -90,7 +90,7 @@ def lost(folder: Path, indices: list[int]) -> list[tuple[int, str, str]]:
 
 
 def name(folder: Path, others: list[int]) -> bool:
-    """Tells of the processes that were lost, but for those that others took with them; whether there were any."""
+    """Names the processes that were lost, but for those that ended because of others; whether there were any."""
     found = lost(folder, others)
     for index, who, how in [one for one in found if one[2] != FOLLOWED] or found:
         print(
