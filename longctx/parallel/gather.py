@@ -52,7 +52,7 @@ def attention(
     if balanced:
         q, decay, tokens = balance.swap((q, decay, tokens), axis_name)
         options["block"] = options.get("block") or balance.block(q.shape[1])
-    # Of starts nobody asks.
+    # Attention reads no starts.
     sides = (Segments(*side, jnp.zeros(side[0].shape, bool)) for side in (tokens, theirs))
     partial = attention_partial(q, k, v, pattern, *sides, decay=decay, key_decay=key_decay, bias=bias, **options)
     return balance.swap(partial, axis_name) if balanced else partial

@@ -80,7 +80,7 @@ def attention(
 
 
 def _segments(ids, positions) -> Segments:
-    """Segments of whose starts nobody asks, so that they need not travel."""
+    """Segments whose starts are left out: attention reads none, so that they need not travel."""
     return Segments(ids, positions, jnp.zeros(ids.shape, bool))
 
 

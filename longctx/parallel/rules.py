@@ -119,10 +119,10 @@ def gathered(x: jax.Array, axes) -> jax.Array:
     The parts come together over one mesh axis after the other, and the sum of the gradient is scattered over one of
     them before it is taken over the other: s numbers are sent each way. Left to itself the compiler may take either in
     one sum over all devices, of 2 s: XLA:TPU does wherever they fill three axes of a torus. Compiled for a v5p it
-    also left sums whole whose parts would have fewer than 256 columns: a weight whose columns are split is turned.
+    also left sums whole whose parts would have fewer than 256 columns: a weight whose columns are split is transposed.
     """
-    turned = axes[-1] == "embed" != axes[0]
-    axes, shape = (axes[::-1], x.shape[::-1]) if turned else (axes, x.shape)
+    transposed = axes[-1] == "embed" != axes[0]
+    axes, shape = (axes[::-1], x.shape[::-1]) if transposed else (axes, x.shape)
     sizes = _left_to_the_compiler()
     specs = [spec(axes, shape, sizes)]
     for axis in reversed(RULES["embed"]):
@@ -130,7 +130,7 @@ def gathered(x: jax.Array, axes) -> jax.Array:
         specs += [smaller] if smaller != specs[-1] else []
     if len(specs) == 1:
         return x
-    return _in_turn(x.T, tuple(specs)).T if turned else _in_turn(x, tuple(specs))
+    return _in_turn(x.T, tuple(specs)).T if transposed else _in_turn(x, tuple(specs))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -203,7 +203,7 @@ def choose(case: Case, named: str) -> Scheme:
 
     Args:
       case: what is to be computed.
-      named: one of `NAMES`; "auto" is all of them, and of a named one nobody asks whether it fits.
+      named: one of `NAMES`; "auto" is all of them, and a named one is taken whether it fits or not.
 
     Raises:
       ValueError: no scheme has this name, or the devices cannot share the heads as the named one does.

@@ -82,7 +82,7 @@ def attention(
         return rows(jnp.broadcast_to(x, (among, *x.shape)))
 
     ids, positions = of_all(segments.ids), of_all(segments.positions)
-    whole = Segments(ids, positions, jnp.zeros(ids.shape, bool))  # of whose starts nobody asks
+    whole = Segments(ids, positions, jnp.zeros(ids.shape, bool))  # attention reads no starts
     q, decay = jax.tree.map(lambda x: rows(by_device(x, 2)), (q, decay))
     k, v = rows(with_sharers(k)), rows(with_sharers(v))
     mine = jax.lax.axis_index(axis_name) % among

@@ -84,7 +84,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reported(self, step: int) -> Iterator[None]:
-        """Tells in a sentence what hindered a save; Orbax raises many kinds."""
+        """Reports a failed save in a sentence; Orbax raises many kinds of errors."""
         try:
             yield
         except Exception as error:

@@ -116,7 +116,7 @@ def _initialize(coordinator: str, count: int | None, index: int | None) -> None:
         )
     if index == 0:
         _listen(int(port))
-        # Told before they are waited for: when five minutes are over, jax aborts.
+        # Said before they are waited for: when five minutes are over, jax aborts.
         print(f"waiting for {count} processes at {coordinator} ...", file=sys.stderr, flush=True)
     jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT)
 
