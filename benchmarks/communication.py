@@ -54,13 +54,13 @@ SMALL = 1024  # bytes; what is less, such as the ids of an edge, has nothing to 
 # By the function in whose course a message is sent: the innermost that is here counts.
 SCHEMES = {
     "exclusive": "scan",
-    "entering": "scan",  # states of these sizes do not go by the pipeline
-    "handed_on": "pipeline",
+    "entering": "scan",  # states of these sizes do not go by the relay
+    "pass_on": "relay",
     "last": "halo",
     "_in_turn": "in turn",
     "_by_residue": "residues",
     "_keys_seen": "gather",
-    "_from_all_before": "gather",
+    "_all_before": "gather",
 }
 FILES = {"ring.py": "ring", "cope.py": "ring", "lsh.py": "ring", "path.py": "ring", "chosen.py": "chosen blocks"}
 FILES |= {"ulysses.py": "heads", "gather.py": "gather"}

@@ -202,11 +202,14 @@ def _is_array(kind) -> bool:
 
 def _fit(array, kind: type[AbstractArray], sizes: dict[str, int]) -> dict[str, int] | None:
     """The sizes that `array` gives names to beside the known `sizes`; None if it is not of this kind."""
-    names = kind.dim_str.split()
-    if jnp.dtype(array.dtype).name not in kind.dtypes or len(names) != len(array.shape):
+    names, shape = kind.dim_str.split(), array.shape
+    if names[:1] == ["..."]:
+        names = names[1:]
+        shape = shape[max(len(shape) - len(names), 0) :]
+    if jnp.dtype(array.dtype).name not in kind.dtypes or len(names) != len(shape):
         return None
     found: dict[str, int] = {}
-    for name, size in zip(names, array.shape, strict=True):
+    for name, size in zip(names, shape, strict=True):
         terms = re.fullmatch(r"(\w+)([+-])(\w+)", name)
         left, sign, right = terms.groups() if terms else (name, "+", "0")
         known = sizes | found

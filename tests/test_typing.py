@@ -16,7 +16,7 @@ import pytest
 from jaxtyping import Array, Float, Int
 
 import longctx.ops
-from longctx.ops import FAMILIES, GATED_DELTA, gated_linear
+from longctx.ops import FAMILIES, GATED_DELTA, GATED_LINEAR
 from longctx.typing import Segments, checked
 
 
@@ -90,4 +90,4 @@ def test_an_op_says_what_is_wrong():
     with pytest.raises(ValueError, match=re.escape("gated_delta: v is float32[1, 7, 2, 4], expected Float")):
         GATED_DELTA(x, x, x[:, 1:], heads, heads)
     with pytest.raises(ValueError, match="the heads of q and k must divide those of v"):
-        gated_linear.chunked(x, x, jnp.zeros((1, 8, 3, 4)), jnp.zeros((1, 8, 3)))
+        GATED_LINEAR(x, x, jnp.zeros((1, 8, 3, 4)), jnp.zeros((1, 8, 3)))

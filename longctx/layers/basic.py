@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 from longctx.config import Norm
 from longctx.memory.cache import KVCache
 from longctx.ops.backend import merged, scaled
+from longctx.ops.causal_conv import CAUSAL_CONV
 from longctx.parallel import rules, sequence
 from longctx.schema import Bound, Options
 from longctx.typing import Segments
@@ -172,7 +173,7 @@ class ShortConv(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], segments: Segments | None, state: Float[Array, "B W-1 D"] | None):
         """Returns `(y[B, T, D], the last W-1 inputs)`."""
-        return sequence.convolution(x, self.kernel[...].astype(x.dtype), state, segments)
+        return sequence.run(CAUSAL_CONV, (x,), (self.kernel[...].astype(x.dtype),), state, segments=segments)
 
     def init_state(self, batch: int) -> Float[Array, "B W-1 D"]:
         """The inputs before any token: zeros, float32."""

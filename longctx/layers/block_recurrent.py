@@ -117,8 +117,8 @@ class BlockRecurrent(nnx.Module):
             gate_out=None if self.gate_out is None else self.gate_out[...],
         )
         before = None if state is None else state.cell
-        recalled, after = sequence.recurrence(
-            ops, asked, k, v, parameters=(cell,), state=before, segments=segments, block=options.block
+        recalled, after = sequence.run(
+            ops.BLOCK_RECURRENT, (asked, k, v), cell, before, segments=segments, options=ops.Options(options.block)
         )
         if options.rope_base:
             q, k = rotate(q, segments.positions, options.rope_base), rotate(k, segments.positions, options.rope_base)

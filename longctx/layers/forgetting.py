@@ -29,7 +29,8 @@ from longctx.layers.basic import (
     undo_values,
 )
 from longctx.memory.cache import KVCache
-from longctx.ops import linear_scan
+from longctx.ops.causal_conv import CAUSAL_CONV
+from longctx.ops.linear_scan import LINEAR_SCAN
 from longctx.ops.patterns import Causal, Window
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -119,9 +120,7 @@ class Forgetting(nnx.Module):
         log_gate = jax.nn.log_sigmoid(self.forget(x).astype(jnp.float32) + self.forget_bias[...])
         before = None if state is None else state.total
         # Log gates add up: nothing decays but at a document's start.
-        decay, total = sequence.recurrence(
-            linear_scan, log_gate, jnp.zeros_like(log_gate), state=before, segments=segments
-        )
+        decay, total = sequence.run(LINEAR_SCAN, (log_gate, jnp.zeros_like(log_gate)), state=before, segments=segments)
         pattern = Causal() & Window(options.window) if options.window else Causal()
         before = None if state is None else state.cache
         cache = self._empty(batch, length, x.dtype) if before is None else before
@@ -135,7 +134,7 @@ class Forgetting(nnx.Module):
         """Keys and values mixed with those of the token before, and the last of them unmixed."""
         both = jnp.concatenate([k, v], axis=-1)
         lag = jnp.ones((2, both.shape[-1]), x.dtype).at[1].set(0)
-        before, last = sequence.convolution(both, lag, last, segments)
+        before, last = sequence.run(CAUSAL_CONV, (both,), (lag,), last, segments=segments)
         share = jnp.repeat(jax.nn.sigmoid(self.shift(x).astype(jnp.float32)), self.options.head_width, axis=-1)
         mixed = both.astype(jnp.float32) + share * (before.astype(jnp.float32) - both)
         return jnp.split(mixed.astype(x.dtype), 2, axis=-1), last

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, RMSNorm, State, Taps
 from longctx.layers.recurrent import Recurrent, by_head, flat, projections, qkv_conv
-from longctx.ops import gated_linear as ops
+from longctx.ops.gated_linear import GATED_LINEAR
 from longctx.schema import Options, Size
 from longctx.typing import Segments
 
@@ -58,5 +58,5 @@ class GLA(Recurrent):
         log_decay = jax.nn.log_sigmoid(self.decay_out(self.decay_in(x)).astype(jnp.float32))
         log_decay /= self.options.gate_temperature
         q, k, v, log_decay = (by_head(part, self.options.heads) for part in (*parts, log_decay))
-        y, state = run(ops, q * self.options.key_width**-0.5, k, v, log_decay)
+        y, state = run(GATED_LINEAR, q * self.options.key_width**-0.5, k, v, log_decay)
         return self.out(flat(self.norm(y)) * jax.nn.silu(self.gate(x))), state

@@ -62,13 +62,13 @@ class HTransformer(Projections):
         segments = document(segments, x, state)
         options = self.options
         q, k, v, tail = self.project(x, segments, None if state is None else state.conv)
-        y, nodes = sequence.recurrence(
-            ops,
-            *(q, k, v),
-            parameters=(self.bias[...],),
-            state=None if state is None else state.nodes,
+        y, nodes = sequence.run(
+            ops.H_TRANSFORMER,
+            (q, k, v),
+            (self.bias[...],),
+            None if state is None else state.nodes,
             segments=segments,
-            block=options.block,
+            options=ops.Options(options.block),
         )
         return self.back(x, y), HTransformerState(nodes, tail)
 

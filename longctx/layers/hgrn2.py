@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, RMSNorm, State, Taps, like_queries, undo_values
 from longctx.layers.recurrent import Recurrent, by_head, flat, qkv_conv
-from longctx.ops import gated_linear as ops
+from longctx.ops.gated_linear import GATED_LINEAR
 from longctx.schema import Options, Size
 from longctx.typing import Segments
 
@@ -61,5 +61,5 @@ class HGRN2(Recurrent):
         # 1 - f and log f, both without a difference of near numbers.
         k = jax.nn.sigmoid(-bound) * jax.nn.sigmoid(-forget)
         log_decay = jnp.logaddexp(jax.nn.log_sigmoid(bound), jax.nn.log_sigmoid(-bound) + jax.nn.log_sigmoid(forget))
-        y, state = run(ops, *(by_head(part, self.options.heads) for part in (jax.nn.silu(q), k, v, log_decay)))
+        y, state = run(GATED_LINEAR, *(by_head(part, self.options.heads) for part in (jax.nn.silu(q), k, v, log_decay)))
         return self.out(self.norm(flat(y))), state

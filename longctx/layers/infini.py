@@ -20,7 +20,7 @@ from longctx.layers.recurrent import projections, qkv_conv
 from longctx.layers.rotary import rotate
 from longctx.memory.cache import KVCache
 from longctx.ops import infini as ops
-from longctx.ops import infini_delta
+from longctx.ops.infini_delta import INFINI_DELTA
 from longctx.ops.patterns import Causal, Chunked
 from longctx.parallel import sequence
 from longctx.schema import Options, Size
@@ -73,8 +73,9 @@ class Infini(nnx.Module):
         parts, state, tail = convolved(self.conv, (self.query(x), self.key(x), self.value(x)), segments, state)
         q, k, v = (part.reshape(batch, length, options.heads, options.head_width) for part in parts)
         before = None if state is None else state.memory
-        op = infini_delta if options.delta else ops
-        recalled, memory = sequence.recurrence(op, q, k, v, state=before, segments=segments, segment=options.segment)
+        rule = INFINI_DELTA if options.delta else ops.INFINI
+        static = ops.Options(options.segment)
+        recalled, memory = sequence.run(rule, (q, k, v), state=before, segments=segments, options=static)
         if options.rope_base:
             q, k = rotate(q, segments.positions, options.rope_base), rotate(k, segments.positions, options.rope_base)
         pattern = Causal() & Chunked(options.segment)

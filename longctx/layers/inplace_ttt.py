@@ -92,11 +92,10 @@ class InPlaceTTT(nnx.Module):
         segments = document(segments, x, state)
         options = self.options
         z = jax.nn.silu(self.gate(x)) * self.up(x)
-        static = {name: getattr(options, name) for name in ("minibatch", "rate", "clip", "decay")}
+        static = ops.Options(options.minibatch, options.rate, options.clip, options.decay)
         source = x if embedded is None or options.targets == "inputs" else embedded
-        y, state = sequence.recurrence(
-            ops, z, source, parameters=(self.taps[...], self.target[...]), state=state, segments=segments, **static
-        )
+        parameters = self.taps[...], self.target[...]
+        y, state = sequence.run(ops.INPLACE_TTT, (z, source), parameters, state, segments=segments, options=static)
         return self.down(z) + y, state
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> ops.State:

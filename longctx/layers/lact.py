@@ -147,11 +147,9 @@ class LaCT(nnx.Module):
 
         rates = jax.nn.softplus(self.rates(x).astype(jnp.float32)).reshape(by_mlp)
         momentum = None if self.momentum is None else jax.nn.sigmoid(self.momentum(x).astype(jnp.float32))
-        y, state = sequence.recurrence(
-            ops, direction(q, 0), direction(k, 1), jax.nn.silu(v).reshape(by_mlp), rates, momentum,
-            parameters=(self._initial,), state=state, segments=segments,
-            minibatch=options.minibatch, orthogonal=options.orthogonal,
-        )  # fmt: skip
+        inputs = direction(q, 0), direction(k, 1), jax.nn.silu(v).reshape(by_mlp), rates, momentum
+        static = ops.Options(options.minibatch, options.orthogonal)
+        y, state = sequence.run(ops.LACT, inputs, self._initial, state, segments=segments, options=static)
         y = self.norm(y) * jax.nn.silu(self.share(x))[..., None]
         return y.reshape(batch, length, -1), state
 

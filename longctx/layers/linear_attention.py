@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from longctx.layers.basic import RMSNorm, State, Taps
 from longctx.layers.recurrent import Recurrent, by_head, flat, projections, qkv_conv
 from longctx.ops import feature_maps
-from longctx.ops import gated_linear as ops
+from longctx.ops.gated_linear import GATED_LINEAR
 from longctx.schema import Options, Seed, Size
 from longctx.typing import Segments
 
@@ -69,7 +69,7 @@ class LinearAttention(Recurrent):
         q, k = self._features(q, self.query_map), self._features(k, self.key_map)
         if self.options.normalise:
             v = jnp.concatenate([v.astype(jnp.float32), jnp.ones(v[..., :1].shape)], axis=-1)
-        y, state = run(ops, q, k, v, jnp.zeros(v.shape[:3]))
+        y, state = run(GATED_LINEAR, q, k, v, jnp.zeros(v.shape[:3]))
         # Where nothing was written, both parts are 0, and so is the quotient.
         y = y[..., :-1] / jnp.maximum(y[..., -1:], 1e-6) if self.options.normalise else self.norm(y)
         return self.out(flat(y).astype(x.dtype)), state

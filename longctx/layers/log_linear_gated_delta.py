@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, RMSNorm, State, document
 from longctx.layers.recurrent import Recurrent, by_head, delta_inputs, flat, projections, qkv_conv, slow_steps
-from longctx.ops import log_linear as ops
+from longctx.ops.log_linear import LOG_LINEAR
 from longctx.schema import Options, Size
 from longctx.typing import Segments
 
@@ -62,5 +62,5 @@ class LogLinearGatedDelta(Recurrent):
         beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
         step = jax.nn.softplus(self.step(x).astype(jnp.float32) + self.step_bias[...])
         level = jax.nn.softplus(self.level_scale[...] * by_head(self.level(x).astype(jnp.float32), heads))
-        y, state = run(ops, q, k, v, beta, -jnp.exp(self.log_rate[...]) * step, level)
+        y, state = run(LOG_LINEAR, q, k, v, beta, -jnp.exp(self.log_rate[...]) * step, level)
         return self.out(flat(self.norm(y)) * jax.nn.silu(self.gate(x))), state

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, RMSNorm, State, document, like_queries, undo_values
 from longctx.layers.recurrent import Recurrent, by_head, flat, qkv_conv, slow_steps
-from longctx.ops import log_linear as ops
+from longctx.ops.log_linear import LOG_LINEAR
 from longctx.schema import Options, Size
 from longctx.typing import Segments
 
@@ -69,6 +69,6 @@ class LogLinearMamba2(Recurrent):
         v = by_head(v, heads).astype(jnp.float32)
         step = jax.nn.softplus(self.step(x).astype(jnp.float32) + self.step_bias[...])
         level = jax.nn.softplus(self.level_scale[...] * by_head(self.level(x).astype(jnp.float32), heads))
-        y, state = run(ops, q, k, step[..., None] * v, None, -jnp.exp(self.log_rate[...]) * step, level)
+        y, state = run(LOG_LINEAR, q, k, step[..., None] * v, None, -jnp.exp(self.log_rate[...]) * step, level)
         y = flat((y + self.skip[...][:, None] * v).astype(x.dtype))
         return self.out(self.norm(y * jax.nn.silu(self.gate(x)))), state

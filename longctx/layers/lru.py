@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, State, Taps, short_conv
 from longctx.layers.recurrent import Recurrent
-from longctx.ops import linear_scan as ops
+from longctx.ops.linear_scan import LINEAR_SCAN
 from longctx.schema import Options, Size
 from longctx.typing import Segments
 
@@ -64,7 +64,7 @@ class LRU(Recurrent):
         (x,), run = self.begin([x], segments, state)
         u = jax.lax.complex(*(write(x).astype(jnp.float32) for write in (self.write_real, self.write_imaginary)))
         log_decay = jax.lax.complex(-jnp.exp(self.log_rate[...]), jnp.exp(self.log_phase[...]))
-        h, state = run(ops, jnp.exp(self.log_scale[...]) * u, parameters=(log_decay,))
+        h, state = run(LINEAR_SCAN, jnp.exp(self.log_scale[...]) * u, jnp.broadcast_to(log_decay, u.shape))
         y = self.read_real(h.real.astype(x.dtype)) - self.read_imaginary(h.imag.astype(x.dtype))
         y = jax.nn.gelu(y + self.skip[...].astype(x.dtype) * x)
         return self.out(y) * jax.nn.sigmoid(self.gate(y)), state

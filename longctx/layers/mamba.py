@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, ShortConv, State
 from longctx.layers.recurrent import Recurrent
-from longctx.ops import selective_scan as ops
+from longctx.ops.selective_scan import SELECTIVE_SCAN
 from longctx.schema import Options, Size
 from longctx.typing import Segments
 
@@ -62,5 +62,5 @@ class Mamba(Recurrent):
         rank, states = self.options.step_rank, self.options.state
         step, b, c = jnp.split(self.select(u), [rank, rank + states], axis=-1)
         step = jax.nn.softplus(self.step(step).astype(jnp.float32) + self.step_bias[...])
-        y, state = run(ops, u, step, b, c, parameters=(-jnp.exp(self.log_rate[...]),))
+        y, state = run(SELECTIVE_SCAN, u, step, b, c, parameters=(-jnp.exp(self.log_rate[...]),))
         return self.out((y + self.skip[...].astype(x.dtype) * u) * jax.nn.silu(self.gate(x))), state

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, ShortConv, State, like_queries, undo_values
 from longctx.layers.recurrent import Recurrent, by_head, flat, slow_steps
-from longctx.ops import gated_linear as ops
 from longctx.ops.backend import scaled
+from longctx.ops.gated_linear import GATED_LINEAR
 from longctx.parallel import mesh
 from longctx.schema import Options, Size
 from longctx.typing import Segments
@@ -78,7 +78,7 @@ class Mamba2(Recurrent):
             q, k = (jnp.repeat(part, options.heads // options.groups, axis=2) for part in (q, k))
         v = by_head(v, options.heads).astype(jnp.float32)
         step = jax.nn.softplus(self.step(x).astype(jnp.float32) + self.step_bias[...])
-        y, state = run(ops, q, k, step[..., None] * v, -jnp.exp(self.log_rate[...]) * step)
+        y, state = run(GATED_LINEAR, q, k, step[..., None] * v, -jnp.exp(self.log_rate[...]) * step)
         y = flat(y + self.skip[...][:, None] * v) * jax.nn.silu(self.gate(x))
         y = by_head(y, options.groups)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + options.norm_epsilon)

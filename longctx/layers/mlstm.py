@@ -67,6 +67,6 @@ class MLSTM(Recurrent):
         parts, run = self.begin([self.query(x), self.key(x), self.value(x)], segments, state)
         q, k, v = (by_head(part, self.options.heads) for part in parts)
         log_input, log_forget = capped(self.input_gate(x)), jax.nn.log_sigmoid(capped(self.forget_gate(x)))
-        y, state = run(ops, q * self.options.key_width**-0.5, k, v.astype(jnp.float32), log_input, log_forget)
+        y, state = run(ops.MLSTM, q * self.options.key_width**-0.5, k, v.astype(jnp.float32), log_input, log_forget)
         y = scaled(flat(standardised(y, 1e-6)), self.norm_scale[...]).astype(x.dtype)
         return self.out(y * jax.nn.sigmoid(self.output_gate(x))), state

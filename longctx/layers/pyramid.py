@@ -67,14 +67,13 @@ class Pyramid(Projections):
         segments = document(segments, x, state)
         options = self.options
         q, k, v, tail = self.project(x, segments, None if state is None else state.conv)
-        y, nodes = sequence.recurrence(
-            ops,
-            *(q, k, v),
-            parameters=(self.pool[...], self.bias[...]),
-            state=None if state is None else state.nodes,
+        y, nodes = sequence.run(
+            ops.PYRAMID,
+            (q, k, v),
+            (self.pool[...], self.bias[...]),
+            None if state is None else state.nodes,
             segments=segments,
-            children=options.children,
-            window=options.window,
+            options=ops.Options(options.children, options.window),
         )
         return self.back(x, y), PyramidState(nodes, tail)
 

@@ -3,7 +3,7 @@
 A mixer has its parameters, and in `__call__` its mathematics from `begin` to `out`:
 
     (q, k, v), run = self.begin([self.query(x), self.key(x), self.value(x)], segments, state)
-    y, state = run(op, q, k, v, ...)
+    y, state = run(FAMILY, q, k, v, ...)
     return self.out(flat(self.norm(y)) * jax.nn.silu(self.gate(x))), state
 """
 
@@ -68,14 +68,9 @@ class Recurrent(nnx.Module):
         """
         parts, memory, tail = convolved(self.conv, parts, segments, state, bias)
 
-        def run(op, *inputs, parameters=(), **options):
-            if isinstance(op, Recurrence):
-                made = op.options(**options)
-                y, after = sequence.run(op, inputs, parameters, memory, segments=segments, options=made)
-            else:
-                y, after = sequence.recurrence(
-                    op, *inputs, parameters=parameters, state=memory, segments=segments, **options
-                )
+        def run(family: Recurrence, *inputs, parameters=(), **options):
+            made = family.options(**options)
+            y, after = sequence.run(family, inputs, parameters, memory, segments=segments, options=made)
             return y, State(after, tail)
 
         return parts, run

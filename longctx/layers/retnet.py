@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, RMSNorm, State, Taps, document
 from longctx.layers.recurrent import Recurrent, by_head, flat, projections, qkv_conv
-from longctx.ops import gated_linear as ops
+from longctx.ops.gated_linear import GATED_LINEAR
 from longctx.ops.positions import Rotation, rotate
 from longctx.schema import Options, Size
 from longctx.typing import Segments
@@ -68,5 +68,5 @@ class RetNet(Recurrent):
         rotation = Rotation(self.options.rope_base ** -np.linspace(0, 1, key_width // 2))
         q, k = (rotate(part, segments.positions, rotation) for part in (q, k))
         log_decay = jnp.broadcast_to(jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(heads)))), q.shape[:3])
-        y, state = run(ops, q * key_width**-0.5, k, v, log_decay)
+        y, state = run(GATED_LINEAR, q * key_width**-0.5, k, v, log_decay)
         return self.out(flat(self.norm(y)) * jax.nn.silu(self.gate(x))), state

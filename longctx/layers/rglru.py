@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, ShortConv, State, document
 from longctx.layers.recurrent import Recurrent, by_head
-from longctx.ops import linear_scan as ops
 from longctx.ops.backend import scaled
+from longctx.ops.linear_scan import LINEAR_SCAN
 from longctx.schema import Options, Size
 from longctx.typing import Segments
 
@@ -77,5 +77,5 @@ class RGLRU(Recurrent):
         # 1 - a² by expm1, which keeps its digits where a is near 1; the floor keeps the root's gradient finite.
         scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_decay), 1e-12))
         scale = jnp.where(segments.starts[..., None], 1.0, scale)
-        y, state = run(ops, scale * i * u, log_decay)
+        y, state = run(LINEAR_SCAN, scale * i * u, log_decay)
         return self.out(y.astype(x.dtype) * jax.nn.gelu(self.gate(x))), state

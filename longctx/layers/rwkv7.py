@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, State, Taps, like_queries, short_conv, undo_values
 from longctx.layers.recurrent import Recurrent, by_head, flat, standardised
+from longctx.ops.causal_conv import CAUSAL_CONV
 from longctx.ops.diagonal_low_rank import DIAGONAL_LOW_RANK
 from longctx.parallel import sequence
 from longctx.schema import Options, Size
@@ -91,7 +92,7 @@ class RWKV7(Recurrent):
         if state is not None:
             last, state = state.memory.last, State(state.memory.matrix, state.conv)
         lag = jnp.ones((2, self.width), x.dtype).at[1].set(0)
-        before, last = sequence.convolution(x, lag, last, segments)
+        before, last = sequence.run(CAUSAL_CONV, (x,), (lag,), last, segments=segments)
         mixed = (x + mix * (before - x) for mix in self.mix[...].astype(x.dtype))
         x_r, x_k, x_v, x_w, x_a, x_g = mixed
         parts, run = self.begin([self.query(x_r), self.key(x_k), self.value(x_v)], segments, state)

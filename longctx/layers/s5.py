@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, State, Taps, short_conv
 from longctx.layers.recurrent import Recurrent
-from longctx.ops import linear_scan as ops
+from longctx.ops.linear_scan import LINEAR_SCAN
 from longctx.schema import Options, Size
 from longctx.typing import Segments
 
@@ -73,7 +73,7 @@ class S5(Recurrent):
         eigenvalues = jax.lax.complex(-jnp.exp(self.log_rate[...]), self.frequency[...])
         log_decay, scale = self._discrete(eigenvalues, jnp.exp(self.log_step[...]))
         u = jax.lax.complex(*(write(x).astype(jnp.float32) for write in (self.write_real, self.write_imaginary)))
-        h, state = run(ops, scale * u, parameters=(log_decay,))
+        h, state = run(LINEAR_SCAN, scale * u, jnp.broadcast_to(log_decay, u.shape))
         y = self.read_real(h.real.astype(x.dtype)) - self.read_imaginary(h.imag.astype(x.dtype))
         y = jax.nn.gelu(2 * y + self.skip[...].astype(x.dtype) * x)
         return y * jax.nn.sigmoid(self.gate(y)), state

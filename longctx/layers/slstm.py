@@ -72,5 +72,5 @@ class SLSTM(Recurrent):
             jnp.einsum("bthi,hij->bthj", *pair) for pair in zip(blocks, self.input[...].astype(x.dtype), strict=True)
         ]
         gates = jnp.stack(gates, axis=2).astype(jnp.float32) + self.bias[...]
-        y, state = run(ops, gates, parameters=(self.recurrent[...],))
+        y, state = run(ops.SLSTM, gates, parameters=(self.recurrent[...],))
         return self.out(scaled(flat(standardised(y, 1e-5)), self.norm_scale[...]).astype(x.dtype)), state

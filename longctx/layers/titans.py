@@ -130,7 +130,7 @@ class Titans(NeuralMemory):
         log_momentum = jax.nn.log_sigmoid(self.momentum(x).astype(jnp.float32))
         rate = options.rate * jax.nn.sigmoid(self.rate(x).astype(jnp.float32))
         y, memory = run(
-            ops, l2_normalise(q), l2_normalise(k), v, rate, log_keep, log_momentum, parameters=(self._initial,),
+            ops.TITANS, l2_normalise(q), l2_normalise(k), v, rate, log_keep, log_momentum, parameters=(self._initial,),
             minibatch=options.minibatch,
         )  # fmt: skip
         y = self.out(flat(self.norm(y)) * jax.nn.silu(self.gate(x)))

@@ -105,4 +105,6 @@ class TitansContext(NeuralMemory):
             gate_scale=self.gate_norm.scale[...],
         )
         q, k, v = (by_head(part, heads) for part in parts)
-        return run(ops, x, q, k, v, parameters=(cell,), segment=self.options.segment, rate=self.options.rate)
+        return run(
+            ops.TITANS_CONTEXT, x, q, k, v, parameters=cell, segment=self.options.segment, rate=self.options.rate
+        )

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from longctx.layers.basic import LayerNorm, Linear, ShortConv, State, document, undo_values
 from longctx.layers.recurrent import Recurrent, by_head, flat
 from longctx.layers.rotary import rotate
-from longctx.ops import ttt_linear as ops
+from longctx.ops.ttt_linear import TTT_LINEAR
 from longctx.schema import Options, Size
 from longctx.typing import Segments
 
@@ -87,6 +87,6 @@ class TTTLinear(Recurrent):
         rate = options.rate / options.head_width * jax.nn.sigmoid(self.rate(x).astype(jnp.float32))
         discount = 1 / jnp.arange(1, options.minibatch + 1, dtype=jnp.float32) + self.discount[...]
         parameters = self.initial[...], self.scale[...], self.shift[...], jnp.maximum(discount, 0)
-        y, state = run(ops, q, k, v, rate, parameters=parameters)
+        y, state = run(TTT_LINEAR, q, k, v, rate, parameters=parameters)
         state = State(state.memory, jnp.split(state.conv, 2, axis=-1)[0])
         return self.out(self.norm(flat(y)) * jax.nn.gelu(self.gate(x))), state

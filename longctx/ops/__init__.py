@@ -45,16 +45,54 @@ A family that layers call is one object of its module, a `Recurrence` or `Keyed`
 """
 
 from longctx.ops.attention import ATTENTION
+from longctx.ops.block_recurrent import BLOCK_RECURRENT
+from longctx.ops.causal_conv import CAUSAL_CONV
 from longctx.ops.cope import COPE
 from longctx.ops.diagonal_low_rank import DIAGONAL_LOW_RANK
 from longctx.ops.gated_delta import GATED_DELTA
 from longctx.ops.gated_delta_product import GATED_DELTA_PRODUCT
+from longctx.ops.gated_linear import GATED_LINEAR
+from longctx.ops.h_transformer import H_TRANSFORMER
 from longctx.ops.indexer_topk import INDEXER_TOPK
+from longctx.ops.infini import INFINI
+from longctx.ops.infini_delta import INFINI_DELTA
+from longctx.ops.inplace_ttt import INPLACE_TTT
+from longctx.ops.lact import LACT
+from longctx.ops.linear_scan import LINEAR_SCAN
+from longctx.ops.log_linear import LOG_LINEAR
 from longctx.ops.lsh import LSH
+from longctx.ops.mlstm import MLSTM
 from longctx.ops.moba import MOBA
 from longctx.ops.nsa import NSA
 from longctx.ops.path_attention import PATH
+from longctx.ops.pyramid import PYRAMID
+from longctx.ops.selective_scan import SELECTIVE_SCAN
+from longctx.ops.slstm import SLSTM
+from longctx.ops.titans import TITANS
+from longctx.ops.titans_context import TITANS_CONTEXT
+from longctx.ops.ttt_linear import TTT_LINEAR
 
 _KEYED = ATTENTION, COPE, INDEXER_TOPK, LSH, MOBA, NSA, PATH
-_RECURRENCES = DIAGONAL_LOW_RANK, GATED_DELTA, GATED_DELTA_PRODUCT
+_RECURRENCES = (
+    BLOCK_RECURRENT,
+    CAUSAL_CONV,
+    DIAGONAL_LOW_RANK,
+    GATED_DELTA,
+    GATED_DELTA_PRODUCT,
+    GATED_LINEAR,
+    H_TRANSFORMER,
+    INFINI,
+    INFINI_DELTA,
+    INPLACE_TTT,
+    LACT,
+    LINEAR_SCAN,
+    LOG_LINEAR,
+    MLSTM,
+    PYRAMID,
+    SELECTIVE_SCAN,
+    SLSTM,
+    TITANS,
+    TITANS_CONTEXT,
+    TTT_LINEAR,
+)
 FAMILIES = {family.name: family for family in (*_KEYED, *_RECURRENCES)}

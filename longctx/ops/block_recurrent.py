@@ -19,7 +19,7 @@ forgets and writes by what is read ("lstm"):
     lstm:  S <- f * S + i * Z,          f = sigmoid(A W_f + c_f + 1),  i = sigmoid(A W_i + c_i - 1)
 
 S begins each document as learned vectors S_0. The state is S - S_0, and keys and values of the last block and of the
-one in progress, in a ring of 2 W places.
+one in progress, in a ring of 2 W slots.
 
 Chunk form. Among W consecutive tokens of a row at most one block ends: two ends in a document are W tokens apart, and a
 document that starts has W tokens up to its first. So the row is cut into pieces of that length, and in each the vectors
@@ -34,17 +34,32 @@ the authors' program, by which vectors read two blocks, and keys and queries hav
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from longctx.ops.gated_linear import einsum
-from longctx.typing import Segments, checked
+from longctx.ops import chunks
+from longctx.ops.chunks import along
+from longctx.ops.family import Recurrence, by_token
+from longctx.ops.products import einsum
+from longctx.typing import Segments
 
-transition = None  # states do not compose: devices take turns
+
+class Inputs(NamedTuple):
+    """y has the dtype of v.
+
+    Attributes:
+      q: the tokens' queries to the state vectors, scaled as the softmax is to have them.
+      k, v: the tokens' keys and values for the state vectors.
+    """
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T H K"]
 
 
 class Cell(NamedTuple):
@@ -63,6 +78,13 @@ class Cell(NamedTuple):
     gate_out: Float[Array, "2 2 H K D"] | None  # W_f and W_i; None for the fixed gate
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """W, tokens a block."""
+
+    block: int
+
+
 class State(NamedTuple):
     """What a span leaves to the next, float32; all zeros before any token."""
 
@@ -71,53 +93,31 @@ class State(NamedTuple):
     values: Float[Array, "B 2W H K"]
 
 
-@checked
-def recurrent(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H K"],
-    cell: Cell,
-    state: State | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    *,
-    block: int,
-) -> tuple[Float[Array, "B T H K"], State]:
-    """The definition, token by token.
+def empty(inputs: Inputs, cell: Cell, options: Options) -> State:
+    """The state before any token."""
+    batch, _, heads, width = inputs.k.shape
+    held = jnp.zeros((batch, 2 * options.block, heads, width))
+    return State(jnp.zeros((batch, *cell.initial.shape)), held, held)
 
-    Args:
-      q: the tokens' queries to the state vectors, scaled as the softmax is to have them.
-      k, v: the tokens' keys and values for the state vectors.
-      cell: parameters.
-      state: before the span, None for zeros.
-      segment_ids: documents of a packed row; their positions tell the blocks. A document's start forgets everything
-        before it; padding leaves the state unchanged and gives 0.
-      block: tokens a block.
 
-    Returns:
-      y in the dtype of v, and the state after the span, float32.
-    """
-    segments = Segments.of(segment_ids, *k.shape[:2])
+def recurrent(inputs: Inputs, cell: Cell, state: State, segments: Segments, options: Options):
+    """The definition, token by token."""
+    block = options.block
     dot = functools.partial(jnp.einsum, precision="highest")
     sharp_states, sharp_tokens = cell.sharpness[:, None, :, None, None]
 
     def direct(x):
         return x / jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6)
 
-    def step(state, token):
-        q, k, v, position, start, valid = token
-
-        def where(flag, new, old):
-            return jax.tree.map(lambda a, b: jnp.where(flag.reshape(-1, *(1,) * (b.ndim - 1)), a, b), new, old)
-
-        fresh = where(start, jax.tree.map(jnp.zeros_like, state), state)
-        s = cell.initial + fresh.vectors
+    def step(state, q, k, v, position):
+        s = cell.initial + state.vectors
         n = cell.scale * s / jnp.sqrt(jnp.mean(s**2, axis=-1, keepdims=True) + 1e-6) + cell.identity
         keys, values, ask_states, ask_tokens = (dot("brd,dhk->brhk", n, w) for w in cell[3:7])
         keys, ask_states, ask_tokens = direct(keys), direct(ask_states), direct(ask_tokens)
         y = dot("bhr,brhk->bhk", jax.nn.softmax(dot("bhk,brhk->bhr", q, keys), axis=-1), values)
 
         here = (jnp.arange(2 * block) == position[:, None] % (2 * block))[..., None, None]
-        held = jnp.where(here, k[:, None], fresh.keys), jnp.where(here, v[:, None], fresh.values)
+        held = jnp.where(here, k[:, None], state.keys), jnp.where(here, v[:, None], state.values)
         logits = sharp_states * dot("brhk,bnhk->bhrn", ask_states, keys)
         among = dot("bhrn,bnhk->brhk", jax.nn.softmax(logits, axis=-1), values)
         logits = sharp_tokens * dot("brhk,bwhk->bhrw", ask_tokens, held[0])
@@ -130,38 +130,17 @@ def recurrent(
         else:
             forget, write = dot("pbrhk,gphkd->gbrd", read, cell.gate_out) + cell.gate[:, None, None]
             s = jax.nn.sigmoid(forget + 1) * s + jax.nn.sigmoid(write - 1) * z
-        after = State(where(position % block == block - 1, s - cell.initial, fresh.vectors), *held)
-        return where(valid, after, state), jnp.where(valid[:, None, None], y, 0)
+        ends = along(position % block == block - 1, s)
+        return y, State(jnp.where(ends, s - cell.initial, state.vectors), *held)
 
-    tokens = (*(x.astype(jnp.float32) for x in (q, k, v)), segments.positions, segments.starts, segments.valid)
-    state = _zeros(k, cell, block) if state is None else state
-    state, y = jax.lax.scan(step, state, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
-    return jnp.moveaxis(y, 0, 1).astype(v.dtype), state
+    return by_token(step, state, (*inputs, segments.positions), segments, inputs.v.dtype)
 
 
-@checked
-def chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H K"],
-    cell: Cell,
-    state: State | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    *,
-    block: int,
-) -> tuple[Float[Array, "B T H K"], State]:
-    """The same as `recurrent`, `block` tokens at a time. Backwards each piece is computed again from its state."""
-    batch, length = k.shape[:2]
-    segments = Segments.of(segment_ids, batch, length)
-
-    def cut(x):
-        x = jnp.pad(x, ((0, 0), (0, -length % block)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, -1, block, *x.shape[2:]), 1, 0)
-
-    piece = jax.checkpoint(functools.partial(_piece, cell, block), prevent_cse=False)
-    state = _zeros(k, cell, block) if state is None else state
-    state, y = jax.lax.scan(piece, state, jax.tree.map(cut, (q, k, v, segments)))
-    return jnp.moveaxis(y, 0, 1).reshape(batch, -1, *v.shape[2:])[:, :length].astype(v.dtype), state
+def chunked(inputs: Inputs, cell: Cell, state: State, segments: Segments, options: Options):
+    """The same, W tokens at a time."""
+    piece = functools.partial(_piece, cell, options.block)
+    y, state = chunks.scan(piece, state, (*inputs, segments), options.block)
+    return y.astype(inputs.v.dtype), state
 
 
 def _piece(cell: Cell, block: int, state: State, tokens):
@@ -174,12 +153,12 @@ def _piece(cell: Cell, block: int, state: State, tokens):
     run_of_end = jnp.where(ends.any(1), jnp.sum(jnp.where(ends, run, 0), axis=1), -1)[:, None]
 
     def held(which, continued):
-        """The ring with the tokens `which` in their places, over what it held of a document that is `continued`."""
-        place = jnp.where(which, segments.positions % (2 * block), -1)[:, None] == jnp.arange(2 * block)[:, None]
+        """The ring with the tokens `which` in their slots, over what it held of a document that is `continued`."""
+        slot = jnp.where(which, segments.positions % (2 * block), -1)[:, None] == jnp.arange(2 * block)[:, None]
         before = (jnp.where(continued[..., None, None], x, 0) for x in (state.keys, state.values))
-        filled = place.any(-1)[..., None, None]
+        filled = slot.any(-1)[..., None, None]
         return [
-            jnp.where(filled, einsum("bwt,bthk->bwhk", place.astype(jnp.float32), new), old)
+            jnp.where(filled, einsum("bwt,bthk->bwhk", slot.astype(jnp.float32), new), old)
             for new, old in zip((k, v), before, strict=True)
         ]
 
@@ -210,10 +189,10 @@ def _direct(x):
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
-def _attend(q, k, v, seen=None):
-    """Softmax attention [B, T, H, K] to all of [B, S, H, K], or to those that are `seen[B, S]`."""
+def _attend(q, k, v, visible=None):
+    """Softmax attention [B, T, H, K] to all of [B, S, H, K], or to those that are `visible[B, S]`."""
     logits = einsum("bthk,bshk->bhts", q, k)
-    logits = logits if seen is None else jnp.where(seen[:, None, None], logits, -jnp.inf)
+    logits = logits if visible is None else jnp.where(visible[:, None, None], logits, -jnp.inf)
     return einsum("bhts,bshk->bthk", jax.nn.softmax(logits, axis=-1), v)
 
 
@@ -222,14 +201,14 @@ def _read(cell: Cell, s, q):
     return _attend(q, _direct(einsum("brd,dhk->brhk", n, cell.key)), einsum("brd,dhk->brhk", n, cell.value))
 
 
-def _update(cell: Cell, s, k, v, seen):
+def _update(cell: Cell, s, k, v, visible):
     n = _identified(cell, s)
     queries = (einsum("brd,dhk->brhk", n, w) for w in (cell.query_states, cell.query_tokens))
     ask_states, ask_tokens = (_direct(q) * sharp[:, None] for q, sharp in zip(queries, cell.sharpness, strict=True))
-    among, told = _read(cell, s, ask_states), _attend(ask_tokens, k, v, seen)
+    among, outside = _read(cell, s, ask_states), _attend(ask_tokens, k, v, visible)
 
     def mixed(out):
-        return einsum("brhk,hkd->brd", among, out[0]) + einsum("brhk,hkd->brd", told, out[1])
+        return einsum("brhk,hkd->brd", among, out[0]) + einsum("brhk,hkd->brd", outside, out[1])
 
     z = mixed(cell.out)
     if cell.gate_out is None:
@@ -239,7 +218,6 @@ def _update(cell: Cell, s, k, v, seen):
     return jax.nn.sigmoid(forget + 1) * s + jax.nn.sigmoid(write - 1) * z
 
 
-def _zeros(k, cell: Cell, block: int) -> State:
-    batch, _, heads, width = k.shape
-    empty = jnp.zeros((batch, 2 * block, heads, width))
-    return State(jnp.zeros((batch, *cell.initial.shape)), empty, empty)
+BLOCK_RECURRENT = Recurrence(
+    "block_recurrent", Inputs, empty, recurrent, chunked, transition=None, parameters=Cell, options=Options
+)

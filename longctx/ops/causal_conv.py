@@ -23,7 +23,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from longctx.ops.backend import scaled
-from longctx.typing import Segments, checked
+from longctx.ops.family import Recurrence, by_token
+from longctx.typing import Segments
+
+
+class Inputs(NamedTuple):
+    """Tokens; y has their dtype."""
+
+    x: Float[Array, "B T D"]
+
+
+class Parameters(NamedTuple):
+    """Taps; kernel[-1] multiplies the current token."""
+
+    kernel: Float[Array, "W D"]
 
 
 class Tail(NamedTuple):
@@ -36,59 +49,32 @@ class Tail(NamedTuple):
     keep: Int[Array, " B"]
 
 
-@checked
-def recurrent(
-    x: Float[Array, "B T D"],
-    kernel: Float[Array, "W D"],
-    state: Float[Array, "B W-1 D"] | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
-    """The definition, token by token.
-
-    Args:
-      x: tokens.
-      kernel: kernel[-1] multiplies the current token.
-      state: the document's last W-1 tokens before the span, zeros where it has fewer; None for zeros.
-      segment_ids: documents of a packed row. A document's start forgets everything before it; padding leaves the
-        state unchanged and gives 0.
-
-    Returns:
-      y in the dtype of x, and the state after the span, float32.
-    """
-    segments = Segments.of(segment_ids, *x.shape[:2])
-    kernel = kernel.astype(jnp.float32)
-
-    def step(tail, token):
-        x, start, valid = token
-        window = jnp.concatenate([jnp.where(start[:, None, None], 0, tail), x[:, None]], axis=1)
-        y = jnp.where(valid[:, None], jnp.sum(window * kernel, axis=1), 0)
-        return jnp.where(valid[:, None, None], window[:, 1:], tail), y
-
-    tokens = (x.astype(jnp.float32), segments.starts, segments.valid)
-    tail = _zeros(x, kernel) if state is None else state.astype(jnp.float32)
-    tail, y = jax.lax.scan(step, tail, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
-    return jnp.moveaxis(y, 0, 1).astype(x.dtype), tail
+State = Float[Array, "B W-1 D"]  # the document's last W-1 tokens before the span, zeros where it has fewer
 
 
-@checked
-def chunked(
-    x: Float[Array, "B T D"],
-    kernel: Float[Array, "W D"],
-    state: Float[Array, "B W-1 D"] | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
-    """The same as `recurrent` for the whole span at once. No padding may stand inside a document."""
+def empty(inputs: Inputs, parameters: Parameters, options) -> State:
+    """No tokens."""
+    return jnp.zeros((inputs.x.shape[0], parameters.kernel.shape[0] - 1, inputs.x.shape[2]))
+
+
+def recurrent(inputs: Inputs, parameters: Parameters, state: State, segments: Segments, options):
+    """The definition, token by token."""
+
+    def step(tail, x):
+        window = jnp.concatenate([tail, x[:, None]], axis=1)
+        return jnp.sum(window * parameters.kernel.astype(jnp.float32), axis=1), window[:, 1:]
+
+    return by_token(step, state, inputs, segments, inputs.x.dtype)
+
+
+def chunked(inputs: Inputs, parameters: Parameters, state: State, segments: Segments, options):
+    """The same for the whole span at once. No padding may stand inside a document."""
+    (x,), (kernel,) = inputs, parameters
     length, width = x.shape[1], kernel.shape[0]
-    tokens = x.astype(jnp.float32)
-    state = _zeros(x, kernel) if state is None else state.astype(jnp.float32)
-    if segment_ids is None:
-        tokens = jnp.concatenate([state, tokens], axis=1)
-        y = sum(kernel[w].astype(jnp.float32) * tokens[:, w : w + length] for w in range(width))
-        return y.astype(x.dtype), tokens[:, length:]
-    segments = Segments.of(segment_ids, *x.shape[:2])
-    tail = apply(transition(x, kernel, segments), state)
+    tail = apply(transition(inputs, parameters, segments, options), state)
     # The state goes right before the first token that may continue it, over the padding in front of that token.
-    tokens = jnp.pad(jnp.where(segments.valid[..., None], tokens, 0), ((0, 0), (width - 1, 0), (0, 0)))
+    tokens = jnp.where(segments.valid[..., None], x.astype(jnp.float32), 0)
+    tokens = jnp.pad(tokens, ((0, 0), (width - 1, 0), (0, 0)))
     first = jnp.argmax(segments.valid, axis=1)
     tokens = jax.vmap(lambda row, state, at: jax.lax.dynamic_update_slice(row, state, (at, 0)))(tokens, state, first)
     runs = jnp.pad(segments.runs, ((0, 0), (width - 1, 0)))
@@ -99,15 +85,13 @@ def chunked(
     return y.astype(x.dtype), tail
 
 
-@checked
-def transition(
-    x: Float[Array, "B T D"],
-    kernel: Float[Array, "W D"],
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-) -> Tail:
-    """What the span does to any state. Of the kernel only its width is read."""
-    segments = Segments.of(segment_ids, *x.shape[:2])
-    size = kernel.shape[0] - 1
+def transition(inputs: Inputs, parameters: Parameters, segments: Segments, options) -> Tail:
+    """What the span does to any state."""
+    return tail_of(inputs.x, parameters.kernel.shape[0] - 1, segments)
+
+
+def tail_of(x: Float[Array, "B T D"], size: int, segments: Segments) -> Tail:
+    """What a span leaves of its last `size` tokens, and of those of any state before it."""
     # Tokens of the last document counted from its end: 1, 2, ...; its last `size` go to the tail, from the right.
     last = segments.valid & (segments.runs == segments.runs[:, -1:])
     from_end = jnp.cumsum(last[:, ::-1], axis=1)[:, ::-1]
@@ -121,7 +105,7 @@ def transition(
 
 
 def compose(first: Tail, then: Tail) -> Tail:
-    """`then` after `first`; associative. Zeros as `first` stand for the zero state."""
+    """`then` after `first`."""
     size = first.x.shape[1]
     return Tail(apply(then, first.x), jnp.maximum(first.keep + then.keep - size, 0))
 
@@ -135,5 +119,6 @@ def apply(transition: Tail, state: Float[Array, "B W-1 D"]) -> Float[Array, "B W
     return jnp.where((slots < keep)[..., None], moved, transition.x)
 
 
-def _zeros(x, kernel):
-    return jnp.zeros((x.shape[0], kernel.shape[0] - 1, x.shape[2]))
+CAUSAL_CONV = Recurrence(
+    "causal_conv", Inputs, empty, recurrent, chunked, transition, compose, apply, parameters=Parameters
+)

@@ -39,8 +39,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from longctx.ops.family import Keyed, Keys, Queries, Result
-from longctx.ops.gated_linear import einsum
 from longctx.ops.partial import Partial, of_logits, over_blocks, softmax
+from longctx.ops.products import einsum
 from longctx.ops.row import Row
 from longctx.typing import Segments
 

@@ -32,9 +32,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from longctx.ops.chunks import by_spans, cut_heads, join_heads
+from longctx.ops.clock import BEFORE, Clock, decay, scores, start_clock
 from longctx.ops.family import Options, Recurrence, by_token
-from longctx.ops.gated_delta import Transition, apply, compose, empty, in_columns, unit_inverse
-from longctx.ops.gated_linear import BEFORE, Clock, by_spans, decay, einsum, join, scores, split, start_clock
+from longctx.ops.gated_delta import Transition, apply, compose, empty, in_columns
+from longctx.ops.products import einsum, unit_inverse
 from longctx.typing import Segments
 
 
@@ -90,11 +92,11 @@ def _span(s, q, k, v, a, b, log_decay, segments, chunk):
     """A few chunks: the state after them, and y."""
     valid, starts = segments.valid[..., None, None], segments.starts[..., None, None]
     k, b, a = jnp.where(valid, k, 0), jnp.where(valid, b, 0), jnp.where(starts, 0, a)
-    keys, values, back = split(k, chunk), split(v, chunk), split(b, chunk)
-    reads, clock = split(a, chunk), start_clock(log_decay, segments, chunk)
+    keys, values, back = cut_heads(k, chunk), cut_heads(v, chunk), cut_heads(b, chunk)
+    reads, clock = cut_heads(a, chunk), start_clock(log_decay, segments, chunk)
     # a_i meets the state after token i-1: its row stands there, and is moved down when its products are taken.
     ahead = jnp.pad(reads[..., 1:, :], ((0, 0),) * 3 + ((0, 1), (0, 0)))
-    queries = split(q, chunk)
+    queries = cut_heads(q, chunk)
     rows, columns = jnp.concatenate([ahead, ahead, queries, queries]), jnp.concatenate([back, keys, back, keys])
     times = Clock(*(jnp.concatenate([leaf] * 4) for leaf in clock))
     products = jnp.split(scores(rows, columns, times), 4)
@@ -113,7 +115,7 @@ def _span(s, q, k, v, a, b, log_decay, segments, chunk):
     s, (before, read) = jax.lax.scan(step, s, (fresh, held, back * left, written, total))
     y = einsum("nbhck,nbhkv->nbhcv", queries * from_start, before)
     y += einsum("nbhcd,nbhdv->nbhcv", products[2], read) + einsum("nbhcd,nbhdv->nbhcv", products[3], values)
-    return s, join(y, v, segments)
+    return s, join_heads(y, v, segments)
 
 
 def _down(x, filler=0):

@@ -30,8 +30,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from longctx.ops.chunks import by_spans, cut_heads, join_heads
+from longctx.ops.clock import BEFORE, decay, scores, start_clock
 from longctx.ops.family import Options, Recurrence, by_token
-from longctx.ops.gated_linear import BEFORE, by_spans, decay, einsum, join, matmul, scores, split, start_clock
+from longctx.ops.products import einsum, unit_inverse
 from longctx.typing import Segments
 
 
@@ -138,8 +140,8 @@ def apply(transition: Transition, state: Float[Array, "B H K V"]) -> Float[Array
 def _span(s, q, k, v, beta, log_decay, segments, chunk):
     """A few chunks: the state after them, and y."""
     k = jnp.where(segments.valid[..., None, None], k, 0)
-    keys, values, clock = split(k, chunk), split(v, chunk), start_clock(log_decay, segments, chunk)
-    strength = split(beta[..., None], chunk)
+    keys, values, clock = cut_heads(k, chunk), cut_heads(v, chunk), start_clock(log_decay, segments, chunk)
+    strength = cut_heads(beta[..., None], chunk)
     inverse = unit_inverse(jnp.tril(strength * scores(keys, keys, clock), -1)) * jnp.swapaxes(strength, -1, -2)
     fresh = einsum("nbhcd,nbhdv->nbhcv", inverse, values)
     erased = einsum("nbhcd,nbhdk->nbhck", inverse, decay(clock, BEFORE) * keys)
@@ -151,35 +153,10 @@ def _span(s, q, k, v, beta, log_decay, segments, chunk):
         return total * s + einsum("bhck,bhcv->bhkv", out, rows), (s, rows)
 
     s, (before, rows) = jax.lax.scan(step, s, (fresh, erased, out, total))
-    queries = split(q, chunk)
+    queries = cut_heads(q, chunk)
     y = einsum("nbhck,nbhkv->nbhcv", queries * decay(clock, BEFORE), before)
     y += einsum("nbhcd,nbhdv->nbhcv", scores(queries, keys, clock), rows)
-    return s, join(y, v, segments)
-
-
-@jax.custom_jvp
-def unit_inverse(n):
-    """(I + N)^-1 for strictly lower triangular N [..., C, C], C a power of two.
-
-    The two halves of the rows are inverted, and what stands below the first's inverse A is -B N' A, with B that of the
-    second and N' the quarter of N between them. Eight rows are inverted by powers, (I - N)(I + N^2)(I + N^4). Powers
-    of all C rows would not do: where keys repeat they grow like binomial coefficients, far beyond the inverse itself.
-    """
-    size = n.shape[-1]
-    if size <= 8:
-        square, one = matmul(n, n), jnp.eye(size)
-        return matmul(matmul(one - n, one + square), one + matmul(square, square))
-    half = size // 2
-    blocks = jnp.concatenate([n[..., :half, :half], n[..., half:, half:]])
-    first, second = jnp.split(unit_inverse(blocks), 2)
-    below = -matmul(matmul(second, n[..., half:, :half]), first)
-    return jnp.block([[first, jnp.zeros_like(below)], [below, second]])
-
-
-@unit_inverse.defjvp
-def _unit_inverse_jvp(primals, tangents):
-    inverse = unit_inverse(*primals)
-    return inverse, -matmul(matmul(inverse, tangents[0]), inverse)
+    return s, join_heads(y, v, segments)
 
 
 GATED_DELTA = Recurrence(

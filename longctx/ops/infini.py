@@ -26,18 +26,43 @@ Reference: Munkhdalai et al., "Leave No Context Behind: Efficient Infinite Conte
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from longctx.ops.gated_linear import by_spans, einsum, join, split
-from longctx.typing import Segments, checked
+from longctx.ops.chunks import by_spans, cut, cut_heads, join_heads
+from longctx.ops.family import Recurrence, by_token
+from longctx.ops.products import einsum
+from longctx.typing import Segments
 
 # What is read with less weight than this is nothing: the square, by which a quotient's slope is divided, is not 0.
 LEAST = 1e-18
+
+
+class Inputs(NamedTuple):
+    """y has the dtype of v.
+
+    Attributes:
+      q: what reads; f is applied here.
+      k: where v is written; f is applied here.
+      v: what is written.
+    """
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T H V"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Tokens a segment, counted from a document's start, and a chunk."""
+
+    segment: int
+    chunk: int = 64
 
 
 class State(NamedTuple):
@@ -55,91 +80,48 @@ class Transition(NamedTuple):
     state: State  # from zeros
 
 
-@checked
-def recurrent(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    state: State | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    *,
-    segment: int,
-) -> tuple[Float[Array, "B T H V"], State]:
-    """The definition, token by token.
+def empty(inputs: Inputs, parameters: None, options: Options) -> State:
+    """The memory before any token."""
+    k, v = inputs.k, inputs.v
+    zeros = jnp.zeros((k.shape[0], k.shape[2], k.shape[3], v.shape[3] + 1))
+    return State(zeros, zeros)
 
-    Args:
-      q: what reads; f is applied here.
-      k: where v is written; f is applied here.
-      v: what is written.
-      state: before the span, None for zeros.
-      segment_ids: documents of a packed row; their positions tell the segments. A document's start forgets everything
-        before it; padding leaves the state unchanged and gives 0.
-      segment: tokens a segment.
 
-    Returns:
-      y in the dtype of v, and the state after the span, float32.
-    """
-    segments = Segments.of(segment_ids, *k.shape[:2])
+def recurrent(inputs: Inputs, parameters: None, state: State, segments: Segments, options: Options):
+    """The definition, token by token."""
 
     def features(x):  # ELU + 1, without the 1 that would round small ones away
         return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
 
-    def step(state, token):
-        q, k, v, start, begins, valid = token
-        memory, pending = (jnp.where(start, 0, s) for s in state)
-        memory, pending = jnp.where(begins, memory + pending, memory), jnp.where(begins, 0, pending)
+    def step(state, q, k, v, position):
+        begins = (position % options.segment == 0)[:, None, None, None]
+        memory = jnp.where(begins, state.memory + state.pending, state.memory)
+        pending = jnp.where(begins, 0, state.pending)
         read = jnp.einsum("bhk,bhkv->bhv", features(q), memory, precision="highest")
         some = read[..., :1] > LEAST
         y = jnp.where(some, read[..., 1:] / jnp.where(some, read[..., :1], 1), 0)
         row = jnp.concatenate([jnp.ones_like(v[..., :1]), v], axis=-1)
-        after = State(memory, pending + features(k)[..., None] * row[..., None, :])
-        return jax.tree.map(lambda new, old: jnp.where(valid, new, old), after, state), jnp.where(valid[..., 0], y, 0)
+        return y, State(memory, pending + features(k)[..., None] * row[..., None, :])
 
-    begins = segments.positions % segment == 0
-    flags = (x[..., None, None, None] for x in (segments.starts, begins, segments.valid))
-    tokens = (*(x.astype(jnp.float32) for x in (q, k, v)), *flags)
-    state = zeros(k, v) if state is None else state
-    state, y = jax.lax.scan(step, state, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
-    return jnp.moveaxis(y, 0, 1).astype(v.dtype), state
+    return by_token(step, state, (*inputs, segments.positions), segments, inputs.v.dtype)
 
 
-@checked
-def chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    state: State | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    chunk: int = 64,
-    *,
-    segment: int,
-) -> tuple[Float[Array, "B T H V"], State]:
-    """The same as `recurrent`, chunk by chunk in matrix products; `chunk` is C."""
-    segments = Segments.of(segment_ids, *k.shape[:2])
-    state = zeros(k, v) if state is None else state
-    return by_spans(functools.partial(_span, segment), state, (q, k, v), segments, chunk)
+def chunked(inputs: Inputs, parameters: None, state: State, segments: Segments, options: Options):
+    """The same, chunk by chunk in matrix products."""
+    return by_spans(functools.partial(_span, options.segment), state, inputs, segments, options.chunk)
 
 
-@checked
-def transition(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    chunk: int = 64,
-    *,
-    segment: int,
-) -> Transition:
-    """What the span does to any state. `q` is not read: it is there so that all functions take the same inputs."""
-    segments = Segments.of(segment_ids, *k.shape[:2])
-    _, state = by_spans(functools.partial(_span, segment), zeros(k, v), (None, k, v), segments, chunk)
-    begins = segments.valid & (segments.positions % segment == 0)
+def transition(inputs: Inputs, parameters: None, segments: Segments, options: Options) -> Transition:
+    """What the span does to any state."""
+    nothing = empty(inputs, parameters, options)
+    _, state = chunked(inputs._replace(q=None), parameters, nothing, segments, options)
+    begins = segments.valid & (segments.positions % options.segment == 0)
     keeps = ~jnp.any(segments.starts, axis=1)
     return Transition(keeps.astype(jnp.float32), jnp.any(begins, axis=1).astype(jnp.float32), state)
 
 
 def compose(first: Transition, then: Transition) -> Transition:
-    """`then` after `first`; associative. Zeros as `first` stand for the zero state."""
+    """`then` after `first`."""
     return Transition(first.keeps * then.keeps, jnp.maximum(first.begins, then.begins), apply(then, first.state))
 
 
@@ -154,12 +136,11 @@ def _span(segment, state, q, k, v, segments, chunk):
     """A few chunks: the state after them, and y."""
 
     def count(flags):
-        flags = flags.reshape(flags.shape[0], -1, chunk)
-        return jnp.swapaxes(jnp.cumsum(flags, axis=-1, dtype=jnp.int32), 0, 1)[:, :, None]  # [n, B, 1, C]
+        return jnp.cumsum(cut(flags, chunk), axis=-1, dtype=jnp.int32)[:, :, None]  # [n, B, 1, C]
 
     run, number = count(segments.starts), count(segments.valid & (segments.positions % segment == 0))
     keys = jnp.where(segments.valid[..., None, None], features(k), 0)
-    keys, values = split(keys, chunk), split(jnp.pad(v, ((0, 0),) * 3 + ((1, 0),)), chunk).at[..., 0].set(1)
+    keys, values = cut_heads(keys, chunk), cut_heads(jnp.pad(v, ((0, 0),) * 3 + ((1, 0),)), chunk).at[..., 0].set(1)
     last, now = run[..., -1:], number[..., -1:]
 
     def write(which):
@@ -174,15 +155,15 @@ def _span(segment, state, q, k, v, segments, chunk):
     state, before = jax.lax.scan(step, state, Transition(keeps, begins, writes))
     if q is None:
         return state, None
-    queries = split(features(q), chunk)
-    seen = (run[..., :, None] == run[..., None, :]) & (number[..., :, None] > number[..., None, :])
-    scores = jnp.where(seen, einsum("nbhck,nbhdk->nbhcd", queries, keys), 0)
+    queries = cut_heads(features(q), chunk)
+    earlier = (run[..., :, None] == run[..., None, :]) & (number[..., :, None] > number[..., None, :])
+    scores = jnp.where(earlier, einsum("nbhck,nbhdk->nbhcd", queries, keys), 0)
     read = einsum("nbhcd,nbhdv->nbhcv", scores, values)
     old, recent = run == 0, (run == 0) & (number > 0)
     read += einsum("nbhck,nbhkv->nbhcv", queries * old[..., None], before.memory)
     read += einsum("nbhck,nbhkv->nbhcv", queries * recent[..., None], before.pending)
     some = read[..., :1] > LEAST
-    return state, join(jnp.where(some, read[..., 1:] / jnp.where(some, read[..., :1], 1), 0), v, segments)
+    return state, join_heads(jnp.where(some, read[..., 1:] / jnp.where(some, read[..., :1], 1), 0), v, segments)
 
 
 def features(x):
@@ -191,7 +172,4 @@ def features(x):
     return jnp.exp(jnp.minimum(x, 0)) + jnp.maximum(x, 0)
 
 
-def zeros(k, v) -> State:
-    """The state before any token."""
-    empty = jnp.zeros((k.shape[0], k.shape[2], k.shape[3], v.shape[3] + 1))
-    return State(empty, empty)
+INFINI = Recurrence("infini", Inputs, empty, recurrent, chunked, transition, compose, apply, options=Options)

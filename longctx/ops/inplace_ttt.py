@@ -25,17 +25,59 @@ Reference: "In-Place Test-Time Training", ICLR 2026 (arXiv:2604.06169), section 
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from longctx.ops import causal_conv
-from longctx.ops.gated_linear import einsum
-from longctx.ops.minibatch import along
-from longctx.typing import Segments, checked
+from longctx.ops import causal_conv, chunks
+from longctx.ops.chunks import along
+from longctx.ops.family import Recurrence, by_token
+from longctx.ops.products import einsum
+from longctx.typing import Segments
+
+
+class Inputs(NamedTuple):
+    """y has the dtype of z.
+
+    Attributes:
+      z: what reads the weights, and where they are written.
+      x: what the targets are made of.
+    """
+
+    z: Float[Array, "B T F"]
+    x: Float[Array, "B T D"]
+
+
+class Parameters(NamedTuple):
+    """What is learned in training.
+
+    Attributes:
+      taps: of the targets' convolution; the middle one multiplies the token itself, the last the one h later.
+      target: P, the targets' projection.
+    """
+
+    taps: Float[Array, "2h+1 D"]
+    target: Float[Array, "D D"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is static.
+
+    Attributes:
+      minibatch: C. Token p of a document is in its mini-batch p // C.
+      rate: step of an update.
+      clip: the largest Frobenius norm of an update; 0 for any.
+      decay: what an update leaves of the weights before it.
+    """
+
+    minibatch: int
+    rate: float = 1.0
+    clip: float = 0.0
+    decay: float = 1.0
 
 
 class State(NamedTuple):
@@ -82,138 +124,82 @@ class Transition(NamedTuple):
     clip: Float[Array, " B"]
 
 
-@checked
-def recurrent(
-    z: Float[Array, "B T F"],
-    x: Float[Array, "B T D"],
-    taps: Float[Array, "2h+1 D"],
-    target: Float[Array, "D D"],
-    state: State | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    *,
-    minibatch: int,
-    rate: float = 1.0,
-    clip: float = 0.0,
-    decay: float = 1.0,
-) -> tuple[Float[Array, "B T D"], State]:
-    """The definition, token by token.
+def empty(inputs: Inputs, parameters: Parameters, options: Options) -> State:
+    """The state before any token."""
+    (batch, _, width), (size, depth) = inputs.z.shape, parameters.taps.shape
+    weights = jnp.zeros((batch, width, depth))
+    keys, shares = jnp.zeros((batch, size // 2, width)), jnp.zeros((batch, size // 2, size, depth))
+    return State(weights, weights, keys, shares)
 
-    Args:
-      z: what reads the weights, and where they are written.
-      x: what the targets are made of.
-      taps: of the targets' convolution; the middle one multiplies the token itself, the last the one h later.
-      target: P, the targets' projection.
-      state: before the span, None for zeros.
-      segment_ids: documents of a packed row. A document's start forgets everything before it; padding leaves the
-        state unchanged and gives 0.
-      minibatch: C. Token p of a document is in its mini-batch p // C.
-      rate: step of an update.
-      clip: the largest Frobenius norm of an update; 0 for any.
-      decay: what an update leaves of the weights before it.
 
-    Returns:
-      y in the dtype of z, and the state after the span, float32.
-    """
-    segments = Segments.of(segment_ids, *z.shape[:2])
+def recurrent(inputs: Inputs, parameters: Parameters, state: State, segments: Segments, options: Options):
+    """The definition, token by token."""
+    taps, target = (x.astype(jnp.float32) for x in parameters)
     reach = taps.shape[0] // 2
-    taps, target = taps.astype(jnp.float32), target.astype(jnp.float32)
 
-    def step(state, token):
-        z, x, start, valid, place = token
-        weights, pending, keys, shares = jax.tree.map(lambda a: jnp.where(along(start, a), 0, a), state)
+    def step(state, z, x, position):
+        weights, pending, keys, shares = state
+        place = position % options.minibatch
         y = jnp.sum(z[..., None] * weights, axis=1)
-        share = rate * jnp.matmul(taps * x[:, None], target, precision="highest")
+        share = options.rate * jnp.matmul(taps * x[:, None], target, precision="highest")
         pending += z[..., None] * share[:, reach, None]
         for lag in range(1, reach + 1):
             pairs = z[..., None] * shares[:, -lag, reach - lag, None]
             pairs += keys[:, -lag, :, None] * share[:, reach + lag, None]
             pending += jnp.where(along(place >= lag, pairs), pairs, 0)
         norm = jnp.sqrt(jnp.maximum(jnp.sum(pending**2, axis=(1, 2), keepdims=True), 1e-30))
-        update = pending * jnp.minimum(1, clip / norm) if clip else pending
-        done = along(place == minibatch - 1, pending)
-        weights = jnp.where(done, decay * weights + update, weights)
-        pending = jnp.where(done, 0, pending)
+        update = pending * jnp.minimum(1, options.clip / norm) if options.clip else pending
+        done = along(place == options.minibatch - 1, pending)
+        weights = jnp.where(done, options.decay * weights + update, weights)
         keys = jnp.concatenate([keys, z[:, None]], axis=1)[:, 1:]
         shares = jnp.concatenate([shares, share[:, None]], axis=1)[:, 1:]
-        after = State(weights, pending, keys, shares)
-        state = jax.tree.map(lambda new, old: jnp.where(along(valid, new), new, old), after, state)
-        return state, jnp.where(valid[:, None], y, 0)
+        return y, State(weights, jnp.where(done, 0, pending), keys, shares)
 
-    tokens = (z.astype(jnp.float32), x.astype(jnp.float32), segments.starts, segments.valid)
-    tokens += (segments.positions % minibatch,)
-    state = _zeros(z, taps) if state is None else state
-    state, y = jax.lax.scan(step, state, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
-    return jnp.moveaxis(y, 0, 1).astype(z.dtype), state
+    return by_token(step, state, (*inputs, segments.positions), segments, inputs.z.dtype)
 
 
-@checked
-def chunked(
-    z: Float[Array, "B T F"],
-    x: Float[Array, "B T D"],
-    taps: Float[Array, "2h+1 D"],
-    target: Float[Array, "D D"],
-    state: State | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    *,
-    minibatch: int,
-    rate: float = 1.0,
-    clip: float = 0.0,
-    decay: float = 1.0,
-) -> tuple[Float[Array, "B T D"], State]:
-    """The same as `recurrent`, C tokens of the span at a time in matrix products."""
+def chunked(inputs: Inputs, parameters: Parameters, state: State, segments: Segments, options: Options):
+    """The same, C tokens of the span at a time in matrix products."""
 
-    def step(state, z, x, segments):
-        run = _run(z, x, segments, taps, target, minibatch, rate, clip, decay)
-        start = segments.starts[:, 0]
-        state = jax.tree.map(lambda a: jnp.where(along(start, a), 0, a), state)
-        before = _as_transition(state)
-        update = _clipped(_meeting(before, run.transition) + run.head, run.transition.clip)
+    def step(state, rows):
+        z, x, segments = rows
+        run = _run(z.astype(jnp.float32), x.astype(jnp.float32), segments, parameters, options)
+        state = _forgotten(state, segments)
+        update = _clipped(_meeting(_as_transition(state), run.transition) + run.head, run.transition.clip)
         y = einsum("btf,bfd->btd", z * run.before[..., None], state.weights)
-        y += einsum("btf,bfd->btd", z * run.after[..., None], decay * state.weights + update)
+        y += einsum("btf,bfd->btd", z * run.after[..., None], options.decay * state.weights + update)
         return apply(run.transition, state), y
 
-    state = _zeros(z, taps) if state is None else state
-    y, state = _by_runs(step, state, z, x, segment_ids, minibatch)
-    return y.astype(z.dtype), state
+    size = min(options.minibatch, inputs.z.shape[1])
+    y, state = chunks.scan(step, state, (*inputs, segments), size)
+    return y.astype(inputs.z.dtype), state
 
 
-@checked
-def transition(
-    z: Float[Array, "B T F"],
-    x: Float[Array, "B T D"],
-    taps: Float[Array, "2h+1 D"],
-    target: Float[Array, "D D"],
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    *,
-    minibatch: int,
-    rate: float = 1.0,
-    clip: float = 0.0,
-    decay: float = 1.0,
-) -> Transition:
+def transition(inputs: Inputs, parameters: Parameters, segments: Segments, options: Options) -> Transition:
     """What the span does to any state."""
 
-    def step(first, z, x, segments):
-        then = _run(z, x, segments, taps, target, minibatch, rate, clip, decay).transition
-        start = segments.starts[:, 0]
-        forgotten = jax.tree.map(lambda a: jnp.where(along(start, a), jnp.zeros_like(a), a), first)
-        return compose(forgotten, then), None
+    def step(first, rows):
+        z, x, segments = rows
+        then = _run(z.astype(jnp.float32), x.astype(jnp.float32), segments, parameters, options).transition
+        return compose(_forgotten(first, segments), then), None
 
-    batch, reach = z.shape[0], taps.shape[0] // 2
-    state = _zeros(z, taps)
+    state = empty(inputs, parameters, options)
+    batch, reach = state.keys.shape[:2]
     keep = jnp.full(batch, reach)
     first = Tokens(state.keys, state.shares, jnp.zeros((batch, reach), jnp.int32), jnp.zeros(batch, jnp.int32))
     nothing = _as_transition(state)._replace(kept=jnp.ones(batch), open=jnp.ones(batch, bool), first=first)
     nothing = nothing._replace(keys=nothing.keys._replace(keep=keep), shares=nothing.shares._replace(keep=keep))
-    return _by_runs(step, nothing, z, x, segment_ids, minibatch)[1]
+    return chunks.scan(step, nothing, (*inputs, segments), min(options.minibatch, inputs.z.shape[1]))[1]
 
 
-def gathers(z: Float[Array, "B T F"], x: Float[Array, "B T D"], *parameters) -> bool:
+def gathers(inputs: Inputs) -> bool:
     """Whether a span's tokens are fewer numbers than its sums, T (D + F) < D F: then devices exchange the tokens."""
-    return z.shape[1] * (z.shape[2] + x.shape[2]) < z.shape[2] * x.shape[2]
+    (_, length, width), depth = inputs.z.shape, inputs.x.shape[2]
+    return length * (width + depth) < width * depth
 
 
 def compose(first: Transition, then: Transition) -> Transition:
-    """`then` after `first`; associative. Zeros as `first` stand for the zero state."""
+    """`then` after `first`."""
     meeting = _meeting(first, then)
     whole = meeting + then.head
     completes = first.open & ~then.open
@@ -247,13 +233,13 @@ class _Run(NamedTuple):
     transition: Transition
 
 
-def _run(z, x, segments: Segments, taps, target, minibatch, rate, clip, decay) -> _Run:
+def _run(z, x, segments: Segments, parameters: Parameters, options: Options) -> _Run:
     """What a run of tokens does, a start at its first token left out (that is to forget the state beforehand)."""
-    batch, length, _ = x.shape
+    (taps, target), (batch, length, _) = parameters, x.shape
     reach, valid = taps.shape[0] // 2, segments.valid
-    place = jnp.where(valid, segments.positions % minibatch, 0)
+    place = jnp.where(valid, segments.positions % options.minibatch, 0)
     run = segments.runs - segments.starts[:, :1]
-    done_here = valid & (place == minibatch - 1)
+    done_here = valid & (place == options.minibatch - 1)
     passed = jnp.cumsum(done_here, axis=1) - done_here  # completions before the token
     done, fresh = jnp.any(done_here, axis=1), run[:, -1] > 0
     z = jnp.where(valid[..., None], z, 0)
@@ -264,7 +250,7 @@ def _run(z, x, segments: Segments, taps, target, minibatch, rate, clip, decay) -
         back = jnp.where(pair, taps[reach - lag] * x[:, :-lag], 0)
         ahead = jnp.where(pair, taps[reach + lag] * x[:, lag:], 0)
         targets += jnp.pad(back, ((0, 0), (lag, 0), (0, 0))) + jnp.pad(ahead, ((0, 0), (0, lag), (0, 0)))
-    targets = rate * einsum("btd,de->bte", targets, target)
+    targets = options.rate * einsum("btd,de->bte", targets, target)
 
     before, after = valid & (run == 0) & (passed == 0), valid & (run == 0) & (passed > 0)
     head = einsum("btf,btd->bfd", z * (before & done[:, None])[..., None], targets)
@@ -272,7 +258,7 @@ def _run(z, x, segments: Segments, taps, target, minibatch, rate, clip, decay) -
     pending = einsum("btf,btd->bfd", z * waiting[..., None], targets)
 
     def share(x):
-        return rate * einsum("...kd,de->...ke", taps * x[..., None, :], target)
+        return options.rate * einsum("...kd,de->...ke", taps * x[..., None, :], target)
 
     # The first tokens stand together: padding is outside of documents only.
     number = jnp.minimum(jnp.sum(valid & (run == 0), axis=1), reach)
@@ -282,24 +268,23 @@ def _run(z, x, segments: Segments, taps, target, minibatch, rate, clip, decay) -
     z_first, x_first = (jnp.where(held[..., None], jnp.take_along_axis(a, index, axis=1), 0) for a in (z, x))
     place_first = jnp.where(held, jnp.take_along_axis(place, index[..., 0], axis=1), 0)
     inside = Segments(segments.ids, segments.positions, segments.starts.at[:, 0].set(False))
-    # The last h tokens are the state of a convolution of h + 1 taps, whatever the taps.
-    x_last = causal_conv.transition(x, jnp.zeros((reach + 1, x.shape[-1])), inside)
+    x_last = causal_conv.tail_of(x, reach, inside)
     alive = done & ~fresh
     return _Run(
         before,
         after,
         head,
         Transition(
-            jnp.where(fresh, 0.0, jnp.where(done, decay, 1.0)),
+            jnp.where(fresh, 0.0, jnp.where(done, options.decay, 1.0)),
             alive.astype(jnp.float32),
             ~done & ~fresh,
             jnp.where(along(alive, head), head, 0),
             jnp.zeros_like(head),
             pending,
             Tokens(z_first, share(x_first), place_first, number),
-            causal_conv.transition(z, jnp.zeros((reach + 1, z.shape[-1])), inside),
+            causal_conv.tail_of(z, reach, inside),
             causal_conv.Tail(share(x_last.x).reshape(batch, reach, -1), x_last.keep),
-            jnp.full(batch, clip, jnp.float32),
+            jnp.full(batch, options.clip, jnp.float32),
         ),
     )
 
@@ -353,30 +338,21 @@ def _clipped(update, clip):
     return update * along(jnp.where(clip > 0, clip / jnp.maximum(norm, clip), 1), update)
 
 
-def _by_runs(step, carry, z, x, segment_ids, minibatch: int):
-    """`step(carry, z, x, segments)` over the span, at most C tokens at a time; the backward pass computes it again."""
-    batch, length = z.shape[:2]
-    size = min(minibatch, length)
-    runs = -(-length // size)
-
-    def cut(a):
-        a = jnp.pad(a, ((0, 0), (0, runs * size - length)) + ((0, 0),) * (a.ndim - 2))
-        return jnp.moveaxis(a.reshape(batch, runs, size, *a.shape[2:]), 1, 0)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def run(carry, leaves):
-        z, x, segments = leaves
-        return step(carry, z.astype(jnp.float32), x.astype(jnp.float32), segments)
-
-    carry, y = jax.lax.scan(run, carry, jax.tree.map(cut, (z, x, Segments.of(segment_ids, batch, length))))
-    if y is not None:
-        y = jnp.moveaxis(y, 0, 1).reshape(batch, runs * size, *y.shape[3:])[:, :length]
-    return y, carry
+def _forgotten(state, segments: Segments):
+    """A state or transition before a run of tokens, without what a start at its first token forgets."""
+    return jax.tree.map(lambda x: jnp.where(along(segments.starts[:, 0], x), jnp.zeros_like(x), x), state)
 
 
-def _zeros(z, taps):
-    batch, width = z.shape[0], z.shape[2]
-    size, depth = taps.shape
-    weights = jnp.zeros((batch, width, depth))
-    keys, shares = jnp.zeros((batch, size // 2, width)), jnp.zeros((batch, size // 2, size, depth))
-    return State(weights, weights, keys, shares)
+INPLACE_TTT = Recurrence(
+    "inplace_ttt",
+    Inputs,
+    empty,
+    recurrent,
+    chunked,
+    transition,
+    compose,
+    apply,
+    gathers=gathers,
+    parameters=Parameters,
+    options=Options,
+)

@@ -17,17 +17,18 @@ order of momentum, orthogonalisation and normalisation from the authors' program
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from longctx.ops import minibatch as grid
-from longctx.ops.gated_linear import einsum
-from longctx.typing import Segments, checked
-
-transition = None  # states do not compose: devices take turns
+from longctx.ops.chunks import along
+from longctx.ops.family import Recurrence, by_token
+from longctx.ops.products import einsum
+from longctx.typing import Segments
 
 _STEPS = (
     (4.0848, -6.8946, 2.9270),
@@ -39,12 +40,37 @@ _STEPS = (
 _EPSILON = 1e-10  # added to squared norms
 
 
+class Inputs(NamedTuple):
+    """y has the dtype of v.
+
+    Attributes:
+      q: what is put to the MLP.
+      k, v: what it is trained to map.
+      rates: r of W0, W1, W2.
+      momentum: 0 to 1; None for none.
+    """
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T H K"]
+    rates: Float[Array, "B T H 3"]
+    momentum: Float[Array, "B T H"] | None
+
+
 class Weights(NamedTuple):
     """The three matrices of each head, with or without a batch in front: W0, W1, W2."""
 
     gate: Float[Array, "... H M K"]
     down: Float[Array, "... H K M"]
     up: Float[Array, "... H M K"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """C, tokens a mini-batch (token p of a document is in its mini-batch p // C), and whether O orthogonalises."""
+
+    minibatch: int
+    orthogonal: bool = False
 
 
 class State(NamedTuple):
@@ -63,45 +89,24 @@ class State(NamedTuple):
     share: Float[Array, "B H"] | None
 
 
-@checked
-def recurrent(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H K"],
-    rates: Float[Array, "B T H 3"],
-    momentum: Float[Array, "B T H"] | None,
-    initial: Weights,
-    state: State | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    *,
-    minibatch: int,
-    orthogonal: bool = False,
-) -> tuple[Float[Array, "B T H K"], State]:
-    """The definition, token by token.
+def empty(inputs: Inputs, initial: Weights, options: Options) -> State:
+    """The state before any token."""
+    batch, heads = inputs.k.shape[0], inputs.k.shape[2]
+    zeros = jax.tree.map(lambda w: jnp.zeros((batch, *w.shape)), initial)
+    if inputs.momentum is None:
+        return State(zeros, zeros, None, None)
+    return State(zeros, zeros, zeros, jnp.zeros((batch, heads)))
 
-    Args:
-      q: what is put to the MLP.
-      k, v: what it is trained to map.
-      rates: r of W0, W1, W2.
-      momentum: 0 to 1; None for none.
-      initial: the weights before a document.
-      state: before the span, None for zeros.
-      segment_ids: documents of a packed row. A document's start forgets everything before it; padding leaves the
-        state unchanged and gives 0.
-      minibatch: C. Token p of a document is in its mini-batch p // C.
-      orthogonal: whether O orthogonalises.
 
-    Returns:
-      y in the dtype of v, and the state after the span, float32.
-    """
-    segments = Segments.of(segment_ids, *k.shape[:2])
+def recurrent(inputs: Inputs, initial: Weights, state: State, segments: Segments, options: Options):
+    """The definition, token by token; `initial` are the weights before a document."""
 
     def mlp(x, w):
         hidden = jax.nn.silu(jnp.sum(w.gate * x[..., None, :], axis=-1)) * jnp.sum(w.up * x[..., None, :], axis=-1)
         return jnp.sum(w.down * hidden[..., None, :], axis=-1)
 
     def change(w, step, first):
-        if orthogonal:
+        if options.orthogonal:
             step = step / jnp.sqrt(jnp.sum(jnp.square(step), axis=(-2, -1), keepdims=True) + _EPSILON)
             for a, b, c in _STEPS:
                 square = jnp.matmul(jnp.swapaxes(step, -1, -2), step, precision="highest")
@@ -112,52 +117,27 @@ def recurrent(
         norm, wanted = (jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + _EPSILON) for x in (new, first))
         return new * wanted / norm - first
 
-    def step(state, token):
-        q, k, v, rates, momentum, start, valid, place = token
-        held = jax.tree.map(lambda x: jnp.where(grid.along(start, x), 0, x), state)
-        w = jax.tree.map(jnp.add, initial, held.change)
+    def step(state, q, k, v, rates, momentum, position):
+        w = jax.tree.map(jnp.add, initial, state.change)
         gradient = jax.grad(lambda w: jnp.sum(mlp(k, w) * v))(w)
         rates = Weights(*jnp.moveaxis(rates, -1, 0))
-        pending = jax.tree.map(lambda sum, g, r: sum + r[..., None, None] * g, held.pending, gradient, rates)
-        y, before, share, direction = mlp(q, w), None, None, pending
-        done = place == minibatch - 1
+        pending = jax.tree.map(lambda sum, g, r: sum + r[..., None, None] * g, state.pending, gradient, rates)
+        before, share, direction = None, None, pending
+        done = position % options.minibatch == options.minibatch - 1
         if momentum is not None:
-            share = held.share + momentum / minibatch
-            direction = jax.tree.map(lambda g, d: g + share[..., None, None] * d, pending, held.before)
-            share = jnp.where(grid.along(done, share), 0, share)
+            share = state.share + momentum / options.minibatch
+            direction = jax.tree.map(lambda g, d: g + share[..., None, None] * d, pending, state.before)
+            share = jnp.where(along(done, share), 0, share)
             before = direction
         after = State(jax.tree.map(change, w, direction, initial), jax.tree.map(jnp.zeros_like, pending), before, share)
-        going = State(held.change, pending, held.before, share)
-        state = jax.tree.map(
-            lambda new, same, old: jnp.where(
-                grid.along(valid, new), jnp.where(grid.along(done, new), new, same), old
-            ),
-            after, going, state,
-        )  # fmt: skip
-        return state, jnp.where(valid[:, None, None], y, 0)
+        going = State(state.change, pending, state.before, share)
+        return mlp(q, w), jax.tree.map(lambda new, same: jnp.where(along(done, new), new, same), after, going)
 
-    tokens = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (q, k, v, rates, momentum))
-    tokens += (segments.starts, segments.valid, segments.positions % minibatch)
-    state = _zeros(k, initial, momentum) if state is None else state
-    state, y = jax.lax.scan(step, state, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
-    return jnp.moveaxis(y, 0, 1).astype(v.dtype), state
+    return by_token(step, state, (*inputs, segments.positions), segments, inputs.v.dtype)
 
 
-@checked
-def chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H K"],
-    rates: Float[Array, "B T H 3"],
-    momentum: Float[Array, "B T H"] | None,
-    initial: Weights,
-    state: State | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    *,
-    minibatch: int,
-    orthogonal: bool = False,
-) -> tuple[Float[Array, "B T H K"], State]:
-    """The same as `recurrent`, mini-batch by mini-batch in matrix products."""
+def chunked(inputs: Inputs, initial: Weights, state: State, segments: Segments, options: Options):
+    """The same, mini-batch by mini-batch in matrix products."""
 
     def block(state: State, inputs, phase: grid.Phase):
         q, k, v, rates, momentum = inputs
@@ -180,18 +160,17 @@ def chunked(
 
         direction, share = pending, None
         if momentum is not None:
-            share = state.share + jnp.sum(momentum * phase.counted[..., None], axis=1) / minibatch
+            share = state.share + jnp.sum(momentum * phase.counted[..., None], axis=1) / options.minibatch
             direction = jax.tree.map(lambda g, d: g + share[..., None, None] * d, pending, state.before)
-        step = jax.tree.map(_orthogonal, direction) if orthogonal else direction
+        step = jax.tree.map(_orthogonal, direction) if options.orthogonal else direction
         change = jax.tree.map(lambda w, d, first: _scaled(w + d, first) - first, weights, step, initial)
         nothing = jax.tree.map(jnp.zeros_like, (pending, share))
         after = State(change, nothing[0], None if share is None else direction, nothing[1])
         going = State(state.change, pending, state.before, share)
-        return y, jax.tree.map(lambda a, b: jnp.where(grid.along(phase.complete, a), a, b), after, going)
+        return y, jax.tree.map(lambda a, b: jnp.where(along(phase.complete, a), a, b), after, going)
 
-    state = _zeros(k, initial, momentum) if state is None else state
-    y, state = grid.scan(block, state, (q, k, v, rates, momentum), segment_ids, minibatch)
-    return y.astype(v.dtype), state
+    y, state = grid.scan(block, state, inputs, segments, options.minibatch)
+    return y.astype(inputs.v.dtype), state
 
 
 def _orthogonal(x):
@@ -211,8 +190,4 @@ def _scaled(x, like):
     return x * jnp.sqrt(wanted / square)
 
 
-def _zeros(k, initial, momentum):
-    batch = k.shape[0]
-    zeros = jax.tree.map(lambda w: jnp.zeros((batch, *w.shape)), initial)
-    share = None if momentum is None else jnp.zeros((batch, k.shape[2]))
-    return State(zeros, zeros, None if momentum is None else zeros, share)
+LACT = Recurrence("lact", Inputs, empty, recurrent, chunked, transition=None, parameters=Weights, options=Options)

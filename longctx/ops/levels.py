@@ -1,11 +1,11 @@
-r"""A document at L levels of coarseness: what `h_transformer` and `pyramid` share, which is all but who sees what.
+r"""A document at L levels of coarseness: what `h_transformer` and `pyramid` share, which is all but what is visible.
 
 Node m of level l stands for the tokens m c^l to (m + 1) c^l - 1 of a document, counted from its start. Tokens s have
 weights w_s > 0, and the key and value of a node are its tokens' weighted means,
 
     k_m^l = sum_s w_s k_s / sum_s w_s,    v_m^l = sum_s w_s v_s / sum_s w_s.
 
-A token's query sees some tokens and, of each level above, the nodes `first` to `end` - 1; all share one softmax:
+Visible to a token's query are some tokens and, of each level above, the nodes `first` to `end` - 1, in one softmax:
 
     y_t = sum_{l, m} softmax(q_t . k_m^l / sqrt(K) + b_l) v_m^l.
 
@@ -16,8 +16,8 @@ at position p is added to slot (p // c^l) mod R of every level l, which is empti
 Transition of a span: (a, B), S -> a * S + B, with a = 0 for the slots that the span empties, all of them if a document
 starts in it, and 1 for the others; (a_2, B_2) after (a_1, B_1) is (a_2 a_1, a_2 B_1 + B_2).
 
-Chunk form. Both ops let a query see nodes only that end `chunk` tokens before it or more. So whatever the tokens of a
-chunk see above level 0 is whole when the chunk begins: they read the state before it, and themselves.
+Chunk form. In both ops a node is visible only if it ends `chunk` tokens before the query or more. So what is visible to
+the tokens of a chunk above level 0 is whole when the chunk begins: they read the state before it, and themselves.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from longctx.ops.gated_linear import einsum
-from longctx.typing import Segments, checked
+from longctx.ops.chunks import cut, join, scan
+from longctx.ops.products import einsum
+from longctx.typing import Segments
 
 _LATE = np.iinfo(np.int32).max // 2
 
@@ -45,17 +46,17 @@ class Levels:
     Attributes:
       base: c.
       count: L.
-      slots: R; no query may see a node that R or more others have followed before its own token.
+      slots: R; no node is visible that R or more others have followed before the query's own token.
       chunk: tokens a chunk, at most R.
-      seen: of positions, `first` and `end` of the nodes seen at each level, with one axis more, L. At level 0 `end` is
-        the position after the query's own.
+      visible: of positions, `first` and `end` of the nodes visible at each level, with one axis more, L. At level 0
+        `end` is the position after the query's own.
     """
 
     base: int
     count: int
     slots: int
     chunk: int
-    seen: Callable[[Int[Array, "..."]], tuple[Int[Array, "... L"], Int[Array, "... L"]]]
+    visible: Callable[[Int[Array, "..."]], tuple[Int[Array, "... L"], Int[Array, "... L"]]]
 
     def __post_init__(self):
         if self.count < 1 or self.base ** (self.count - 1) > _LATE:
@@ -98,19 +99,16 @@ def apply(transition: Transition, state: Float[Array, "B L R G K+V+1"]) -> Float
     return transition.keep[..., None, None] * state + transition.state
 
 
-def check(q, k, state, segment_ids: Int[Array, "B T"] | Segments | None):
-    """Refuses heads that do not share keys evenly, and a state without the positions at which the span goes on.
+def refusal(inputs, parameters, options) -> str | None:
+    """Heads that do not share keys evenly."""
+    heads, groups = inputs.q.shape[2], inputs.k.shape[2]
+    return f"q has {heads} heads and k has {groups}; give q a multiple of k's heads." if heads % groups else None
 
-    Raises:
-      ValueError: the same.
-    """
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"q has {q.shape[2]} heads and k has {k.shape[2]}; give q a multiple of k's heads.")
-    if state is not None and not isinstance(segment_ids, Segments):
-        raise ValueError(
-            "which node a token belongs to depends on how many tokens of the document came before; with a state, pass "
-            "segment_ids as `Segments`, whose positions say so."
-        )
+
+def empty(levels: Levels, inputs) -> Float[Array, "B L R G K+V+1"]:
+    """The state before any token, of inputs that have keys k and values v."""
+    batch, _, groups, width = inputs.k.shape
+    return jnp.zeros((batch, levels.count, levels.slots, groups, width + inputs.v.shape[3] + 1))
 
 
 class Tokens(NamedTuple):
@@ -126,40 +124,26 @@ class Tokens(NamedTuple):
         return cls(jnp.concatenate(parts, axis=-1), None if weight is None else weight[..., None])
 
 
-@checked
 def chunked(
     levels: Levels,
     q: Float[Array, "B T H K"] | None,
     tokens: Tokens,
     bias: Float[Array, "H L"] | None,
-    state: Float[Array, "B L R G K+V+1"] | None,
-    segment_ids: Int[Array, "B T"] | Segments | None,
+    state: Float[Array, "B L R G K+V+1"],
+    segments: Segments,
 ) -> tuple[Float[Array, "B T H V"] | None, Float[Array, "B L R G K+V+1"]]:
     """Outputs, float32, and the state after the span; outputs are None without queries.
 
     The row is read 2 L chunks at a time, all at once, and so the states that are kept for the backward pass are no more
     numbers than the rows.
     """
-    batch, length = tokens.row.shape[:2]
-    size = levels.chunk * min(2 * levels.count, -(-length // levels.chunk))
-    if state is None:
-        state = jnp.zeros((batch, levels.count, levels.slots, *tokens.row.shape[2:]))
-
-    def cut(x):
-        x = jnp.pad(x, ((0, 0), (0, -length % size)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
-
-    step = jax.checkpoint(functools.partial(_span, levels, bias), prevent_cse=False)
-    inputs = jax.tree.map(cut, (q, tokens, Segments.of(segment_ids, batch, length)))
-    state, y = jax.lax.scan(step, state.astype(jnp.float32), inputs)
-    return None if q is None else jnp.moveaxis(y, 0, 1).reshape(batch, -1, *y.shape[3:])[:, :length], state
+    size = levels.chunk * min(2 * levels.count, -(-segments.ids.shape[1] // levels.chunk))
+    return scan(functools.partial(_span, levels, bias), state, (q, tokens, segments), size)
 
 
-@checked
-def transition(levels: Levels, tokens: Tokens, segment_ids: Int[Array, "B T"] | Segments | None) -> Transition:
-    """What the span does to any state."""
-    segments = Segments.of(segment_ids, *tokens.row.shape[:2])
-    _, state = chunked(levels, None, tokens, None, None, segments)
+def transition(levels: Levels, tokens: Tokens, state: Float[Array, "B L R G K+V+1"], segments: Segments) -> Transition:
+    """What the span does to any state; `state` is the empty one."""
+    _, state = chunked(levels, None, tokens, None, state, segments)
     return Transition(_keep(levels, segments.positions, segments.valid, segments.runs)[0], state)
 
 
@@ -176,13 +160,8 @@ def _keep(levels: Levels, positions, valid, runs):
 def _span(levels: Levels, bias, state, inputs):
     """A few chunks: the state after them, and y."""
     q, tokens, segments = inputs
-    batch, size = tokens.row.shape[:2]
-
-    def cut(x):
-        return jnp.swapaxes(x.reshape(batch, -1, levels.chunk, *x.shape[2:]), 0, 1)
-
-    (row, weight), positions, valid, starts = jax.tree.map(
-        cut, (tokens, segments.positions, segments.valid, segments.starts)
+    (row, weight), positions, valid, starts = cut(
+        (tokens, segments.positions, segments.valid, segments.starts), levels.chunk
     )
     runs = jnp.cumsum(starts, axis=-1, dtype=jnp.int32)
     slot = positions[..., None] // levels.sizes % levels.slots
@@ -196,23 +175,23 @@ def _span(levels: Levels, bias, state, inputs):
     if q is None:
         return state, None
 
-    first, end = levels.seen(positions)
+    first, end = levels.visible(positions)
     held = held[:, :, None]
     far = (held >= jnp.maximum(first, 0)[..., None]) & (held < end[..., None]) & (valid & (runs == 0))[..., None, None]
     near = (runs[..., :, None] == runs[..., None, :]) & valid[..., :, None] & valid[..., None, :]
     near = jnp.tril(near & (positions[..., None, :] >= first[..., :1]))
-    seen = jnp.concatenate([far.reshape(*far.shape[:3], -1), near], axis=-1)[:, :, None, None]
+    visible = jnp.concatenate([far.reshape(*far.shape[:3], -1), near], axis=-1)[:, :, None, None]
 
     keys = jnp.concatenate([before.reshape(*before.shape[:2], -1, *before.shape[4:]), row], axis=2)
     total = keys[..., :1]
     keys = keys[..., 1:] / jnp.where(total > 0, total, 1)
     width = q.shape[-1]
-    queries = cut(q.astype(jnp.float32) * width**-0.5)
+    queries = cut(q.astype(jnp.float32) * width**-0.5, levels.chunk)
     queries = queries.reshape(*queries.shape[:3], row.shape[3], -1, width)
     logits = einsum("nbcghk,nbsgk->nbghcs", queries, keys[..., :width])
     level = [*np.repeat(np.arange(levels.count), levels.slots), *[0] * levels.chunk]
     bias = bias.astype(jnp.float32)[:, np.array(level)].reshape(*queries.shape[3:5], 1, -1)
-    # A row of padding sees nothing: its softmax runs over zeros and is then masked away.
-    logits = jnp.where(seen, logits + bias, jnp.where(seen.any(-1, keepdims=True), -jnp.inf, 0))
-    y = einsum("nbghcs,nbsgv->nbcghv", jnp.where(seen, jax.nn.softmax(logits, axis=-1), 0), keys[..., width:])
-    return state, jnp.swapaxes(y, 0, 1).reshape(batch, size, -1, y.shape[-1])
+    # Nothing is visible to a row of padding: its softmax runs over zeros and is then masked away.
+    logits = jnp.where(visible, logits + bias, jnp.where(visible.any(-1, keepdims=True), -jnp.inf, 0))
+    y = einsum("nbghcs,nbsgv->nbcghv", jnp.where(visible, jax.nn.softmax(logits, axis=-1), 0), keys[..., width:])
+    return state, join(y, q.shape[1]).reshape(*q.shape[:3], -1)

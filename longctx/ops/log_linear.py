@@ -32,9 +32,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from longctx.ops.gated_delta import unit_inverse
-from longctx.ops.gated_linear import BEFORE, by_spans, decay, einsum, join, scores, split, start_clock
-from longctx.typing import Segments, checked
+from longctx.ops.chunks import by_spans, cut, cut_heads, join_heads
+from longctx.ops.clock import BEFORE, decay, scores, start_clock
+from longctx.ops.family import Options, Recurrence, by_token
+from longctx.ops.products import einsum, unit_inverse
+from longctx.typing import Segments
+
+
+class Inputs(NamedTuple):
+    """y has the dtype of v.
+
+    Attributes:
+      q: what is read from the state; neither scaled nor normalised here.
+      k: where v is written; with beta of norm 1 or less, or the rule may diverge.
+      v: what is written.
+      beta: of the delta rule, 0 to 1 (2 with negative eigenvalues); None for linear attention with decay.
+      log_decay: at most 0; -inf is a decay of exactly 0.
+      weight: of each bucket when the token reads.
+    """
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T H V"]
+    beta: Float[Array, "B T H"] | None
+    log_decay: Float[Array, "B T H"]
+    weight: Float[Array, "B T H L"]
 
 
 class Transition(NamedTuple):
@@ -49,109 +71,55 @@ class Transition(NamedTuple):
     state: Float[Array, "B L H K V"]
 
 
-@checked
-def recurrent(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    beta: Float[Array, "B T H"] | None,
-    log_decay: Float[Array, "B T H"],
-    weight: Float[Array, "B T H L"],
-    state: Float[Array, "B L H K V"] | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B L H K V"]]:
-    """The definition, token by token.
+State = Float[Array, "B L H K V"]
 
-    Args:
-      q: what is read from the state; neither scaled nor normalised here.
-      k: where v is written; with beta of norm 1 or less, or the rule may diverge.
-      v: what is written.
-      beta: of the delta rule, 0 to 1 (2 with negative eigenvalues); None for linear attention with decay.
-      log_decay: at most 0; -inf is a decay of exactly 0.
-      weight: of each bucket when the token reads.
-      state: before the span, None for zeros.
-      segment_ids: documents of a packed row. A document's start forgets everything before it; padding leaves the
-        state unchanged and gives 0.
 
-    Returns:
-      y in the dtype of v, and the state after the span, float32.
+def empty(inputs: Inputs, parameters: None, options: Options) -> State:
+    """The buckets before any token."""
+    k, v, weight = inputs.k, inputs.v, inputs.weight
+    return jnp.zeros((k.shape[0], weight.shape[-1], k.shape[2], k.shape[3], v.shape[3]))
 
-    Raises:
-      ValueError: a state is given, but not the positions at which the span continues its document.
-    """
-    segments = _segments(segment_ids, state, *k.shape[:2])
-    levels = jnp.arange(weight.shape[-1])[:, None, None, None]
 
-    def step(s, token):
-        q, k, v, beta, decay, weight, position, start, valid = token
-        before = jnp.where(start[..., None, None], 0, s)
+def recurrent(inputs: Inputs, parameters: None, state: State, segments: Segments, options: Options):
+    """The definition, token by token."""
+    levels = jnp.arange(inputs.weight.shape[-1])[:, None, None, None]
+
+    def step(s, q, k, v, beta, log_decay, weight, position):
         # Buckets up to the number of zeros at the end of the position become one.
         zeros = jax.lax.population_count((position & -position) - 1)[:, None, None, None, None]
-        moved = jnp.sum(jnp.where(levels <= zeros, before, 0), axis=1, keepdims=True)
-        before = jnp.where(levels <= zeros, 0, before)
-        before += jnp.where(levels == jnp.minimum(zeros + 1, len(levels) - 1), moved, 0)
-        after = decay[:, None] * before
+        moved = jnp.sum(jnp.where(levels <= zeros, s, 0), axis=1, keepdims=True)
+        s = jnp.where(levels <= zeros, 0, s) + jnp.where(levels == jnp.minimum(zeros + 1, len(levels) - 1), moved, 0)
+        s = jnp.exp(log_decay)[:, None, :, None, None] * s
         if beta is not None:
-            held = jnp.sum(k[:, None, ..., None] * after, axis=-2, keepdims=True)
-            after -= (beta * k)[:, None, ..., None] * held
-            v = beta * v
-        after += jnp.where(levels == 0, (k[..., None] * v[..., None, :])[:, None], 0)
-        s = jnp.where(valid[..., None, None], after, s)
+            held = jnp.sum(k[:, None, ..., None] * s, axis=-2, keepdims=True)
+            s -= (beta[..., None] * k)[:, None, ..., None] * held
+            v = beta[..., None] * v
+        s += jnp.where(levels == 0, (k[..., None] * v[..., None, :])[:, None], 0)
         read = jnp.sum(q[:, None, ..., None] * s, axis=-2)
-        return s, jnp.where(valid, jnp.sum(jnp.moveaxis(weight, -1, 1)[..., None] * read, axis=1), 0)
+        return jnp.sum(jnp.moveaxis(weight, -1, 1)[..., None] * read, axis=1), s
 
-    beta = None if beta is None else beta[..., None]
-    decay = jnp.exp(log_decay)[..., None, None]
-    tokens = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (q, k, v, beta, decay, weight))
-    tokens += (segments.positions, segments.starts[..., None, None], segments.valid[..., None, None])
-    s = _zeros(k, v, weight) if state is None else state.astype(jnp.float32)
-    s, y = jax.lax.scan(step, s, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
-    return jnp.moveaxis(y, 0, 1).astype(v.dtype), s
+    return by_token(step, state, (*inputs, segments.positions), segments, inputs.v.dtype)
 
 
-@checked
-def chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    beta: Float[Array, "B T H"] | None,
-    log_decay: Float[Array, "B T H"],
-    weight: Float[Array, "B T H L"],
-    state: Float[Array, "B L H K V"] | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    chunk: int = 64,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B L H K V"]]:
-    """The same as `recurrent`, chunk by chunk in matrix products; `chunk` is C, a power of two."""
-    segments = _segments(segment_ids, state, *k.shape[:2])
-    s = _zeros(k, v, weight) if state is None else state.astype(jnp.float32)
-    return by_spans(_span, s, (q, k, v, beta, log_decay, weight), segments, chunk)
+def chunked(inputs: Inputs, parameters: None, state: State, segments: Segments, options: Options):
+    """The same, chunk by chunk in matrix products."""
+    return by_spans(_span, state, inputs, segments, options.chunk)
 
 
-@checked
-def transition(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    beta: Float[Array, "B T H"] | None,
-    log_decay: Float[Array, "B T H"],
-    weight: Float[Array, "B T H L"],
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    chunk: int = 64,
-) -> Transition:
-    """What the span does to any state. Neither q nor the weights are read, of which only the number counts."""
-    segments = _segments(segment_ids, None, *k.shape[:2])
-    identity = jnp.zeros((k.shape[0], k.shape[2], 1, 1)) + jnp.eye(1 if beta is None else k.shape[3])
-    nothing = Transition(identity, jnp.full(k.shape[0], -1), _zeros(k, v, weight))
+def transition(inputs: Inputs, parameters: None, segments: Segments, options: Options) -> Transition:
+    """What the span does to any state. Of the weights only the number counts."""
+    batch, _, heads, width = inputs.k.shape
+    identity = jnp.zeros((batch, heads, 1, 1)) + jnp.eye(1 if inputs.beta is None else width)
+    nothing = Transition(identity, jnp.full(batch, -1), empty(inputs, parameters, options))
 
-    def span(before, *inputs):
-        chunks, _ = _chunks(*inputs)
-        return jax.lax.scan(lambda before, chunk: (compose(before, chunk), None), before, chunks)
+    def span(before, *rows):
+        return jax.lax.scan(lambda before, chunk: (compose(before, chunk), None), before, _chunks(*rows)[0])
 
-    return by_spans(span, nothing, (None, k, v, beta, log_decay, weight), segments, chunk)[1]
+    return by_spans(span, nothing, inputs._replace(q=None), segments, options.chunk)[1]
 
 
 def compose(first: Transition, then: Transition) -> Transition:
-    """`then` after `first`; associative. Zeros as `first` stand for the zero state."""
+    """`then` after `first`."""
     matrix = einsum("bhij,bhjk->bhik", then.matrix, first.matrix)
     return Transition(matrix, jnp.maximum(first.highest, then.highest), apply(then, first.state))
 
@@ -162,15 +130,6 @@ def apply(transition: Transition, state: Float[Array, "B L H K V"]) -> Float[Arr
     alone = matrix[:, None] * state if matrix.shape[-1] == 1 else einsum("bhij,blhjv->blhiv", matrix, state)
     moves = jax.nn.one_hot(_move(transition.highest, state.shape[1]), state.shape[1])
     return einsum("blm,blhkv->bmhkv", moves, alone) + transition.state
-
-
-def _segments(segment_ids, state, batch, length):
-    if state is not None and not isinstance(segment_ids, Segments):
-        raise ValueError(
-            "the buckets of a state depend on how many tokens of the document came before; pass segment_ids as "
-            "`Segments`, whose positions say so."
-        )
-    return Segments.of(segment_ids, batch, length)
 
 
 def _level(i, j, levels: int):
@@ -188,19 +147,17 @@ def _chunks(q, k, v, beta, log_decay, weight, segments, chunk):
     """The chunks' transitions and, unless q is None, what they read: weighted D, r, the weights of buckets before."""
     levels = weight.shape[-1]
     k = jnp.where(segments.valid[..., None, None], k, 0)
-    keys, values, clock = split(k, chunk), split(v, chunk), start_clock(log_decay, segments, chunk)
+    keys, values, clock = cut_heads(k, chunk), cut_heads(v, chunk), start_clock(log_decay, segments, chunk)
     from_start, total = decay(clock, BEFORE), decay(clock.last, BEFORE)
     out = keys * decay(clock.last, clock)
     if beta is not None:
-        strength = split(beta[..., None], chunk)
+        strength = cut_heads(beta[..., None], chunk)
         inverse = unit_inverse(jnp.tril(strength * scores(keys, keys, clock), -1)) * jnp.swapaxes(strength, -1, -2)
         erased = einsum("nbhcd,nbhdk->nbhck", inverse, from_start * keys)
         total = total * jnp.eye(keys.shape[-1]) - einsum("nbhck,nbhcj->nbhkj", out, erased)
         out = einsum("nbhcd,nbhck->nbhdk", inverse, out)
 
-    positions, valid = (
-        jnp.swapaxes(leaf.reshape(leaf.shape[0], -1, chunk), 0, 1) for leaf in (segments.positions, segments.valid)
-    )
+    positions, valid = cut((segments.positions, segments.valid), chunk)
     some, first = jnp.any(valid, axis=-1), jnp.argmax(valid, axis=-1, keepdims=True)
     last = chunk - 1 - jnp.argmax(valid[..., ::-1], axis=-1, keepdims=True)
     before, end = (jnp.take_along_axis(positions, at, axis=-1) for at in (first, last))
@@ -212,7 +169,7 @@ def _chunks(q, k, v, beta, log_decay, weight, segments, chunk):
     if q is None:
         return chunks, None
 
-    queries, weights = split(q, chunk), split(weight, chunk)
+    queries, weights = cut_heads(q, chunk), cut_heads(weight, chunk)
     within, reads = scores(queries, keys, clock), queries * from_start
     if beta is not None:
         reads -= einsum("nbhcd,nbhdk->nbhck", within, erased)
@@ -232,8 +189,7 @@ def _span(s, q, k, v, beta, log_decay, weight, segments, chunk):
         return apply(transition, s), einsum("bhck,bhcl,blhkv->bhcv", reads, weights, s)
 
     s, y = jax.lax.scan(step, s, (chunks, reads, weights))
-    return s, join(y + einsum("nbhcd,nbhdv->nbhcv", within, split(v, chunk)), v, segments)
+    return s, join_heads(y + einsum("nbhcd,nbhdv->nbhcv", within, cut_heads(v, chunk)), v, segments)
 
 
-def _zeros(k, v, weight):
-    return jnp.zeros((k.shape[0], weight.shape[-1], k.shape[2], k.shape[3], v.shape[3]))
+LOG_LINEAR = Recurrence("log_linear", Inputs, empty, recurrent, chunked, transition, compose, apply, counts=True)

@@ -15,7 +15,6 @@ A phase without tokens, and rows of one document that starts at the row's first 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from longctx.ops import chunks
+from longctx.ops.chunks import along
 from longctx.typing import Segments
 
 
@@ -33,7 +34,7 @@ class Phase(NamedTuple):
       active: the tokens; padding is never one.
       counted: those whose mini-batch is in progress at the phase's end, or completes with it.
       run: documents begun in the chunk up to the token; tokens of one phase and one run are of one mini-batch.
-      place: of the token in its mini-batch, 0 to C-1.
+      place: the token's index in its mini-batch, 0 to C-1.
       complete: the mini-batch completes with the last of them.
       fresh: what the state holds is forgotten before them.
     """
@@ -52,9 +53,7 @@ class Phase(NamedTuple):
         return jnp.tril(together)
 
 
-def scan(
-    block: Callable, state: Any, inputs: tuple, segment_ids: Int[Array, "B T"] | Segments | None, minibatch: int
-) -> tuple[Array, Any]:
+def scan(block: Callable, state: Any, inputs: tuple, segments: Segments, minibatch: int) -> tuple[Array, Any]:
     """A fast form, phase by phase; the backward pass keeps the state before every C tokens and computes the rest again.
 
     Args:
@@ -62,23 +61,15 @@ def scan(
         that it is given has been forgotten where it must be, and rows without active tokens must keep theirs.
       state: before the span, a pytree of arrays `[B, ...]`; zeros are the empty state.
       inputs: `[B, T, ...]`, given to `block` in float32.
-      segment_ids: documents of a packed row.
+      segments: documents of a packed row.
       minibatch: C.
 
     Returns:
       y `[B, T, ...]`, float32, 0 at padding, and the state after the span.
     """
-    batch, length = inputs[0].shape[:2]
-    size = min(minibatch, length)
-    chunks = -(-length // size)
 
-    def cut(x):
-        x = jnp.pad(x, ((0, 0), (0, chunks * size - length)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, chunks, size, *x.shape[2:]), 1, 0)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def chunk(state, leaves):
-        inputs, segments = leaves
+    def chunk(state, rows):
+        inputs, segments = rows
         inputs = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
 
         def run(state, phase):
@@ -96,9 +87,7 @@ def scan(
         state, y = jax.lax.scan(step, state, phases(segments, minibatch))
         return state, jnp.sum(y, axis=0)
 
-    leaves = jax.tree.map(cut, (inputs, Segments.of(segment_ids, batch, length)))
-    state, y = jax.lax.scan(chunk, state, leaves)
-    return jnp.moveaxis(y, 0, 1).reshape(batch, chunks * size, *y.shape[3:])[:, :length], state
+    return chunks.scan(chunk, state, (tuple(inputs), segments), min(minibatch, segments.ids.shape[1]))
 
 
 def phases(segments: Segments, minibatch: int) -> Phase:
@@ -117,8 +106,3 @@ def phases(segments: Segments, minibatch: int) -> Phase:
         Phase(begun, begun & (run == run[:, -1:]), run, place, none, jnp.any(begun, axis=1)),
     )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-
-
-def along(mask: Array, like: Array) -> Array:
-    """A mask of the first axes of `like`, to be broadcast with it."""
-    return mask.reshape(*mask.shape, *(1,) * (like.ndim - mask.ndim))

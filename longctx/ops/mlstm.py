@@ -34,16 +34,37 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from longctx.ops.gated_linear import BEFORE, by_spans, einsum, elapsed, join, split, start_clock
-from longctx.typing import Segments, checked
+from longctx.ops.chunks import by_spans, cut_heads, join_heads
+from longctx.ops.clock import BEFORE, elapsed, start_clock
+from longctx.ops.family import Options, Recurrence, by_token
+from longctx.ops.products import einsum
+from longctx.typing import Segments
 
 # Of log forget gates. A decay must come out as 0 after it is multiplied by exp(m), so that this is far below
 # gated_linear's; sums of 64 are still exact.
 FLOOR = -4096.0
 # Of m in exp(-m), below which |n . q| is rounding. The square of exp(-40), in the gradient, is not yet 0 in float32.
 CEILING = 40.0
+
+
+class Inputs(NamedTuple):
+    """y has the dtype of v.
+
+    Attributes:
+      q: what is read from the memory; neither scaled nor normalised here.
+      k: where v is written.
+      v: what is written.
+      log_input: log of the input gate, of either sign; -inf writes nothing.
+      log_forget: log of the forget gate, at most 0; -inf forgets everything.
+    """
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T H V"]
+    log_input: Float[Array, "B T H"]
+    log_forget: Float[Array, "B T H"]
 
 
 @jax.tree_util.register_dataclass
@@ -64,98 +85,50 @@ class Transition(NamedTuple):
     state: State
 
 
-@checked
-def recurrent(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    log_input: Float[Array, "B T H"],
-    log_forget: Float[Array, "B T H"],
-    state: State | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-) -> tuple[Float[Array, "B T H V"], State]:
-    """The definition, token by token.
+def empty(inputs: Inputs, parameters: None, options: Options) -> State:
+    """The memory before any token."""
+    batch, _, heads, width = inputs.k.shape
+    matrix = jnp.zeros((batch, heads, width, inputs.v.shape[3]))
+    return State(matrix, matrix[..., 0], matrix[..., 0, 0])
 
-    Args:
-      q: what is read from the memory; neither scaled nor normalised here.
-      k: where v is written.
-      v: what is written.
-      log_input: log of the input gate, of either sign; -inf writes nothing.
-      log_forget: log of the forget gate, at most 0; -inf forgets everything.
-      state: before the span, None for zeros.
-      segment_ids: documents of a packed row. A document's start forgets everything before it; padding leaves the
-        state unchanged and gives 0.
 
-    Returns:
-      y in the dtype of v, and the state after the span, float32.
-    """
-    segments = Segments.of(segment_ids, *k.shape[:2])
+def recurrent(inputs: Inputs, parameters: None, state: State, segments: Segments, options: Options):
+    """The definition, token by token."""
 
-    def step(state, token):
-        q, k, v, log_input, log_forget, start, valid = token
-        carried = jnp.where(start, -jnp.inf, log_forget + state.log_scale)
+    def step(state, q, k, v, log_input, log_forget):
+        carried = log_forget + state.log_scale
         scale = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(carried, log_input), 0))
         forget, write = jnp.exp(carried - scale)[..., None], jnp.exp(log_input - scale)[..., None]
         matrix = forget[..., None] * state.matrix + (write * k)[..., None] * v[..., None, :]
         normaliser = forget * state.normaliser + write * k
         total = jnp.abs(jnp.sum(normaliser * q, axis=-1))
         total = jnp.maximum(total, jnp.exp(-jnp.minimum(scale, CEILING)))
-        y = jnp.sum(matrix * q[..., None], axis=-2) / total[..., None]
-        after = State(matrix, normaliser, scale)
+        return jnp.sum(matrix * q[..., None], axis=-2) / total[..., None], State(matrix, normaliser, scale)
 
-        def select(new, old):
-            return jnp.where(valid.reshape(valid.shape[:1] + (1,) * (new.ndim - 1)), new, old)
-
-        return jax.tree.map(select, after, state), select(y, 0)
-
-    tokens = tuple(leaf.astype(jnp.float32) for leaf in (q, k, v, log_input, log_forget))
-    tokens += (segments.starts[..., None], segments.valid)
-    state = _zeros(k, v) if state is None else _float32(state)
-    state, y = jax.lax.scan(step, state, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
-    return jnp.moveaxis(y, 0, 1).astype(v.dtype), state
+    return by_token(step, state, inputs, segments, inputs.v.dtype)
 
 
-@checked
-def chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    log_input: Float[Array, "B T H"],
-    log_forget: Float[Array, "B T H"],
-    state: State | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    chunk: int = 64,
-) -> tuple[Float[Array, "B T H V"], State]:
-    """The same as `recurrent`, chunk by chunk in matrix products; `chunk` is C."""
-    state = _zeros(k, v) if state is None else _float32(state)
+def chunked(inputs: Inputs, parameters: None, state: State, segments: Segments, options: Options):
+    """The same, chunk by chunk in matrix products."""
     # The normaliser is one more column of the memory, which is written with ones.
     columns = jnp.concatenate([state.matrix, state.normaliser[..., None]], axis=-1)
     carry = (columns, state.log_scale[..., None, None])
-    y, (columns, scale) = by_spans(_span, carry, (q, k, v, log_input, log_forget), segment_ids, chunk)
+    y, (columns, scale) = by_spans(_span, carry, inputs, segments, options.chunk)
     return y, State(columns[..., :-1], columns[..., -1], scale[..., 0, 0])
 
 
-@checked
-def transition(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    log_input: Float[Array, "B T H"],
-    log_forget: Float[Array, "B T H"],
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    chunk: int = 64,
-) -> Transition:
-    """What the span does to any state. `q` is not read: it is there so that all functions take the same inputs."""
-    _, state = chunked(None, k, v, log_input, log_forget, None, segment_ids, chunk)
-    segments = Segments.of(segment_ids, *k.shape[:2])
-    log_forget = jnp.maximum(log_forget.astype(jnp.float32), FLOOR)
+def transition(inputs: Inputs, parameters: None, segments: Segments, options: Options) -> Transition:
+    """What the span does to any state."""
+    nothing = empty(inputs, parameters, options)
+    _, state = chunked(inputs._replace(q=None), parameters, nothing, segments, options)
+    log_forget = jnp.maximum(inputs.log_forget.astype(jnp.float32), FLOOR)
     log_decay = jnp.sum(jnp.where(segments.valid[..., None], log_forget, 0), axis=1)
     keep = 1 - jnp.any(segments.starts, axis=1, keepdims=True).astype(jnp.float32)
     return Transition(keep, log_decay, state)
 
 
 def compose(first: Transition, then: Transition) -> Transition:
-    """`then` after `first`; associative. Zeros as `first` stand for the zero state."""
+    """`then` after `first`."""
     return Transition(then.keep * first.keep, then.log_decay + first.log_decay, apply(then, first.state))
 
 
@@ -171,10 +144,10 @@ def apply(transition: Transition, state: State) -> State:
 
 def _span(carry, q, k, v, log_input, log_forget, segments, chunk):
     """A few chunks: the columns and scale after them, and y."""
-    k = k if segments is None else jnp.where(segments.valid[..., None, None], k, 0)
-    log_input = log_input if segments is None else jnp.where(segments.valid[..., None], log_input, 0)
+    k = jnp.where(segments.valid[..., None, None], k, 0)
+    log_input = jnp.where(segments.valid[..., None], log_input, 0)
     values = jnp.concatenate([v.astype(jnp.float32), jnp.ones(v[..., :1].shape)], axis=-1)
-    keys, values, gates = split(k, chunk), split(values, chunk), split(log_input[..., None], chunk)
+    keys, values, gates = cut_heads(k, chunk), cut_heads(values, chunk), cut_heads(log_input[..., None], chunk)
     clock = start_clock(log_forget, segments, chunk, FLOOR)
     writes = elapsed(clock.last, clock) + gates
     made_scale = _scale(writes, axis=-2)
@@ -192,27 +165,20 @@ def _span(carry, q, k, v, log_input, log_forget, segments, chunk):
     carry, (before, before_scale) = jax.lax.scan(step, carry, chunks)
     if q is None:
         return carry, None
-    queries = split(q, chunk)
+    queries = cut_heads(q, chunk)
     row = type(clock)(*(jnp.swapaxes(leaf, -1, -2) for leaf in clock))
     weights = jnp.where(jnp.tri(chunk, dtype=bool), elapsed(clock, row) + jnp.swapaxes(gates, -1, -2), -jnp.inf)
     carried = elapsed(clock, BEFORE) + before_scale
     scale = jax.lax.stop_gradient(jnp.maximum(_scale(weights, axis=-1), carried))
-    seen = einsum("nbhck,nbhdk->nbhcd", queries, keys) * jnp.exp(weights - scale)
-    y = einsum("nbhcd,nbhdv->nbhcv", seen, values)
+    products = einsum("nbhck,nbhdk->nbhcd", queries, keys) * jnp.exp(weights - scale)
+    y = einsum("nbhcd,nbhdv->nbhcv", products, values)
     y += einsum("nbhck,nbhkv->nbhcv", queries * jnp.exp(carried - scale), before)
     y = y[..., :-1] / jnp.maximum(jnp.abs(y[..., -1:]), jnp.exp(-jnp.minimum(scale, CEILING)))
-    return carry, join(y, v, segments)
+    return carry, join_heads(y, v, segments)
 
 
 def _scale(logs, axis):
     return jax.lax.stop_gradient(jnp.maximum(jnp.max(logs, axis=axis, keepdims=True), 0))
 
 
-def _float32(state):
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state)
-
-
-def _zeros(k, v):
-    batch, _, heads, width = k.shape
-    matrix = jnp.zeros((batch, heads, width, v.shape[3]))
-    return State(matrix, matrix[..., 0], matrix[..., 0, 0])
+MLSTM = Recurrence("mlstm", Inputs, empty, recurrent, chunked, transition, compose, apply)

@@ -41,11 +41,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from longctx.ops.attention import attention_partial
+from longctx.ops.chunks import cut_heads
 from longctx.ops.family import Keyed, Result
-from longctx.ops.gated_delta import unit_inverse
-from longctx.ops.gated_linear import einsum, split
 from longctx.ops.partial import Partial, merge, of_logits, over_blocks, softmax
 from longctx.ops.patterns import Causal
+from longctx.ops.products import einsum, unit_inverse
 from longctx.ops.row import Row
 from longctx.typing import Segments
 
@@ -155,7 +155,7 @@ def attend(queries: Queries, keys: Keys, segments: Segments, held: Segments, opt
     def blocks(x):
         x = jnp.pad(x, ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x.ndim - 2))
         if x.ndim == 4:
-            return split(x, chunk)
+            return cut_heads(x, chunk)
         return jnp.moveaxis(x.reshape(batch, -1, chunk), 1, 0)
 
     ids = blocks(segments.ids)

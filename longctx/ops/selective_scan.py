@@ -22,13 +22,36 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from longctx.ops.gated_linear import einsum
-from longctx.ops.linear_scan import cut, join
-from longctx.typing import Segments, checked
+from longctx.ops.chunks import cut_beside, join_beside
+from longctx.ops.family import Options, Recurrence, by_token
+from longctx.ops.products import einsum
+from longctx.typing import Segments
 
 NUMBERS = 2**16  # in the states of chunks side by side; the backward pass of a span holds C times as many
+
+
+class Inputs(NamedTuple):
+    """y has the dtype of x.
+
+    Attributes:
+      x: inputs.
+      delta: steps, at least 0; a step of 0 leaves the state as it is.
+      b: where inputs are written.
+      c: what is read from the state.
+    """
+
+    x: Float[Array, "B T D"]
+    delta: Float[Array, "B T D"]
+    b: Float[Array, "B T N"]
+    c: Float[Array, "B T N"]
+
+
+class Parameters(NamedTuple):
+    """Rates of the continuous system, at most 0."""
+
+    a: Float[Array, "D N"]
 
 
 class Transition(NamedTuple):
@@ -44,96 +67,51 @@ class Transition(NamedTuple):
         return self
 
 
-@checked
+def empty(inputs: Inputs, parameters: Parameters, options: Options) -> Float[Array, "B D N"]:
+    """h before any token."""
+    return jnp.zeros((inputs.x.shape[0], *parameters.a.shape))
+
+
 def recurrent(
-    x: Float[Array, "B T D"],
-    delta: Float[Array, "B T D"],
-    b: Float[Array, "B T N"],
-    c: Float[Array, "B T N"],
-    a: Float[Array, "D N"],
-    state: Float[Array, "B D N"] | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
-    """The definition, token by token.
+    inputs: Inputs, parameters: Parameters, state: Float[Array, "B D N"], segments: Segments, options: Options
+):
+    """The definition, token by token."""
 
-    Args:
-      x: inputs.
-      delta: steps, at least 0; a step of 0 leaves the state as it is.
-      b: where inputs are written.
-      c: what is read from the state.
-      a: rates of the continuous system, at most 0.
-      state: before the span, None for zeros.
-      segment_ids: documents of a packed row. A document's start forgets everything before it; padding leaves the
-        state unchanged and gives 0.
+    def step(h, x, delta, b, c):
+        h = jnp.exp(delta[..., None] * parameters.a) * h + (delta * x)[..., None] * b[:, None]
+        return jnp.sum(h * c[:, None], axis=-1), h
 
-    Returns:
-      y in the dtype of x, and the state after the span, float32.
-    """
-    segments = Segments.of(segment_ids, *x.shape[:2])
-
-    def step(h, token):
-        x, delta, b, c, start, valid = token
-        decay = jnp.where(start, 0, jnp.exp(delta[..., None] * a))
-        after = decay * h + (delta * x)[..., None] * b[:, None]
-        h = jnp.where(valid, after, h)
-        return h, jnp.where(valid[..., 0], jnp.sum(h * c[:, None], axis=-1), 0)
-
-    tokens = tuple(leaf.astype(jnp.float32) for leaf in (x, delta, b, c))
-    tokens += (segments.starts[..., None, None], segments.valid[..., None, None])
-    h = jnp.zeros((x.shape[0], *a.shape)) if state is None else state.astype(jnp.float32)
-    h, y = jax.lax.scan(step, h, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
-    return jnp.moveaxis(y, 0, 1).astype(x.dtype), h
+    return by_token(step, state, inputs, segments, inputs.x.dtype)
 
 
-@checked
-def chunked(
-    x: Float[Array, "B T D"],
-    delta: Float[Array, "B T D"],
-    b: Float[Array, "B T N"],
-    c: Float[Array, "B T N"],
-    a: Float[Array, "D N"],
-    state: Float[Array, "B D N"] | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    chunk: int = 64,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
-    """The same as `recurrent`, chunks side by side; `chunk` is their length C."""
-    h = jnp.zeros((x.shape[0], *a.shape)) if state is None else state.astype(jnp.float32)
-    leaves = _cut(x, delta, b, c, a, segment_ids, chunk)
+def chunked(inputs: Inputs, parameters: Parameters, state: Float[Array, "B D N"], segments: Segments, options: Options):
+    """The same, chunks side by side."""
+    (a,) = parameters
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def span(h, leaves):
-        h, before = jax.lax.scan(lambda h, chunk: (apply(chunk, h), h), h, _ends(*leaves, a))
-        return h, _states(before, *leaves, a)[1]
+    def span(h, rows):
+        h, before = jax.lax.scan(lambda h, chunk: (apply(chunk, h), h), h, _ends(*rows, a))
+        return h, _states(before, *rows, a)[1]
 
-    h, y = jax.lax.scan(span, h, leaves)
-    y = join(y, x.shape[1])
-    if segment_ids is not None:
-        y = jnp.where(Segments.of(segment_ids, *x.shape[:2]).valid[..., None], y, 0)
-    return y.astype(x.dtype), h
+    state, y = jax.lax.scan(span, state, _spans(inputs, a, segments, options))
+    y = join_beside(y, inputs.x.shape[1])
+    return jnp.where(segments.valid[..., None], y, 0).astype(inputs.x.dtype), state
 
 
-@checked
-def transition(
-    x: Float[Array, "B T D"],
-    delta: Float[Array, "B T D"],
-    b: Float[Array, "B T N"],
-    c: Float[Array, "B T N"],
-    a: Float[Array, "D N"],
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    chunk: int = 64,
-) -> Transition:
-    """What the span does to any state. `c` is not read: it is there so that all functions take the same inputs."""
-    nothing = Transition(*(jnp.full((x.shape[0], *a.shape), fill, jnp.float32) for fill in (1, 0)))
+def transition(inputs: Inputs, parameters: Parameters, segments: Segments, options: Options) -> Transition:
+    """What the span does to any state."""
+    (a,), zeros = parameters, empty(inputs, parameters, options)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def span(before, leaves):
-        return jax.lax.scan(lambda before, chunk: (compose(before, chunk), None), before, _ends(*leaves, a))
+    def span(before, rows):
+        return jax.lax.scan(lambda before, chunk: (compose(before, chunk), None), before, _ends(*rows, a))
 
-    return jax.lax.scan(span, nothing, _cut(x, delta, b, None, a, segment_ids, chunk))[0]
+    nothing = Transition(jnp.ones_like(zeros), zeros)
+    return jax.lax.scan(span, nothing, _spans(inputs._replace(c=None), a, segments, options))[0]
 
 
 def compose(first: Transition, then: Transition) -> Transition:
-    """`then` after `first`; associative. Zeros as `first` stand for the zero state."""
+    """`then` after `first`."""
     return Transition(then.decay * first.decay, apply(then, first.state))
 
 
@@ -142,13 +120,11 @@ def apply(transition: Transition, state: Float[Array, "B D N"]) -> Float[Array, 
     return transition.decay * state + transition.state
 
 
-def _cut(x, delta, b, c, a, segment_ids, chunk):
+def _spans(inputs: Inputs, a, segments: Segments, options: Options):
     """The tokens in float32, cut into spans; padding has a step of 0."""
-    segments = Segments.of(segment_ids, *x.shape[:2])
-    x, delta, b = (leaf.astype(jnp.float32) for leaf in (x, delta, b))
+    x, delta, b, c = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tuple(inputs))
     delta = jnp.where(segments.valid[..., None], delta, 0)
-    c = None if c is None else c.astype(jnp.float32)
-    return cut((x, delta, b, c, segments.starts), chunk, NUMBERS // (x.shape[0] * a.size))
+    return cut_beside((x, delta, b, c, segments.starts), options.chunk, NUMBERS // (x.shape[0] * a.size))
 
 
 def _ends(x, delta, b, c, starts, a):
@@ -173,3 +149,8 @@ def _states(h, x, delta, b, c, starts, a):
         return h, None if c is None else einsum("nbds,nbs->nbd", h, c)
 
     return jax.lax.scan(step, h, (x, delta, b, c, starts))
+
+
+SELECTIVE_SCAN = Recurrence(
+    "selective_scan", Inputs, empty, recurrent, chunked, transition, compose, apply, parameters=Parameters
+)

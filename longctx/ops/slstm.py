@@ -1,4 +1,4 @@
-"""sLSTM of xLSTM: a recurrence whose gates see the last output, with exponential input gates and a normaliser.
+"""sLSTM of xLSTM: a recurrence whose gates read the last output, with exponential input gates and a normaliser.
 
 Recurrence per head, for vectors of K channels; R holds a K x K matrix for each of the gates i, f, z, o:
 
@@ -24,15 +24,28 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from longctx.ops.gated_linear import einsum
-from longctx.ops.linear_scan import cut, join
-from longctx.typing import Segments, checked
-
-transition = None  # states do not compose: devices take turns
+from longctx.ops.chunks import cut_beside, join_beside
+from longctx.ops.family import Options, Recurrence, by_token
+from longctx.ops.products import einsum
+from longctx.typing import Segments
 
 LARGEST = 1e30  # of pre-activations, either sign: differences of infinities are no numbers
+
+
+class Inputs(NamedTuple):
+    """Pre-activations of the input gate, the forget gate, the cell input and the output gate, without what the last
+    output adds. y has their dtype.
+    """
+
+    wx: Float[Array, "B T 4 H K"]
+
+
+class Parameters(NamedTuple):
+    """Recurrent matrices of the four, in the same order."""
+
+    r: Float[Array, "4 H K K"]
 
 
 class State(NamedTuple):
@@ -44,62 +57,37 @@ class State(NamedTuple):
     m: Float[Array, "B H K"]
 
 
-@checked
-def recurrent(
-    wx: Float[Array, "B T 4 H K"],
-    r: Float[Array, "4 H K K"],
-    state: State | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-) -> tuple[Float[Array, "B T H K"], State]:
-    """The definition, token by token.
+def empty(inputs: Inputs, parameters: Parameters, options: Options) -> State:
+    """The state before any token."""
+    wx = inputs.wx
+    return State(*(jnp.zeros((wx.shape[0], *wx.shape[3:])),) * 4)
 
-    Args:
-      wx: pre-activations of the input gate, the forget gate, the cell input and the output gate, without what the
-        last output adds.
-      r: recurrent matrices of the four, in the same order.
-      state: before the span, None for the empty one.
-      segment_ids: documents of a packed row. A document's start forgets everything before it; padding leaves the
-        state unchanged and gives 0.
 
-    Returns:
-      y in the dtype of wx, and the state after the span, float32.
-    """
-    segments = Segments.of(segment_ids, *wx.shape[:2])
+def recurrent(inputs: Inputs, parameters: Parameters, state: State, segments: Segments, options: Options):
+    """The definition, token by token."""
+    r = parameters.r.astype(jnp.float32)
 
-    def step(state, token):
-        wx, start, valid = token
-        c, n, h, m = (jnp.where(start, 0, leaf) for leaf in state)
-        p = wx + jnp.einsum("bhk,ghkl->bghl", h, r.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    def step(state, wx):
+        c, n, h, m = state
+        p = wx + jnp.einsum("bhk,ghkl->bghl", h, r, precision=jax.lax.Precision.HIGHEST)
         p_i, p_f, p_z, p_o = jnp.moveaxis(jnp.clip(p, -LARGEST, LARGEST), 1, 0)
         log_f = jnp.where(n == 0, -jnp.inf, jax.nn.log_sigmoid(p_f) + m)
         m = jnp.maximum(log_f, p_i)
         i, f = jnp.exp(p_i - m), jnp.exp(log_f - m)
         c, n = f * c + i * jnp.tanh(p_z), f * n + i
-        after = State(c, n, jax.nn.sigmoid(p_o) * c / n, m)
-        state = jax.tree.map(lambda new, old: jnp.where(valid, new, old), after, state)
-        return state, jnp.where(valid, state.h, 0)
+        h = jax.nn.sigmoid(p_o) * c / n
+        return h, State(c, n, h, m)
 
-    tokens = (wx.astype(jnp.float32), segments.starts[..., None, None], segments.valid[..., None, None])
-    state = _float32(wx, state)
-    state, y = jax.lax.scan(step, state, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
-    return jnp.moveaxis(y, 0, 1).astype(wx.dtype), state
+    return by_token(step, state, inputs, segments, inputs.wx.dtype)
 
 
-@checked
-def chunked(
-    wx: Float[Array, "B T 4 H K"],
-    r: Float[Array, "4 H K K"],
-    state: State | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    chunk: int = 64,
-) -> tuple[Float[Array, "B T H K"], State]:
-    """The same as `recurrent`; `chunk` is the number of tokens whose gates the backward pass holds at once."""
-    segments = Segments.of(segment_ids, *wx.shape[:2])
-    leaves = cut((wx.astype(jnp.float32), segments.starts, segments.valid), chunk, 1)
-    spans = jax.tree.map(lambda leaf: leaf[:, :, 0], leaves)
-    r = r.astype(jnp.float32)
-    state, h = jax.lax.scan(lambda state, leaves: _light_span(state, *leaves, r), _float32(wx, state), spans)
-    y = join(h[:, :, None], wx.shape[1])
+def chunked(inputs: Inputs, parameters: Parameters, state: State, segments: Segments, options: Options):
+    """The same; a chunk is the number of tokens whose gates the backward pass holds at once."""
+    (wx,), r = inputs, parameters.r.astype(jnp.float32)
+    rows = cut_beside((wx.astype(jnp.float32), segments.starts, segments.valid), options.chunk, 1)
+    rows = jax.tree.map(lambda leaf: leaf[:, :, 0], rows)
+    state, h = jax.lax.scan(lambda state, rows: _light_span(state, *rows, r), state, rows)
+    y = join_beside(h[:, :, None], wx.shape[1])
     return jnp.where(segments.valid[..., None, None], y, 0).astype(wx.dtype), state
 
 
@@ -148,6 +136,4 @@ _light_span = jax.custom_vjp(_span)
 _light_span.defvjp(_forward, _backward)
 
 
-def _float32(wx, state):
-    zeros = jnp.zeros((wx.shape[0], *wx.shape[3:]))
-    return State(*(zeros,) * 4) if state is None else State(*(leaf.astype(jnp.float32) for leaf in state))
+SLSTM = Recurrence("slstm", Inputs, empty, recurrent, chunked, transition=None, parameters=Parameters)

@@ -24,20 +24,54 @@ Reference: Behrouz et al., "Titans: Learning to Memorize at Test Time", 2025 (ar
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from longctx.ops import minibatch as grid
-from longctx.ops.gated_linear import FLOOR, einsum
-from longctx.typing import Segments, checked
-
-transition = None  # states do not compose: devices take turns
+from longctx.ops.chunks import along
+from longctx.ops.clock import FLOOR
+from longctx.ops.family import Recurrence, by_token
+from longctx.ops.products import einsum
+from longctx.typing import Segments
 
 Weights = tuple[Float[Array, "... H I O"], ...]  # one per layer of the memory
+
+
+class Inputs(NamedTuple):
+    """y has the dtype of v.
+
+    Attributes:
+      q: what is looked up.
+      k, v: what is learned.
+      rate: theta, at least 0.
+      log_keep: log(1 - alpha), at most 0; -inf forgets all, the initial weights too.
+      log_momentum: log eta, at most 0; -inf is none.
+    """
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T H K"]
+    rate: Float[Array, "B T H"]
+    log_keep: Float[Array, "B T H"]
+    log_momentum: Float[Array, "B T H"]
+
+
+class Parameters(NamedTuple):
+    """The weights before a document."""
+
+    initial: Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """C, tokens a mini-batch: token p of a document is in its mini-batch p // C."""
+
+    minibatch: int
 
 
 class State(NamedTuple):
@@ -48,93 +82,53 @@ class State(NamedTuple):
     surprise: Weights
 
 
-@checked
-def recurrent(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H K"],
-    rate: Float[Array, "B T H"],
-    log_keep: Float[Array, "B T H"],
-    log_momentum: Float[Array, "B T H"],
-    initial: Weights,
-    state: State | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    *,
-    minibatch: int,
-) -> tuple[Float[Array, "B T H K"], State]:
-    """The definition, token by token.
+def empty(inputs: Inputs, parameters: Parameters, options: Options) -> State:
+    """The state before any token."""
+    return nothing(parameters.initial, inputs.k.shape[0])
 
-    Args:
-      q: what is looked up.
-      k, v: what is learned.
-      rate: theta, at least 0.
-      log_keep: log(1 - alpha), at most 0; -inf forgets all, the initial weights too.
-      log_momentum: log eta, at most 0; -inf is none.
-      initial: the weights before a document.
-      state: before the span, None for zeros.
-      segment_ids: documents of a packed row. A document's start forgets everything before it; padding leaves the
-        state unchanged and gives 0.
-      minibatch: C. Token p of a document is in its mini-batch p // C.
 
-    Returns:
-      y in the dtype of v, and the state after the span, float32.
-    """
-    segments = Segments.of(segment_ids, *k.shape[:2])
+def nothing(initial: Weights, batch: int) -> State:
+    """A memory that has learned nothing."""
+    zeros = jax.tree.map(lambda w: jnp.zeros((batch, *w.shape)), initial)
+    return State(zeros, zeros, zeros)
+
+
+def recurrent(inputs: Inputs, parameters: Parameters, state: State, segments: Segments, options: Options):
+    """The definition, token by token."""
+    (initial,) = parameters
 
     def memory(x, weights):
         for w in weights[:-1]:
             x = jax.nn.silu(jnp.sum(x[..., None] * w, axis=-2))
         return jnp.sum(x[..., None] * weights[-1], axis=-2)
 
-    def step(state, token):
-        q, k, v, rate, keep, momentum, start, valid, place = token
-        base, current, surprise = jax.tree.map(lambda x: jnp.where(grid.along(start, x), 0, x), state)
-        weights = jax.tree.map(jnp.add, initial, base)
+    def step(state, q, k, v, rate, log_keep, log_momentum, position):
+        rate, keep, momentum = (x[..., None, None] for x in (rate, jnp.exp(log_keep), jnp.exp(log_momentum)))
+        weights = jax.tree.map(jnp.add, initial, state.base)
         gradient = jax.grad(lambda w: jnp.sum(jnp.square(memory(k, w) - v)))(weights)
-        surprise = jax.tree.map(lambda s, g: momentum * s - rate * g, surprise, gradient)
-        current = jax.tree.map(lambda w, d, s: keep * (w + d) + s - w, initial, current, surprise)
+        surprise = jax.tree.map(lambda s, g: momentum * s - rate * g, state.surprise, gradient)
+        current = jax.tree.map(lambda w, d, s: keep * (w + d) + s - w, initial, state.current, surprise)
         y = memory(q, jax.tree.map(jnp.add, initial, current))
-        base = jax.tree.map(lambda c, b: jnp.where(grid.along(place == minibatch - 1, c), c, b), current, base)
-        after = State(base, current, surprise)
-        state = jax.tree.map(lambda new, old: jnp.where(grid.along(valid, new), new, old), after, state)
-        return state, jnp.where(valid[:, None, None], y, 0)
+        done = position % options.minibatch == options.minibatch - 1
+        base = jax.tree.map(lambda c, b: jnp.where(along(done, c), c, b), current, state.base)
+        return y, State(base, current, surprise)
 
-    rate, keep, momentum = (x.astype(jnp.float32)[..., None, None] for x in (rate, log_keep, log_momentum))
-    tokens = (*(leaf.astype(jnp.float32) for leaf in (q, k, v)), rate, jnp.exp(keep), jnp.exp(momentum))
-    tokens += (segments.starts, segments.valid, segments.positions % minibatch)
-    state = _zeros(k, initial) if state is None else state
-    state, y = jax.lax.scan(step, state, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
-    return jnp.moveaxis(y, 0, 1).astype(v.dtype), state
+    return by_token(step, state, (*inputs, segments.positions), segments, inputs.v.dtype)
 
 
-@checked
-def chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H K"],
-    rate: Float[Array, "B T H"],
-    log_keep: Float[Array, "B T H"],
-    log_momentum: Float[Array, "B T H"],
-    initial: Weights,
-    state: State | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    *,
-    minibatch: int,
-) -> tuple[Float[Array, "B T H K"], State]:
-    """The same as `recurrent`, mini-batch by mini-batch in matrix products."""
-    state = _zeros(k, initial) if state is None else state
-    inputs = q, k, v, rate, log_keep, log_momentum
-    y, state = grid.scan(functools.partial(learn, initial), state, inputs, segment_ids, minibatch)
-    return y.astype(v.dtype), state
+def chunked(inputs: Inputs, parameters: Parameters, state: State, segments: Segments, options: Options):
+    """The same, mini-batch by mini-batch in matrix products."""
+    y, state = grid.scan(functools.partial(learn, parameters.initial), state, inputs, segments, options.minibatch)
+    return y.astype(inputs.v.dtype), state
 
 
 def learn(initial: Weights, state: State, inputs: tuple, phase: grid.Phase):
     """What `minibatch.scan` does to the tokens of a phase: y, and the state after them.
 
     Args:
-      initial: as in `recurrent`.
+      initial: the weights before a document.
       state: before them.
-      inputs: q, k, v, rate, log_keep and log_momentum, float32.
+      inputs: those of the family, float32.
       phase: which tokens, and of which mini-batches.
     """
     q, k, v, rate, log_keep, log_momentum = inputs
@@ -174,7 +168,7 @@ def learn(initial: Weights, state: State, inputs: tuple, phase: grid.Phase):
         write = jnp.exp(carried_end) * before
         surprise.append(write - einsum("bshi,bsho->bhio", inner[layer], momentum_end * errors[layer]))
     current, surprise = tuple(current), tuple(surprise)
-    base = jax.tree.map(lambda c, b: jnp.where(grid.along(phase.complete, c), c, b), current, state.base)
+    base = jax.tree.map(lambda c, b: jnp.where(along(phase.complete, c), c, b), current, state.base)
     return z, State(base, current, surprise)
 
 
@@ -186,6 +180,6 @@ def _products(log, phase: grid.Phase):
     return jnp.where(pairs, jnp.exp(between), 0), einsum("bhts,bhs->bht", pairs.astype(jnp.float32), log)
 
 
-def _zeros(k, initial):
-    zeros = jax.tree.map(lambda w: jnp.zeros((k.shape[0], *w.shape)), initial)
-    return State(zeros, zeros, zeros)
+TITANS = Recurrence(
+    "titans", Inputs, empty, recurrent, chunked, transition=None, parameters=Parameters, options=Options
+)

@@ -31,19 +31,34 @@ Reference: Behrouz et al., "Titans: Learning to Memorize at Test Time", 2025 (ar
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from longctx.ops import minibatch as grid
 from longctx.ops import titans
-from longctx.ops.gated_linear import einsum
-from longctx.typing import Segments, checked
+from longctx.ops.chunks import along
+from longctx.ops.family import Recurrence, by_token
+from longctx.ops.products import einsum
+from longctx.typing import Segments
 
-transition = None  # states do not compose: devices take turns
+
+class Inputs(NamedTuple):
+    """o has the dtype of x.
+
+    Attributes:
+      x: the tokens, for which the memory is read.
+      q, k, v: the tokens' queries, keys and values in the attention.
+    """
+
+    x: Float[Array, "B T D"]
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T H K"]
 
 
 class Cell(NamedTuple):
@@ -65,6 +80,14 @@ class Cell(NamedTuple):
     gate_scale: Float[Array, " D"]  # of norm(M*_t(n))
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """C, tokens a segment, and the largest C theta / (1 - eta)."""
+
+    segment: int
+    rate: float
+
+
 class State(NamedTuple):
     """What a span leaves to the next, float32; all zeros before any token."""
 
@@ -73,35 +96,16 @@ class State(NamedTuple):
     values: Float[Array, "B C 2 H K"]
 
 
-@checked
-def recurrent(
-    x: Float[Array, "B T D"],
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H K"],
-    cell: Cell,
-    state: State | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    *,
-    segment: int,
-    rate: float,
-) -> tuple[Float[Array, "B T D"], State]:
-    """The definition, token by token.
+def empty(inputs: Inputs, cell: Cell, options: Options) -> State:
+    """The state before any token."""
+    batch, _, heads, width = inputs.k.shape
+    held = jnp.zeros((batch, options.segment, 2, heads, width))
+    return State(titans.nothing(cell.initial, batch), held, held)
 
-    Args:
-      x: the tokens, which the memory is asked for.
-      q, k, v: the tokens' queries, keys and values in the attention.
-      cell: parameters.
-      state: before the span, None for zeros.
-      segment_ids: documents of a packed row; their positions tell the segments. A document's start forgets everything
-        before it; padding leaves the state unchanged and gives 0.
-      segment: C, tokens a segment.
-      rate: the largest C theta / (1 - eta).
 
-    Returns:
-      o in the dtype of x, and the state after the span, float32.
-    """
-    segments = Segments.of(segment_ids, *k.shape[:2])
+def recurrent(inputs: Inputs, cell: Cell, state: State, segments: Segments, options: Options):
+    """The definition, token by token."""
+    segment, rate = options.segment, options.rate / options.segment
     dot = functools.partial(jnp.einsum, precision="highest")
 
     def norm(x):
@@ -136,18 +140,17 @@ def recurrent(
         weights = jax.nn.softmax(jnp.where(later[:, None], -jnp.inf, logits), axis=-1)
         return dot("bhs,bshk->bhk", weights, values)
 
-    def step(state, token):
-        x, q, k, v, place, start, valid = token
+    def step(state, x, q, k, v, position):
+        place = position % segment
 
         def where(flag, new, old):
             return jax.tree.map(lambda a, b: jnp.where(flag.reshape(-1, *(1,) * (b.ndim - 1)), a, b), new, old)
 
-        fresh = where(start, jax.tree.map(jnp.zeros_like, state), state)
-        base = jax.tree.map(jnp.add, cell.initial, fresh.memory.base)
+        base = jax.tree.map(jnp.add, cell.initial, state.memory.base)
         recalled = near(recall(x, base))
         here = (jnp.arange(segment) == place[:, None])[..., None, None, None]
-        told = (jnp.stack(pair, axis=1)[:, None] for pair in zip(recalled, (k, v), strict=True))
-        keys, values = (jnp.where(here, new, old) for new, old in zip(told, fresh[1:], strict=True))
+        new = (jnp.stack(pair, axis=1)[:, None] for pair in zip(recalled, (k, v), strict=True))
+        keys, values = (jnp.where(here, *pair) for pair in zip(new, state[1:], strict=True))
         y = dot("bhk,hkd->bd", attend(q, keys, values, place), cell.near_out)
 
         n = norm(y) * cell.near_scale
@@ -156,44 +159,29 @@ def recurrent(
         forget, momentum, pace = gates[..., None, None]
         gradient = jax.grad(lambda w: jnp.sum(jnp.square(memory(written, w) - wanted)))(base)
         surprise = jax.tree.map(
-            lambda s, g: momentum * s - rate / segment * (1 - momentum) * pace * g, fresh.memory.surprise, gradient
+            lambda s, g: momentum * s - rate * (1 - momentum) * pace * g,
+            state.memory.surprise,
+            gradient,
         )
         current = jax.tree.map(
-            lambda w, d, s: (1 - forget) * (w + d) + s - w, cell.initial, fresh.memory.current, surprise
+            lambda w, d, s: (1 - forget) * (w + d) + s - w, cell.initial, state.memory.current, surprise
         )
         recalled = recall(n, jax.tree.map(jnp.add, cell.initial, current))
         o = n * jax.nn.sigmoid(norm(recalled) * cell.gate_scale)
 
         ends = place == segment - 1
-        base = where(ends, current, fresh.memory.base)
+        base = where(ends, current, state.memory.base)
         keys, values = where(ends, jax.tree.map(jnp.zeros_like, (keys, values)), (keys, values))
-        after = State(titans.State(base, current, surprise), keys, values)
-        return where(valid, after, state), jnp.where(valid[:, None], o, 0)
+        return o, State(titans.State(base, current, surprise), keys, values)
 
-    tokens = (*(a.astype(jnp.float32) for a in (x, q, k, v)), segments.positions % segment)
-    tokens += (segments.starts, segments.valid)
-    state = _zeros(k, cell, segment) if state is None else state
-    state, o = jax.lax.scan(step, state, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
-    return jnp.moveaxis(o, 0, 1).astype(x.dtype), state
+    return by_token(step, state, (*inputs, segments.positions), segments, inputs.x.dtype)
 
 
-@checked
-def chunked(
-    x: Float[Array, "B T D"],
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H K"],
-    cell: Cell,
-    state: State | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-    *,
-    segment: int,
-    rate: float,
-) -> tuple[Float[Array, "B T D"], State]:
-    """The same as `recurrent`, segment by segment in matrix products."""
-    state = _zeros(k, cell, segment) if state is None else state
-    o, state = grid.scan(functools.partial(_phase, cell, rate), state, (x, q, k, v), segment_ids, segment)
-    return o.astype(x.dtype), state
+def chunked(inputs: Inputs, cell: Cell, state: State, segments: Segments, options: Options):
+    """The same, segment by segment in matrix products."""
+    phase = functools.partial(_phase, cell, options.rate)
+    o, state = grid.scan(phase, state, inputs, segments, options.segment)
+    return o.astype(inputs.x.dtype), state
 
 
 def _phase(cell: Cell, rate: float, state: State, inputs, phase: grid.Phase):
@@ -218,8 +206,8 @@ def _phase(cell: Cell, rate: float, state: State, inputs, phase: grid.Phase):
 
     def hold(new, old):
         held = einsum("bct,btphk->bcphk", place.astype(new.dtype), new)
-        held = jnp.where(grid.along(place.any(-1), old), held, old)
-        return jnp.where(grid.along(phase.complete, old), 0, held)
+        held = jnp.where(along(place.any(-1), old), held, old)
+        return jnp.where(along(phase.complete, old), 0, held)
 
     o = n * jax.nn.sigmoid(_norm(_give(cell, z)) * cell.gate_scale)
     return o, State(memory, hold(keys, state.keys), hold(values, state.values))
@@ -228,11 +216,12 @@ def _phase(cell: Cell, rate: float, state: State, inputs, phase: grid.Phase):
 def _attend(cell: Cell, state: State, q, keys, values, phase: grid.Phase):
     """What the tokens of a phase read of persistent tokens, of those the state holds, and of each other."""
     batch, length, held = *q.shape[:2], state.keys.shape[1]
-    begun = jnp.min(jnp.where(phase.active, phase.place, held), axis=1)  # places that the state holds of the segment
-    seen = jnp.broadcast_to((jnp.arange(held) < begun[:, None])[:, None], (batch, length, held))
+    begun = jnp.min(jnp.where(phase.active, phase.place, held), axis=1)  # tokens of the segment that the state holds
+    visible = jnp.broadcast_to((jnp.arange(held) < begun[:, None])[:, None], (batch, length, held))
     # Tokens of other phases see themselves: what they give is not read, but must be finite.
-    seen = jnp.concatenate([seen, phase.pairs | jnp.eye(length, dtype=bool)], axis=-1)
-    seen = jnp.pad(jnp.repeat(seen, 2, axis=-1), ((0, 0), (0, 0), (len(cell.persistent), 0)), constant_values=True)
+    visible = jnp.concatenate([visible, phase.pairs | jnp.eye(length, dtype=bool)], axis=-1)
+    before = (0, 0), (0, 0), (len(cell.persistent), 0)
+    visible = jnp.pad(jnp.repeat(visible, 2, axis=-1), before, constant_values=True)
 
     def join(weight, old, new):
         always = einsum("nd,dhk->nhk", cell.persistent, weight)
@@ -240,7 +229,7 @@ def _attend(cell: Cell, state: State, q, keys, values, phase: grid.Phase):
         return jnp.concatenate([always, *(a.reshape(batch, -1, *a.shape[3:]) for a in (old, new))], axis=1)
 
     logits = einsum("bthk,bshk->bhts", q, join(cell.near_key, state.keys, keys)) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf), axis=-1)
+    weights = jax.nn.softmax(jnp.where(visible[:, None], logits, -jnp.inf), axis=-1)
     return einsum("bhts,bshk->bthk", weights, join(cell.near_value, state.values, values))
 
 
@@ -261,8 +250,6 @@ def _give(cell: Cell, z):
     return einsum("bthk,hkd->btd", _norm(z) * cell.scale, cell.out)
 
 
-def _zeros(k, cell: Cell, segment: int) -> State:
-    batch, _, heads, width = k.shape
-    zeros = jax.tree.map(lambda w: jnp.zeros((batch, *w.shape)), cell.initial)
-    empty = jnp.zeros((batch, segment, 2, heads, width))
-    return State(titans.State(zeros, zeros, zeros), empty, empty)
+TITANS_CONTEXT = Recurrence(
+    "titans_context", Inputs, empty, recurrent, chunked, transition=None, parameters=Cell, options=Options
+)

@@ -5,7 +5,7 @@ s of a mini-batch whose first token found the weights (W, b), learning rate r_s,
 
     l_s(W, b) = |LN(k_s W + b) - (v_s - k_s)|^2 / 2,    g_s = its gradient with respect to k_s W + b,
 
-token t, the t-th of the mini-batch, reads weights that have seen the mini-batch up to itself:
+token t, the t-th of the mini-batch, reads weights that have learned the mini-batch up to itself:
 
     W_t = W - d_t sum_{s<=t} r_s k_s^T g_s,    b_t = b - d_t sum_{s<=t} r_s g_s,    y_t = q_t + LN(q_t W_t + b_t),
 
@@ -27,15 +27,45 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from longctx.ops import minibatch as grid
-from longctx.ops.gated_linear import einsum
-from longctx.typing import Segments, checked
-
-transition = None  # states do not compose: devices take turns
+from longctx.ops.chunks import along
+from longctx.ops.family import Recurrence, by_token
+from longctx.ops.products import einsum
+from longctx.typing import Segments
 
 _EPSILON = 1e-6
+
+
+class Inputs(NamedTuple):
+    """y has the dtype of v.
+
+    Attributes:
+      q: what is put to the model.
+      k, v: what it is trained to map, as k + LN(...) = v.
+      rate: r, at least 0.
+    """
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T H K"]
+    rate: Float[Array, "B T H"]
+
+
+class Parameters(NamedTuple):
+    """What is learned in training.
+
+    Attributes:
+      initial: W, and b as its last row.
+      scale, shift: gamma and beta of the norm.
+      discount: d, at least 0; its length is the mini-batch's, C.
+    """
+
+    initial: Float[Array, "H K+1 K"]
+    scale: Float[Array, "H K"]
+    shift: Float[Array, "H K"]
+    discount: Float[Array, " C"]
 
 
 class State(NamedTuple):
@@ -48,36 +78,16 @@ class State(NamedTuple):
     pending: Float[Array, "B H K+1 K"]
 
 
-@checked
-def recurrent(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H K"],
-    rate: Float[Array, "B T H"],
-    initial: Float[Array, "H K+1 K"],
-    scale: Float[Array, "H K"],
-    shift: Float[Array, "H K"],
-    discount: Float[Array, " C"],
-    state: State | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-) -> tuple[Float[Array, "B T H K"], State]:
-    """The definition, token by token.
+def empty(inputs: Inputs, parameters: Parameters, options) -> State:
+    """The state before any token."""
+    batch, _, heads, width = inputs.k.shape
+    zeros = jnp.zeros((batch, heads, width + 1, width))
+    return State(zeros, zeros)
 
-    Args:
-      q: what is put to the model.
-      k, v: what it is trained to map, as k + LN(...) = v.
-      rate: r, at least 0.
-      initial: W, and b as its last row.
-      scale, shift: gamma and beta of the norm.
-      discount: d, at least 0; its length is the mini-batch's, C.
-      state: before the span, None for zeros.
-      segment_ids: documents of a packed row. A document's start forgets everything before it; padding leaves the
-        state unchanged and gives 0.
 
-    Returns:
-      y in the dtype of v, and the state after the span, float32.
-    """
-    segments = Segments.of(segment_ids, *k.shape[:2])
+def recurrent(inputs: Inputs, parameters: Parameters, state: State, segments: Segments, options):
+    """The definition, token by token."""
+    initial, scale, shift, discount = parameters
     size = discount.shape[0]
 
     def norm(z):
@@ -87,41 +97,23 @@ def recurrent(
     def product(x, w):
         return jnp.sum(x[..., None] * w[..., :-1, :], axis=-2) + w[..., -1, :]
 
-    def step(state, token):
-        q, k, v, rate, start, valid, place = token
-        weights, pending = (jnp.where(start[:, None, None, None], 0, part) for part in state)
+    def step(state, q, k, v, rate, position):
+        weights, pending = state
         z = product(k, initial + weights)
         gradient = jax.grad(lambda z: 0.5 * jnp.sum(jnp.square(norm(z) - (v - k))))(z)
         ones = jnp.ones_like(k[..., :1])
         pending += (rate[..., None] * jnp.concatenate([k, ones], axis=-1))[..., None] * gradient[..., None, :]
-        now = weights - discount[place][:, None, None, None] * pending
+        now = weights - discount[position % size][:, None, None, None] * pending
         y = q + norm(product(q, initial + now))
-        done = (place == size - 1)[:, None, None, None]
-        after = State(jnp.where(done, now, weights), jnp.where(done, 0, pending))
-        state = jax.tree.map(lambda new, old: jnp.where(valid[:, None, None, None], new, old), after, state)
-        return state, jnp.where(valid[:, None, None], y, 0)
+        done = (position % size == size - 1)[:, None, None, None]
+        return y, State(jnp.where(done, now, weights), jnp.where(done, 0, pending))
 
-    tokens = (*(leaf.astype(jnp.float32) for leaf in (q, k, v, rate)), segments.starts, segments.valid)
-    tokens += (segments.positions % size,)
-    state = _zeros(k) if state is None else state
-    state, y = jax.lax.scan(step, state, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens))
-    return jnp.moveaxis(y, 0, 1).astype(v.dtype), state
+    return by_token(step, state, (*inputs, segments.positions), segments, inputs.v.dtype)
 
 
-@checked
-def chunked(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H K"],
-    rate: Float[Array, "B T H"],
-    initial: Float[Array, "H K+1 K"],
-    scale: Float[Array, "H K"],
-    shift: Float[Array, "H K"],
-    discount: Float[Array, " C"],
-    state: State | None = None,
-    segment_ids: Int[Array, "B T"] | Segments | None = None,
-) -> tuple[Float[Array, "B T H K"], State]:
-    """The same as `recurrent`, mini-batch by mini-batch in matrix products."""
+def chunked(inputs: Inputs, parameters: Parameters, state: State, segments: Segments, options):
+    """The same, mini-batch by mini-batch in matrix products."""
+    initial, scale, shift, discount = parameters
 
     def block(state, inputs, phase: grid.Phase):
         q, k, v, rate = inputs
@@ -131,18 +123,17 @@ def chunked(
         h = scale * (scale * x + shift - (v - k[..., :-1]))
         h -= jnp.mean(h, axis=-1, keepdims=True) + x * jnp.mean(h * x, axis=-1, keepdims=True)
         steps = rate[..., None] * h / deviation
-        seen = einsum("bthk,bshk->bhts", q, k) * phase.pairs[:, None]
-        moved = einsum("bhts,bshv->bthv", seen, steps) + einsum("bthk,bhkv->bthv", q, state.pending)
+        products = einsum("bthk,bshk->bhts", q, k) * phase.pairs[:, None]
+        moved = einsum("bhts,bshv->bthv", products, steps) + einsum("bthk,bhkv->bthv", q, state.pending)
         z = einsum("bthk,bhkv->bthv", q, weights) - discount[phase.place][..., None, None] * moved
         y = q[..., :-1] + scale * _standardise(z)[0] + shift
         pending = state.pending + einsum("bthk,bthv->bhkv", k * phase.counted[..., None, None], steps)
-        done = grid.along(phase.complete, pending)
+        done = along(phase.complete, pending)
         updated = state.weights - discount[-1] * pending
         return y, State(jnp.where(done, updated, state.weights), jnp.where(done, 0, pending))
 
-    state = _zeros(k) if state is None else state
-    y, state = grid.scan(block, state, (q, k, v, rate), segment_ids, discount.shape[0])
-    return y.astype(v.dtype), state
+    y, state = grid.scan(block, state, inputs, segments, discount.shape[0])
+    return y.astype(inputs.v.dtype), state
 
 
 def _standardise(z):
@@ -152,7 +143,4 @@ def _standardise(z):
     return z / deviation, deviation
 
 
-def _zeros(k):
-    batch, _, heads, width = k.shape
-    zeros = jnp.zeros((batch, heads, width + 1, width))
-    return State(zeros, zeros)
+TTT_LINEAR = Recurrence("ttt_linear", Inputs, empty, recurrent, chunked, transition=None, parameters=Parameters)

@@ -1,4 +1,4 @@
-"""The exclusive prefix scan of a monoid over a mesh axis, and the states that it hands to each device.
+"""The exclusive prefix scan of a monoid over a mesh axis, and the states that enter each device.
 
 Device p holds the transition t_p of its span. What stands before it acts as
 
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from longctx.ops.family import Linear, Recurrence
-from longctx.parallel import pipeline
+from longctx.parallel import relay
 
 Transition = TypeVar("Transition")
 
@@ -46,11 +46,11 @@ def entering(family: Recurrence, transition: Any, state: Any, axis_name: str) ->
         before = family.apply(exclusive(family.compose, transition, axis_name), state)
         return on_first(state, before, axis_name)
 
-    count = pipeline.blocks(transition, jax.lax.axis_size(axis_name)) if transition.column_wise else 0
+    count = relay.blocks(transition, jax.lax.axis_size(axis_name)) if transition.column_wise else 0
 
     def coming(transition, state, device, reverse=False):
         if count:
-            return pipeline.handed_on(family.apply, transition, state, axis_name, device, count, reverse)
+            return relay.pass_on(family.apply, transition, state, axis_name, device, count, reverse)
         return exclusive(family.compose, transition, axis_name, device, reverse).state
 
     # The device's number is an argument: asked for in here, the compiler of jax 0.10.2 refuses it where equal blocks

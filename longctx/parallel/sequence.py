@@ -32,7 +32,6 @@ What a device must know of those before it, and the bytes it sends for that:
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -41,40 +40,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from longctx.ops import causal_conv, resolution
+from longctx.ops import resolution
 from longctx.ops.family import Attending, Keyed, Recurrence, Result
-from longctx.parallel import family as families
 from longctx.parallel import halo, mesh, prefix, tree
 from longctx.parallel.shards import Shards
 from longctx.typing import Segments
 
 _WHOLE, _SHARD = PartitionSpec(), PartitionSpec(None, "context")
-
-
-def recurrence(op: types.ModuleType, *inputs, parameters: tuple = (), state=None, segments: Segments | None, **static):
-    """A family of recurrences on a span.
-
-    Where the family's `transition` is None, its states do not compose, and the devices take turns: each waits for the
-    state that the one before it leaves, so that the span takes as long as on one device. Where its `gathers` says that
-    a shard's tokens are less to send than a transition, every device gathers them and runs those before its own. Where
-    it has `deferred`, the tokens are gone through once, before the state is there, and not for the transition first.
-
-    Args:
-      op: the family's module, such as `longctx.ops.gated_delta`.
-      inputs: its inputs, each `[B, T, ...]`; None stays None.
-      parameters: further inputs without batch or time, which come after `inputs`.
-      state: before the span; None is the empty state.
-      segments: the documents of the span; None is one document, which continues that of the state.
-      static: options of `op.chunked`; all but `chunk` are part of the model, and `op.recurrent` has them too.
-
-    Returns:
-      `(y, state)`: the outputs `[B, T, ...]` and the state after the span.
-
-    Raises:
-      ValueError: T is not a multiple of the devices along `context`, or the module is no family.
-    """
-    families.check(op)
-    return _scan(op, inputs, parameters, state, segments, static)
 
 
 def run(
@@ -131,29 +103,6 @@ def run(
 
     island = _island(shard, (_SHARD, _WHOLE, _WHOLE, _SHARD), (_SHARD, _WHOLE))
     return island(call.inputs, _float32(call.parameters), _float32(call.state), call.segments)
-
-
-def convolution(
-    x: Float[Array, "B T D"],
-    kernel: Float[Array, "W D"],
-    state: Float[Array, "B W-1 D"] | None,
-    segments: Segments | None,
-):
-    """The causal convolution on a span.
-
-    Args:
-      x: inputs.
-      kernel: taps; the last multiplies the token itself.
-      state: the last W-1 inputs before the span; None is none.
-      segments: as in `recurrence`.
-
-    Returns:
-      `(y[B, T, D], state)`.
-
-    Raises:
-      ValueError: T is not a multiple of the devices along `context`.
-    """
-    return _scan(causal_conv, (x,), (kernel,), state, segments, {})
 
 
 def attend(
@@ -285,49 +234,6 @@ def _float32(tree):
         return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
     return jax.tree.map(promote, tree)
-
-
-def _scan(op, inputs, parameters, state, segments: Segments | None, static):
-    """The op on the span, or on each shard from the state that the shards before it leave."""
-    batch, length = inputs[0].shape[:2]
-    if length == 1:
-        model = {name: value for name, value in static.items() if name != "chunk"}
-        return op.recurrent(*inputs, *parameters, state=state, segment_ids=segments, **model)
-    if not _splits(length):
-        return op.chunked(*inputs, *parameters, state=state, segment_ids=segments, **static)
-    if state is None:
-        empty = jax.eval_shape(lambda *args: op.chunked(*args, **static)[1], *inputs, *parameters)
-        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
-
-    def shard(inputs, parameters, state, segments):
-        def run(state):
-            return op.chunked(*inputs, *parameters, state=state, segment_ids=segments, **static)
-
-        device, last = jax.lax.axis_index("context"), jax.lax.axis_size("context") - 1
-        if hasattr(op, "gathers") and op.gathers(*inputs, *parameters):
-            y, after = run(_from_all_before(op, inputs, parameters, state, segments, static))
-        elif hasattr(op, "deferred"):
-            transition, outputs = op.deferred(*inputs, *parameters, segment_ids=segments, **static)
-            entering = prefix.entering(op, transition, state, "context")
-            y, after = outputs(entering), op.apply(transition, entering)
-        elif op.transition is not None:
-            transition = op.transition(*inputs, *parameters, segment_ids=segments, **static)
-            y, after = run(prefix.entering(op, transition, state, "context"))
-        else:
-            y, after = run(_in_turn(lambda state: run(state)[1], state, "context"))
-        return y, jax.lax.psum(jax.tree.map(lambda x: jnp.where(device == last, x, 0), after), "context")
-
-    island = _island(shard, (_SHARD, _WHOLE, _WHOLE, _SHARD), (_SHARD, _WHOLE))
-    return island(inputs, _float32(parameters), _float32(state), Segments.of(segments, batch, length))
-
-
-def _from_all_before(op, inputs, parameters, state, segments: Segments, static):
-    """The state that enters a device's shard, by running all tokens before it, gathered, on every device."""
-    length = segments.ids.shape[1]
-    inputs, whole = jax.tree.map(lambda x: jax.lax.all_gather(x, "context", axis=1, tiled=True), (inputs, segments))
-    before = jnp.arange(whole.ids.shape[1]) < jax.lax.axis_index("context") * length
-    past = Segments(jnp.where(before, whole.ids, 0), whole.positions, whole.starts & before)
-    return op.chunked(*inputs, *parameters, state=state, segment_ids=past, **static)[1]
 
 
 def _all_before(segments: Segments, inputs: tuple) -> tuple[Segments, tuple]:

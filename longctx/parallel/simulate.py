@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import types
 from typing import Any
 
 import jax
@@ -23,34 +22,38 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from longctx.ops import attention as ops
+from longctx.ops.family import Recurrence
 from longctx.ops.partial import merge
 from longctx.ops.patterns import Pattern
 from longctx.typing import Segments
 
 
-def recurrence(op: types.ModuleType, *inputs, shards: int, state: Any, segments: Segments, **static):
+def recurrence(
+    family: Recurrence, inputs: tuple, parameters: tuple = (), state: Any = None, *, shards: int, segments: Segments
+):
     """A family of recurrences whose states compose, shard by shard.
 
     Args:
-      op: the family's module, such as `longctx.ops.gated_delta`.
-      inputs: its inputs, each `[B, T, ...]`.
+      family: such as `longctx.ops.gated_delta.GATED_DELTA`.
+      inputs: its inputs, `[B, T, ...]`.
+      parameters: its parameters.
+      state: before the span; None is the empty state.
       shards: P; divides T.
-      state: before the span, float32.
       segments: the documents of the span.
-      static: options of `op.chunked`.
 
     Returns:
       `(y, state, entering)`: the outputs `[B, T, ...]`, the state after the span, and the states that enter the shards,
       with a leading axis P.
     """
     cut = [_shard((inputs, segments), p, shards) for p in range(shards)]
-    transitions = [op.transition(*part, segment_ids=own, **static) for part, own in cut]
-    entering = [state]
+    calls = [family.prepare(part, parameters, state, own) for part, own in cut]
+    transitions = [family.transition(*call.span) for call in calls]
+    entering = [calls[0].state]
     for p in range(1, shards):
-        entering.append(op.apply(functools.reduce(op.compose, transitions[:p]), state))
-    outputs, after = [], state
-    for (part, own), before in zip(cut, entering, strict=True):
-        y, after = op.chunked(*part, state=before, segment_ids=own, **static)
+        entering.append(family.apply(functools.reduce(family.compose, transitions[:p]), entering[0]))
+    outputs = []
+    for call, before in zip(calls, entering, strict=True):
+        y, after = family.chunked(*call._replace(state=before))
         outputs.append(y)
     return jnp.concatenate(outputs, axis=1), after, jax.tree.map(lambda *x: jnp.stack(x), *entering)
 

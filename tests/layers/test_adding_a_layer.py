@@ -25,6 +25,6 @@ def test_the_layer_of_the_page(tmp_path, monkeypatch):
     try:
         test_pack.test_pack("min_gru")
         test_steps.test_step("min_gru")
-        test_form.test_form("min_gru", test_form.AWKWARD, monkeypatch)
+        test_form.test_form("min_gru", test_form.AWKWARD)
     finally:
         del MIXERS["min_gru"]

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops import block_recurrent
+from longctx.ops import BLOCK_RECURRENT
+from longctx.ops.block_recurrent import Cell
 
 B, T, H, K, R, D = 2, 40, 2, 4, 3, 5
 
-FORMS = {"recurrent": block_recurrent.recurrent, "chunked": block_recurrent.chunked}
+FORMS = {form: functools.partial(BLOCK_RECURRENT, form=form) for form in ("recurrent", "chunked")}
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -22,7 +23,7 @@ def example(scale=1.0, gate=0.0, lstm=False):
     cell = [rng.normal(size=shape) for shape in shapes]
     sharpness, out = 1 + rng.random((2, H)), rng.normal(size=(2, H, K, D))
     gates = rng.normal(size=(2, 2, H, K, D)) if lstm else None
-    return q, scale * k, v, block_recurrent.Cell(*cell, sharpness, out, np.full((1 + lstm, D), gate), gates)
+    return q, scale * k, v, Cell(*cell, sharpness, out, np.full((1 + lstm, D), gate), gates)
 
 
 def unit(x):
@@ -71,7 +72,7 @@ def formula(q, k, v, cell, block):
 def run(form, inputs, block, dtype=jnp.float32):
     *tokens, cell = inputs
     tokens, cell = [jnp.asarray(x, dtype) for x in tokens], jax.tree.map(jnp.float32, cell)
-    return jax.jit(functools.partial(FORMS[form], block=block))(*tokens, cell)
+    return jax.jit(functools.partial(FORMS[form], block=block))(*tokens, parameters=cell)
 
 
 @every_form

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops import GATED_DELTA, causal_conv, gated_linear, linear_scan, selective_scan, slstm
+from longctx.ops import CAUSAL_CONV, GATED_DELTA, GATED_LINEAR, LINEAR_SCAN, SELECTIVE_SCAN, SLSTM
 
 B, H, K, V, N, W = 2, 2, 8, 4, 6, 4
 
@@ -75,24 +75,16 @@ def exact_slstm(wx, r):
     return y, (c / n, h)
 
 
-class gated_delta:  # the family's forms, called as the functions of the modules
-    def recurrent(*inputs):
-        return GATED_DELTA(*inputs, form="recurrent")
-
-    def chunked(*inputs, chunk):
-        return GATED_DELTA(*inputs, form="chunked", chunk=chunk)
-
-
 FAMILIES = {
-    "causal_conv": (causal_conv, exact_conv),
-    "linear_scan": (linear_scan, exact_linear_scan),
-    "linear_scan_complex": (linear_scan, exact_linear_scan),
-    "selective_scan": (selective_scan, exact_selective_scan),
-    "gated_linear": (gated_linear, exact_gated_linear),
-    "gated_linear_channel": (gated_linear, exact_gated_linear),
-    "gated_delta": (gated_delta, exact_gated_delta),
-    "gated_delta_channel": (gated_delta, exact_gated_delta),
-    "slstm": (slstm, exact_slstm),
+    "causal_conv": (CAUSAL_CONV, exact_conv),
+    "linear_scan": (LINEAR_SCAN, exact_linear_scan),
+    "linear_scan_complex": (LINEAR_SCAN, exact_linear_scan),
+    "selective_scan": (SELECTIVE_SCAN, exact_selective_scan),
+    "gated_linear": (GATED_LINEAR, exact_gated_linear),
+    "gated_linear_channel": (GATED_LINEAR, exact_gated_linear),
+    "gated_delta": (GATED_DELTA, exact_gated_delta),
+    "gated_delta_channel": (GATED_DELTA, exact_gated_delta),
+    "slstm": (SLSTM, exact_slstm),
 }
 
 
@@ -149,17 +141,20 @@ def test_extremes(family, length, dtype):
     with np.errstate(all="ignore"):
         wanted = exact(*(np.asarray(x).astype(wide) for x in inputs))
 
+    # The last input has no tokens where the family has parameters.
+    tokens = len(inputs) - (op.parameters is not None)
+
     def run(form, inputs):
-        y, state = form(*inputs)
+        y, state = op(*inputs[:tokens], parameters=inputs[tokens:], form=form, **options)
         return jnp.sum(jnp.abs(y.astype(jnp.result_type(y, jnp.float32)) + 0.1) ** 2), (y, state)
 
-    options = {} if op is causal_conv else {"chunk": 32}
-    for form in (op.recurrent, lambda *inputs: op.chunked(*inputs, **options)):
+    options = {} if op is CAUSAL_CONV else {"chunk": 32}
+    for form in ("recurrent", "chunked"):
         gradients, (y, state) = jax.jit(jax.grad(lambda inputs, form=form: run(form, inputs), has_aux=True))(inputs)
         assert y.dtype == dtype
         for leaf in jax.tree.leaves((gradients, state)):
             assert np.isfinite(np.asarray(leaf.astype(jnp.result_type(leaf, jnp.float32)))).all()
-        state = (state.c / state.n, state.h) if op is slstm else state
+        state = (state.c / state.n, state.h) if op is SLSTM else state
         rounding = 2**-8 if dtype == "bfloat16" else 0
         distant(y, wanted[0], rounding)
         jax.tree.map(lambda have, want: distant(have, want, 0), state, wanted[1])

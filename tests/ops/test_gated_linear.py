@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops import gated_linear
+from longctx.ops import GATED_LINEAR
 
 
 @pytest.mark.parametrize("channels", [(), (4,)])
@@ -19,5 +19,5 @@ def test_small_decays_after_large(channels):
     gates = jnp.broadcast_to(jnp.asarray(log_decay, jnp.float32).reshape(1, 64, 1, *(1 for _ in channels)), shape)
     k = jnp.zeros((1, 64, 1, 4)).at[:, 32].set(1.0)
     q, v = jnp.ones((1, 64, 1, 4)), jnp.ones((1, 64, 1, 1))
-    y, _ = jax.jit(gated_linear.chunked)(q, k, v, gates)
+    y, _ = jax.jit(GATED_LINEAR)(q, k, v, gates)
     np.testing.assert_allclose(y[0, 32:, 0, 0], 4 * np.exp(-0.01 * np.arange(32)), rtol=1e-5)

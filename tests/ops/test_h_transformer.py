@@ -9,14 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops import h_transformer
+from longctx.ops import H_TRANSFORMER
 from longctx.typing import Segments
 
 B, H, G, K, V = 2, 4, 2, 4, 3
 # Documents that begin anywhere and are long enough for every level; padding before, between and after.
 ROWS, T = ([100, 50], [-3, 20, 1, 2, -5, 110, -9]), 150
 
-FORMS = {"recurrent": h_transformer.recurrent, "chunked": h_transformer.chunked}
+
+def run_form(form, q, k, v, bias, **options):
+    return H_TRANSFORMER(q, k, v, parameters=(bias,), form=form, **options)
+
+
+FORMS = {form: functools.partial(run_form, form) for form in ("recurrent", "chunked")}
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -80,12 +85,12 @@ def last_sums(k, v, block, levels):
 def test_formula(form, block, levels):
     """Outputs and state within 1e-5 of the largest entry, on packed rows, with grouped heads; padding gives 0.
 
-    Documents are shorter and longer than what the levels reach. Seen to fail: `_seen` with an end that is half a block
-    later; a state that keeps its slots when a document starts.
+    Documents are shorter and longer than what the levels reach. Seen to fail: `_visible` with an end that is half a
+    block later; a state that keeps its slots when a document starts.
     """
     inputs, segments = example(levels), packed()
     run = jax.jit(functools.partial(FORMS[form], block=block))
-    y, state = run(*map(jnp.float32, inputs), None, segments)
+    y, state = run(*map(jnp.float32, inputs), segments=segments)
     wanted, sums = np.zeros((B, T, H, V)), []
     for row, ids in enumerate(np.asarray(segments.ids)):
         for number in np.unique(ids[ids > 0]):
@@ -128,7 +133,7 @@ def test_spans():
     segments = Segments(segments.ids, positions, segments.starts & ~continued)
     inputs = [jnp.asarray(x, jnp.float32) for x in example(5)]
     before = example(5, 45)
-    _, state = h_transformer.recurrent(*map(jnp.float32, before), block=4)
+    _, state = FORMS["recurrent"](*map(jnp.float32, before), block=4)
 
     def run(form, cuts):
         def loss(state, *inputs):
@@ -136,7 +141,7 @@ def test_spans():
             outputs = []
             for start, stop in itertools.pairwise(cuts):
                 span = jax.tree.map(lambda x: x[:, start:stop], (*tokens, segments))  # noqa: B023
-                y, state = FORMS[form](*span[:3], bias, state, span[3], block=4)
+                y, state = FORMS[form](*span[:3], bias, state=state, segments=span[3], block=4)
                 outputs.append(y)
             out = jnp.concatenate(outputs, axis=1), state
             return sum(jnp.vdot(x, jnp.sin(jnp.arange(x.size)).reshape(x.shape)) for x in out), out
@@ -162,17 +167,18 @@ def test_transition():
 
     def transition(start, stop):
         *tokens, documents = part(start, stop)
-        return h_transformer.transition(*tokens, bias, documents, block=4)
+        call = H_TRANSFORMER.prepare(tokens, (bias,), segments=documents, options=H_TRANSFORMER.options(4))
+        return H_TRANSFORMER.transition(*call.span)
 
     @jax.jit
     def run():
         state = jnp.zeros((B, 5, 8, G, 1 + K + V))
         spans = [transition(*cut) for cut in itertools.pairwise((0, 1, 26, 48, 60, 100, T))]
-        left = functools.reduce(h_transformer.compose, spans)
-        right = functools.reduce(lambda then, first: h_transformer.compose(first, then), reversed(spans))
+        left = functools.reduce(H_TRANSFORMER.compose, spans)
+        right = functools.reduce(lambda then, first: H_TRANSFORMER.compose(first, then), reversed(spans))
         *tokens, documents = part(0, T)
-        after = [h_transformer.chunked(*tokens, bias, state, documents, block=4)[1]]
-        after += [h_transformer.apply(whole, state) for whole in (left, right, transition(0, T))]
+        after = [FORMS["chunked"](*tokens, bias, state=state, segments=documents, block=4)[1]]
+        after += [H_TRANSFORMER.apply(whole, state) for whole in (left, right, transition(0, T))]
         return after, (left, right, transition(0, T))
 
     after, whole = run()
@@ -204,7 +210,7 @@ def test_work(length):
     """
     block, levels = 4, 8
     q, k, v, bias = (jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in example(levels, length))
-    run = functools.partial(h_transformer.chunked, block=block)
+    run = functools.partial(FORMS["chunked"], block=block)
     slots = levels * 2 * block
     expected = B * length * (H * (slots + block) * (K + V) + G * slots * (K + V + 1))
     assert products(jax.make_jaxpr(run)(q, k, v, bias).jaxpr) == expected
@@ -233,7 +239,7 @@ def test_extremes(form, scale):
 def test_bfloat16():
     """Only inputs and outputs are rounded: within 2^-8."""
     inputs = [jnp.asarray(x, jnp.bfloat16) for x in example(4, 40)]
-    y, state = jax.jit(functools.partial(h_transformer.chunked, block=2))(*inputs)
+    y, state = jax.jit(functools.partial(FORMS["chunked"], block=2))(*inputs)
     assert (y.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
     q, k, v, bias = (np.asarray(x, np.float64) for x in inputs)
     wanted = np.stack([formula(q[row], k[row], v[row], bias, 2) for row in range(B)])
@@ -247,8 +253,8 @@ def test_refusals(form):
     run = FORMS[form]
     with pytest.raises(ValueError, match="block is 3; give an even number"):
         run(q, k, v, bias, block=3)
-    with pytest.raises(ValueError, match="pass segment_ids as `Segments`"):
-        run(q, k, v, bias, jnp.zeros((B, 4, 8, G, K + V + 1)), block=4)
+    with pytest.raises(ValueError, match="with a state, pass `Segments`"):
+        run(q, k, v, bias, state=jnp.zeros((B, 4, 8, G, K + V + 1)), block=4)
     with pytest.raises(ValueError, match="3 heads and k has 2"):
         run(q[:, :, :3], k, v, bias[:3], block=4)
     with pytest.raises(ValueError, match="32 levels"):

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops import infini, infini_delta
+from longctx.ops import INFINI, INFINI_DELTA
+from longctx.ops.infini import State
 from longctx.typing import Segments
 
 B, H, K, V = 2, 2, 8, 4
 
-FORMS = {"recurrent": infini.recurrent, "chunked": infini.chunked}
+FORMS = {form: functools.partial(INFINI, form=form) for form in ("recurrent", "chunked")}
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -72,7 +73,7 @@ def packed(length):
 def test_formula(form, segment):
     """Within 1e-5 on packed rows. Seen to fail: a segment not added to the memory when it ends."""
     segments, inputs = packed(200), example(200)
-    y, _ = jax.jit(functools.partial(FORMS[form], segment=segment))(*map(jnp.float32, inputs), None, segments)
+    y, _ = jax.jit(functools.partial(FORMS[form], segment=segment))(*map(jnp.float32, inputs), segments=segments)
     expected = formula(*inputs, segment, np.asarray(segments.ids), np.asarray(segments.positions))
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
     assert (np.abs(expected).max() > 0) == (segment < 134)
@@ -102,14 +103,14 @@ def test_extreme_keys(form, kind):
 
 def test_one_segment_reads_nothing():
     """Exactly 0 in a document's first segment, whatever its start forgot."""
-    state = infini.State(*(jnp.ones((B, H, K, V + 1)),) * 2)
+    state = State(*(jnp.ones((B, H, K, V + 1)),) * 2)
     segments = Segments.single(B, 20)
     for form in FORMS.values():
-        y, _ = form(*map(jnp.float32, example(20)), state, segments, segment=20)
+        y, _ = form(*map(jnp.float32, example(20)), state=state, segments=segments, segment=20)
         assert not np.any(y)
 
 
-DELTA = {"recurrent": infini_delta.recurrent, "chunked": infini_delta.chunked}
+DELTA = {form: functools.partial(INFINI_DELTA, form=form) for form in ("recurrent", "chunked")}
 
 
 @pytest.mark.parametrize("form", DELTA)
@@ -120,7 +121,7 @@ def test_delta_formula(form, segment):
     Seen to fail: a segment's keys read with what the segment itself has written.
     """
     segments, inputs = packed(200), example(200)
-    y, _ = jax.jit(functools.partial(DELTA[form], segment=segment))(*map(jnp.float32, inputs), None, segments)
+    y, _ = jax.jit(functools.partial(DELTA[form], segment=segment))(*map(jnp.float32, inputs), segments=segments)
     expected = delta_formula(*inputs, segment, np.asarray(segments.ids), np.asarray(segments.positions))
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1))
     assert (np.abs(expected).max() > 0) == (segment < 134)
@@ -149,7 +150,7 @@ def test_delta_extreme_keys(form, level):
 def test_bfloat16():
     """The sums are float32: only inputs and output are rounded."""
     inputs = [jnp.asarray(x, jnp.bfloat16) for x in example(70)]
-    y, state = jax.jit(functools.partial(infini.chunked, segment=7))(*inputs)
+    y, state = jax.jit(functools.partial(INFINI, segment=7))(*inputs)
     assert (y.dtype, state.memory.dtype) == (jnp.bfloat16, jnp.float32)
     positions = np.arange(70)[None].repeat(B, 0)
     expected = formula(*(np.asarray(x, np.float64) for x in inputs), 7, np.ones_like(positions), positions)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops import GATED_DELTA, gated_linear, log_linear
+from longctx.ops import GATED_DELTA, GATED_LINEAR, LOG_LINEAR
 from longctx.typing import Segments
 
 B, H, K, V = 2, 2, 4, 3
@@ -56,9 +56,8 @@ def test_pairs(length, levels, delta):
     positions = np.concatenate([np.arange(part) for part in lengths])
     ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
     segments = Segments.from_ids(*(jnp.asarray(np.broadcast_to(leaf, (B, length))) for leaf in (ids, positions)))
-    y, state = jax.jit(functools.partial(log_linear.chunked, chunk=32))(
-        *jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), inputs), segment_ids=segments
-    )
+    run = jax.jit(functools.partial(LOG_LINEAR, form="chunked", chunk=32))
+    y, state = run(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), inputs), segments=segments)
     assert np.isfinite(np.asarray(state)).all()
     for row in range(B):
         wanted = by_pairs(*(None if leaf is None else leaf[row] for leaf in inputs), positions)
@@ -69,11 +68,11 @@ def test_pairs(length, levels, delta):
 def test_equal_weights_are_the_underlying_attention(delta):
     """With all weights 1 the buckets' sum is the one state, to 1e-5. Seen to fail: a bucket beyond the last."""
     q, k, v, beta, log_decay, weight = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), example(70, 5, delta))
-    y, buckets = log_linear.chunked(q, k, v, beta, log_decay, jnp.ones_like(weight), chunk=32)
+    y, buckets = LOG_LINEAR(q, k, v, beta, log_decay, jnp.ones_like(weight), chunk=32)
     if delta:
         wanted = GATED_DELTA(q, k, v, beta, log_decay, form="recurrent")
     else:
-        wanted = gated_linear.recurrent(q, k, v, log_decay)
+        wanted = GATED_LINEAR(q, k, v, log_decay, form="recurrent")
     for have, want in zip((y, jnp.sum(buckets, axis=1)), wanted, strict=True):
         np.testing.assert_allclose(have, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
@@ -81,6 +80,5 @@ def test_equal_weights_are_the_underlying_attention(delta):
 def test_a_state_needs_positions():
     """Seen to fail: positions counted from the span's start, without a word."""
     inputs = jax.tree.map(jnp.asarray, example(4, 3, True))
-    for form in (log_linear.recurrent, log_linear.chunked):
-        with pytest.raises(ValueError, match="positions"):
-            form(*inputs, state=jnp.zeros((B, 3, H, K, V)))
+    with pytest.raises(ValueError, match="positions"):
+        LOG_LINEAR(*inputs, state=jnp.zeros((B, 3, H, K, V)))

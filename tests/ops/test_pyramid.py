@@ -9,14 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops import pyramid
+from longctx.ops import PYRAMID, pyramid
 from longctx.typing import Segments
 
 B, H, G, K, V = 2, 4, 2, 4, 3
 # Documents that begin anywhere and are long enough for every level; padding before, between and after.
 ROWS, T = ([100, 50], [-3, 20, 1, 2, -5, 110, -9]), 150
 
-FORMS = {"recurrent": pyramid.recurrent, "chunked": pyramid.chunked}
+
+def run_form(form, q, k, v, pool, bias, **options):
+    return PYRAMID(q, k, v, parameters=(pool, bias), form=form, **options)
+
+
+FORMS = {form: functools.partial(run_form, form) for form in ("recurrent", "chunked")}
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -96,7 +101,7 @@ def test_formula(form, children, window, levels):
     """
     inputs, segments = example(levels), packed()
     run = jax.jit(functools.partial(FORMS[form], children=children, window=window))
-    y, state = run(*map(jnp.float32, inputs), None, segments)
+    y, state = run(*map(jnp.float32, inputs), segments=segments)
     wanted, sums = np.zeros((B, T, H, V)), []
     for row, ids in enumerate(np.asarray(segments.ids)):
         for number in np.unique(ids[ids > 0]):
@@ -137,7 +142,7 @@ def test_spans():
     segments = Segments(segments.ids, positions, segments.starts & ~continued)
     inputs = [jnp.asarray(x, jnp.float32) for x in example(4)]
     options = {"children": 3, "window": 4}
-    _, state = pyramid.recurrent(*map(jnp.float32, example(4, 45)), **options)
+    _, state = FORMS["recurrent"](*map(jnp.float32, example(4, 45)), **options)
 
     def run(form, cuts):
         def loss(state, *inputs):
@@ -145,7 +150,7 @@ def test_spans():
             outputs = []
             for start, stop in itertools.pairwise(cuts):
                 span = jax.tree.map(lambda x: x[:, start:stop], (*tokens, segments))  # noqa: B023
-                y, state = FORMS[form](*span[:3], pool, bias, state, span[3], **options)
+                y, state = FORMS[form](*span[:3], pool, bias, state=state, segments=span[3], **options)
                 outputs.append(y)
             out = jnp.concatenate(outputs, axis=1), state
             return sum(jnp.vdot(x, jnp.sin(jnp.arange(x.size)).reshape(x.shape)) for x in out), out
@@ -172,17 +177,18 @@ def test_transition():
 
     def transition(start, stop):
         *tokens, documents = part(start, stop)
-        return pyramid.transition(*tokens, *parameters, documents, **options)
+        call = PYRAMID.prepare(tokens, parameters, segments=documents, options=PYRAMID.options(**options))
+        return PYRAMID.transition(*call.span)
 
     @jax.jit
     def run():
         state = jnp.zeros((B, 4, pyramid.slots(**options), G, 1 + K + V))
         spans = [transition(*cut) for cut in itertools.pairwise((0, 1, 28, 48, 60, 100, T))]
-        left = functools.reduce(pyramid.compose, spans)
-        right = functools.reduce(lambda then, first: pyramid.compose(first, then), reversed(spans))
+        left = functools.reduce(PYRAMID.compose, spans)
+        right = functools.reduce(lambda then, first: PYRAMID.compose(first, then), reversed(spans))
         *tokens, documents = part(0, T)
-        after = [pyramid.chunked(*tokens, *parameters, state, documents, **options)[1]]
-        after += [pyramid.apply(whole, state) for whole in (left, right, transition(0, T))]
+        after = [FORMS["chunked"](*tokens, *parameters, state=state, segments=documents, **options)[1]]
+        after += [PYRAMID.apply(whole, state) for whole in (left, right, transition(0, T))]
         return after, (left, right, transition(0, T))
 
     after, whole = run()
@@ -214,7 +220,7 @@ def test_work(length):
     """
     children, window, levels = 4, 8, 5
     inputs = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in example(levels, length)]
-    run = functools.partial(pyramid.chunked, children=children, window=window)
+    run = functools.partial(FORMS["chunked"], children=children, window=window)
     slots = levels * 11
     expected = B * length * (H * (slots + window) * (K + V) + G * slots * (K + V + 1) + G * K)
     assert products(jax.make_jaxpr(run)(*inputs).jaxpr) == expected
@@ -243,7 +249,7 @@ def test_extremes(form, scale):
 def test_bfloat16():
     """Only inputs and outputs are rounded: within 2^-8."""
     inputs = [jnp.asarray(x, jnp.bfloat16) for x in example(3, 40)]
-    y, state = jax.jit(functools.partial(pyramid.chunked, children=2, window=3))(*inputs)
+    y, state = jax.jit(functools.partial(FORMS["chunked"], children=2, window=3))(*inputs)
     assert (y.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
     *tokens, pool, bias = (np.asarray(x, np.float64) for x in inputs)
     wanted = np.stack([formula(*row, pool, bias, 2, 3) for row in zip(*tokens, strict=True)])
@@ -257,8 +263,8 @@ def test_refusals(form):
     run = functools.partial(FORMS[form], window=4)
     with pytest.raises(ValueError, match="children is 1"):
         run(q, k, v, pool, bias, children=1)
-    with pytest.raises(ValueError, match="pass segment_ids as `Segments`"):
-        run(q, k, v, pool, bias, jnp.zeros((B, 4, 7, G, K + V + 1)), children=4)
+    with pytest.raises(ValueError, match="with a state, pass `Segments`"):
+        run(q, k, v, pool, bias, state=jnp.zeros((B, 4, 7, G, K + V + 1)), children=4)
     with pytest.raises(ValueError, match="3 heads and k has 2"):
         run(q[:, :, :3], k, v, pool, bias[:3], children=4)
     with pytest.raises(ValueError, match="17 levels"):

@@ -4,12 +4,14 @@ The numpy definitions take a document whole and share nothing with the ops, whic
 convolutions over a mini-batch's tokens, gradients written out, orthogonalisation on singular values.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops import inplace_ttt, lact, titans, ttt_linear
+from longctx.ops import INPLACE_TTT, LACT, TITANS, TTT_LINEAR, lact
 from longctx.typing import Segments
 
 H, K, M, C, T = 2, 8, 6, 5, 23
@@ -127,7 +129,7 @@ def example(family, length=T):
     if family == "ttt_linear":
         parameters = (rng.normal(size=(H, K + 1, K)), rng.normal(size=(H, K)), rng.normal(size=(H, K)), rng.random(C))
         shared = parameters[-1:]
-        return ttt_linear, (q, k, v, rate), parameters, lambda i, p: define_ttt_linear(*i, *p, *shared), {}
+        return TTT_LINEAR, (q, k, v, rate), parameters, lambda i, p: define_ttt_linear(*i, *p, *shared), {}
     if family.startswith("titans"):
         # Gates of exactly 0 and 1, and decays of exp(-80).
         gates = np.log(rng.random((2, length, H)))
@@ -136,13 +138,13 @@ def example(family, length=T):
         shapes = ((K, M), (M, K)) if family == "titans" else ((K, K),)
         parameters = (tuple(rng.normal(size=(H, *shape)) / 2 for shape in shapes),)
         define = lambda i, p: define_titans(*i, *p, C)  # noqa: E731
-        return titans, (q, k, v, rate, *gates), parameters, define, {"minibatch": C}
+        return TITANS, (q, k, v, rate, *gates), parameters, define, {"minibatch": C}
     orthogonal = family == "lact_orthogonal"
-    parameters = (lact.Weights(*(rng.normal(size=(H, *shape)) for shape in ((M, K), (K, M), (M, K)))),)
+    parameters = lact.Weights(*(rng.normal(size=(H, *shape)) for shape in ((M, K), (K, M), (M, K))))
     rates = rate[..., None] * rng.random((length, H, 3))
-    define = lambda i, p: define_lact(*i, *p, C, orthogonal)  # noqa: E731
+    define = lambda i, p: define_lact(*i, p, C, orthogonal)  # noqa: E731
     options = {"minibatch": C, "orthogonal": orthogonal}
-    return lact, (q, k, v, rates, rng.random((length, H))), parameters, define, options
+    return LACT, (q, k, v, rates, rng.random((length, H))), parameters, define, options
 
 
 def as_float32(tree):
@@ -162,11 +164,11 @@ def test_definition(family, length):
     heads = [define([x[:, h] for x in inputs], jax.tree.map(lambda p, h=h: p[h], own)) for h in range(H)]
     wanted = np.stack(heads, axis=1)
     batched = as_float32([x[None] for x in inputs])
-    for form in (op.recurrent, op.chunked):
+    for form in ("recurrent", "chunked"):
 
         @jax.jit
         def run(inputs, parameters, form=form):
-            y, pull = jax.vjp(lambda i, p: form(*i, *p, **options)[0], inputs, parameters)
+            y, pull = jax.vjp(lambda i, p: op(*i, parameters=p, form=form, **options)[0], inputs, parameters)
             return y, pull(jnp.ones_like(y))
 
         y, gradients = run(batched, as_float32(parameters))
@@ -179,8 +181,9 @@ def test_bfloat16(family):
     """States are float32, and only y is rounded: to 2^-8 of what float32 gives for the same inputs."""
     op, inputs, parameters, _, options = example(family)
     rounded = [jnp.asarray(x, jnp.bfloat16)[None] for x in inputs]
-    y, state = jax.jit(lambda *a: op.chunked(*a, **options))(*rounded, *as_float32(parameters))
-    exact, wanted = op.recurrent(*as_float32(rounded), *as_float32(parameters), **options)
+    options |= {"parameters": as_float32(parameters)}
+    y, state = jax.jit(lambda *a: op(*a, **options))(*rounded)
+    exact, wanted = op(*as_float32(rounded), form="recurrent", **options)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8, atol=1e-4 * np.abs(exact).max())
     for have, want in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
@@ -208,8 +211,9 @@ def test_inplace_definition(options, length):
     """
     z, x, taps, target = inplace_example(length)
     wanted = define_inplace(z, x, taps, target, **options)
-    for form in (inplace_ttt.recurrent, inplace_ttt.chunked):
-        y, _ = jax.jit(lambda *a, form=form: form(*a, **options))(*as_float32((z[None], x[None], taps, target)))
+    z, x, *parameters = as_float32((z[None], x[None], taps, target))
+    for form in ("recurrent", "chunked"):
+        y, _ = jax.jit(functools.partial(INPLACE_TTT, form=form, **options))(z, x, parameters=parameters)
         np.testing.assert_allclose(y[0], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
@@ -223,10 +227,16 @@ def test_inplace_transition():
     z, x = z[None], x[None]
     valid, positions = jnp.arange(T)[None] >= 2, jnp.arange(T)[None] + 1
     segments = Segments(valid.astype(jnp.int32), jnp.where(valid, positions, 0), jnp.zeros((1, T), bool))
-    transition = jax.jit(lambda z, x, s: inplace_ttt.transition(z, x, *parameters, s, **OPTIONS))
-    compose = jax.jit(inplace_ttt.compose)
-    _, state = inplace_ttt.recurrent(z[:, ::-1], x[:, ::-1], *parameters, **OPTIONS)
-    _, wanted = inplace_ttt.recurrent(z, x, *parameters, state, segments, **OPTIONS)
+    run = functools.partial(INPLACE_TTT, parameters=parameters, form="recurrent", **OPTIONS)
+
+    @jax.jit
+    def transition(z, x, segments):
+        call = INPLACE_TTT.prepare((z, x), parameters, segments=segments, options=INPLACE_TTT.options(**OPTIONS))
+        return INPLACE_TTT.transition(*call.span)
+
+    compose = jax.jit(INPLACE_TTT.compose)
+    _, state = run(z[:, ::-1], x[:, ::-1])
+    _, wanted = run(z, x, state=state, segments=segments)
 
     tokens = [transition(*jax.tree.map(lambda a, t=t: a[:, t : t + 1], (z, x, segments))) for t in range(T)]
     left, right = tokens[0], tokens[-1]
@@ -235,7 +245,7 @@ def test_inplace_transition():
     for token in tokens[-2::-1]:
         right = compose(token, right)
     for whole in (left, right, transition(z, x, segments)):
-        after = inplace_ttt.apply(whole, state)
+        after = INPLACE_TTT.apply(whole, state)
         for have, want in zip(after, wanted, strict=True):
             np.testing.assert_allclose(have, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
@@ -246,10 +256,10 @@ def test_inplace_waits_for_the_mini_batch():
     The document starts at the row's fourth token. Seen to fail: a target that looks ahead into the next mini-batch.
     """
     z, x, *parameters = as_float32(inplace_example())
-    ids = jnp.where(jnp.arange(T) < 3, 1, 2)[None]
+    segments = Segments.from_ids(jnp.where(jnp.arange(T) < 3, 1, 2)[None])
 
     def run(x):
-        return inplace_ttt.chunked(z[None], x[None], *parameters, segment_ids=ids, **OPTIONS)[0][0]
+        return INPLACE_TTT(z[None], x[None], parameters=parameters, segments=segments, **OPTIONS)[0][0]
 
     depends = np.abs(jax.jacobian(run)(x)).sum((1, 3)) > 0
     batch = (np.arange(T) - 3) // C  # -1 in the first document
@@ -260,5 +270,5 @@ def test_inplace_updates_are_clipped():
     """One update has the norm that it is clipped to; a key's norm is 1e3. Seen to fail: the clip left out."""
     z, x, *parameters = as_float32(inplace_example(C))
     for clip in (0.5, 1e-5):
-        _, state = inplace_ttt.chunked(z[None], x[None], *parameters, minibatch=C, clip=clip)
+        _, state = INPLACE_TTT(z[None], x[None], parameters=parameters, minibatch=C, clip=clip)
         np.testing.assert_allclose(jnp.linalg.norm(state.weights), clip, rtol=1e-5)

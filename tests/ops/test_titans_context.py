@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops import titans_context
+from longctx.ops import TITANS_CONTEXT
+from longctx.ops.titans_context import Cell
 
 B, T, H, K, M, N, D = 2, 23, 2, 4, 3, 2, 5
 RATE = 0.5
 
-FORMS = {"recurrent": titans_context.recurrent, "chunked": titans_context.chunked}
+FORMS = {form: functools.partial(TITANS_CONTEXT, form=form) for form in ("recurrent", "chunked")}
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -26,7 +27,7 @@ def example(scale=1.0, biases=(-2.0, 0.0, 0.0), depth=2, persistent=N, length=T)
     first, last = ([rng.normal(size=shape) / 2 for shape in group] for group in (shapes, rest))
     biases = np.broadcast_to(np.asarray(biases)[:, None], (3, H))
     x = rng.normal(size=(B, length, D))
-    return scale * x, scale * q, scale * k, v, titans_context.Cell(initial, *first, biases, *last)
+    return scale * x, scale * q, scale * k, v, Cell(initial, *first, biases, *last)
 
 
 def sigmoid(x):
@@ -100,7 +101,7 @@ def formula(x, q, k, v, cell, segment):
 def check(form, inputs, segment, tolerance, dtype=jnp.float32):
     *tokens, cell = inputs
     run = jax.jit(functools.partial(FORMS[form], segment=segment, rate=RATE))
-    o, state = run(*(jnp.asarray(a, dtype) for a in tokens), jax.tree.map(jnp.float32, cell))
+    o, state = run(*(jnp.asarray(a, dtype) for a in tokens), parameters=jax.tree.map(jnp.float32, cell))
     exact = [np.asarray(jnp.asarray(a, dtype), np.float64) for a in tokens]
     rows = [formula(*(a[b] for a in exact), cell, segment) for b in range(B)]
     wanted, learned = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)

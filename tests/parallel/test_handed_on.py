@@ -1,4 +1,4 @@
-"""States that enter each device, by the prefix scan and handed on in blocks, against the devices' spans run in turn."""
+"""States that enter each device, by the prefix scan and passed on in blocks, against the devices' spans run in turn."""
 
 import collections
 import math
@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from longctx import config
-from longctx.ops import gated_delta, gated_linear, levels, linear_scan, selective_scan
-from longctx.parallel import mesh, pipeline, prefix, sequence
+from longctx.ops import GATED_LINEAR, gated_delta, gated_linear, levels, linear_scan, selective_scan
+from longctx.parallel import mesh, prefix, relay, sequence
 from longctx.typing import Segments
 
 HEADS, KEYS, VALUES = 2, 3, 4
@@ -86,7 +86,7 @@ def test_states_and_gradients(op, blocks, devices, monkeypatch):
     Seen to fail: the matrix not transposed on the way back; the last device's cotangent left out of it; the cotangent
     of the state before the first device taken from all; a block taken one step late.
     """
-    monkeypatch.setattr(pipeline, "blocks", lambda transition, devices: blocks)
+    monkeypatch.setattr(relay, "blocks", lambda transition, devices: blocks)
     given, state = transitions(op, devices)
     expected = value_and_gradients(in_turn(op), given, state)
     with ambient(devices):
@@ -95,11 +95,11 @@ def test_states_and_gradients(op, blocks, devices, monkeypatch):
 
 
 def test_gradients_through_the_op(monkeypatch):
-    """A packed row over 4 devices by the pipeline, two rows over `data`: as on one device, 1e-4 and gradients 5e-4.
+    """A packed row over 4 devices by the relay, two rows over `data`: as on one device, 1e-4 and gradients 5e-4.
 
     Seen to fail: columns put together out of order.
     """
-    monkeypatch.setattr(pipeline, "STEP", 0)
+    monkeypatch.setattr(relay, "STEP", 0)
     keys = jax.random.split(jax.random.key(0), 5)
     q, k, v = (jax.random.normal(key, (2, 32, HEADS, width)) for key, width in zip(keys[:3], (3, 3, 4), strict=True))
     log_decay = jax.nn.log_sigmoid(jax.random.normal(keys[3], (2, 32, HEADS)))
@@ -107,13 +107,13 @@ def test_gradients_through_the_op(monkeypatch):
     segments = Segments.from_ids(np.repeat([[1, 2, 3, 0], [4, 4, 5, 5]], [3, 20, 5, 4], axis=1))
 
     def run(state, *inputs):
-        y, after = sequence.recurrence(gated_linear, *inputs, state=state, segments=segments, chunk=8)
+        y, after = sequence.run(GATED_LINEAR, inputs, state=state, segments=segments, options=GATED_LINEAR.options(8))
         return jnp.sum(jnp.sin(y)) + jnp.sum(after**2), (y, after)
 
     both = jax.value_and_grad(run, argnums=range(5), has_aux=True)
     expected = jax.jit(both)(state, q, k, v, log_decay)
     with jax.set_mesh(mesh.make(config.Mesh(data=2, context=4))):
-        assert pipeline.blocks(gated_linear.Transition(jnp.zeros((2, HEADS, 3)), state), 4) == 4
+        assert relay.blocks(gated_linear.Transition(jnp.zeros((2, HEADS, 3)), state), 4) == 4
         actual = jax.jit(lambda *a: both(*a))(state, q, k, v, log_decay)
     for tolerance, ours, theirs in zip((1e-4, 5e-4), actual, expected, strict=True):
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
@@ -126,7 +126,7 @@ def test_what_is_saved(op, blocks, monkeypatch):
 
     Seen to fail: the whole transition composed and then applied to the state; a transition without `transposed`.
     """
-    monkeypatch.setattr(pipeline, "blocks", lambda transition, devices: blocks)
+    monkeypatch.setattr(relay, "blocks", lambda transition, devices: blocks)
     given, state = transitions(op, 8)
 
     def saved(given, state):
@@ -144,12 +144,12 @@ def test_what_is_saved(op, blocks, monkeypatch):
 
 @pytest.mark.parametrize("blocks", [0, 2])
 def test_what_is_sent(blocks, monkeypatch):
-    """By 8 devices: a scan sends three states each way, and two matrices; the pipeline two blocks of one state, of
+    """By 8 devices: a scan sends three states each way, and two matrices; the relay two blocks of one state, of
     which every device but the last sends each once.
 
     Seen to fail: the whole transition composed and then applied to the state; all devices sending at every step.
     """
-    monkeypatch.setattr(pipeline, "blocks", lambda transition, devices: blocks)
+    monkeypatch.setattr(relay, "blocks", lambda transition, devices: blocks)
     given, state = transitions(gated_delta, 8)
 
     def step(given, state):
@@ -169,13 +169,13 @@ def test_what_is_sent(blocks, monkeypatch):
 def test_choice():
     """Counted by hand from the docstring's formula, with 128 columns.
 
-    Seen to fail: the matrix counted in the last hop of the scan; the pipeline chosen where it costs the same.
+    Seen to fail: the matrix counted in the last hop of the scan; the relay chosen where it costs the same.
     """
 
     def blocks(op, heads, devices):
         matrix = (1, heads, 128, 128) if op is gated_delta else (1, heads, 128)
         shapes = jax.eval_shape(lambda: op.Transition(jnp.zeros(matrix), jnp.zeros((1, heads, 128, 128))))
-        return pipeline.blocks(shapes, devices)
+        return relay.blocks(shapes, devices)
 
     # 1 MiB a state, 1 / 8 MiB a step. In eighths, on 4 devices: (2 + 4) (1 + 8 / 4) = 18 and 2 (1 + 8) + 8 = 26; on 64:
     # (62 + 16) (1 + 1 / 2) = 117 and 6 (1 + 8) + 5 * 8 = 94. Without a matrix on 4: 18 and 2 (1 + 8) = 18 and a little.

@@ -15,7 +15,7 @@ import pytest
 from attending import attend
 
 from longctx import config
-from longctx.ops import linear_scan
+from longctx.ops import LINEAR_SCAN
 from longctx.ops.patterns import Causal, Sinks, Window
 from longctx.parallel import attention as sharded
 from longctx.parallel import halo, mesh, prefix, ring, sequence, simulate
@@ -43,7 +43,7 @@ def log_decay(gate):
 
 
 def recurrence(x, gate, state):
-    return sequence.recurrence(linear_scan, x, log_decay(gate), state=state, segments=segments())[0]
+    return sequence.run(LINEAR_SCAN, (x, log_decay(gate)), state=state, segments=segments())[0]
 
 
 def entering():
@@ -51,8 +51,8 @@ def entering():
     x, gate, state = CASES["recurrence"][1]
 
     def shard(x, gate, state, segments):
-        transition = linear_scan.transition(x, log_decay(gate), segment_ids=segments)
-        return prefix.entering(linear_scan, transition, state, "context")[None]
+        transition = LINEAR_SCAN.transition(*LINEAR_SCAN.prepare((x, log_decay(gate)), segments=segments).span)
+        return prefix.entering(LINEAR_SCAN, transition, state, "context")[None]
 
     row, whole, out = jax.P(None, "context"), jax.P(), jax.P("context")
     island = jax.shard_map(
@@ -67,7 +67,7 @@ CASES = {
         recurrence,
         arrays((LENGTH, 3), (LENGTH, 3), (3,)),
         lambda x, gate, state: simulate.recurrence(
-            linear_scan, x, log_decay(gate), shards=SHARDS, state=state, segments=segments()
+            LINEAR_SCAN, (x, log_decay(gate)), state=state, shards=SHARDS, segments=segments()
         )[0],
     ),
     "halo": (
@@ -102,7 +102,7 @@ def on_one_device(case):
     if case == "recurrence":
         x, gate, state = CASES[case][1]
         found["states"] = simulate.recurrence(
-            linear_scan, x, log_decay(gate), shards=SHARDS, state=state, segments=segments()
+            LINEAR_SCAN, (x, log_decay(gate)), state=state, shards=SHARDS, segments=segments()
         )[2]
     return found
 
@@ -128,34 +128,33 @@ def local(segments):
 
 
 def positions_restart(patch):
-    patch(sharded, "attention", lambda *a, f=sharded.attention: f(*a[:3], local(a[3]), *a[4:]))
+    patch.setattr(sharded, "attention", lambda *a, f=sharded.attention: f(*a[:3], local(a[3]), *a[4:]))
+
+
+def of_segments(patch, name, change):
+    """A form of the family that is given other segments: the last argument but one."""
+    form = getattr(LINEAR_SCAN, name)
+    patch.setitem(vars(LINEAR_SCAN), name, lambda *a: form(*a[:-2], change(a[-2]), a[-1]))
 
 
 def start_lost(patch):
     for name in ("transition", "chunked"):
-        f = getattr(linear_scan, name)
-        patch(linear_scan, name, lambda *a, f=f, segment_ids=None, **k: f(*a, segment_ids=local(segment_ids), **k))
+        of_segments(patch, name, local)
 
 
 def earlier_document_leaks(patch):
-    def transition(*a, f=linear_scan.transition, segment_ids, **k):
-        return f(*a, segment_ids=dataclasses.replace(segment_ids, starts=jnp.zeros_like(segment_ids.starts)), **k)
-
-    patch(linear_scan, "transition", transition)
+    of_segments(patch, "transition", lambda x: dataclasses.replace(x, starts=jnp.zeros_like(x.starts)))
 
 
 def padding_counts(patch):
-    def transition(*a, f=linear_scan.transition, segment_ids, **k):
-        return f(*a, segment_ids=dataclasses.replace(segment_ids, ids=jnp.maximum(segment_ids.ids, 1)), **k)
-
-    patch(linear_scan, "transition", transition)
+    of_segments(patch, "transition", lambda x: dataclasses.replace(x, ids=jnp.maximum(x.ids, 1)))
 
 
 def halo_off_by_one(patch):
     def last(tree, n, axis_name, f=halo.last):
         return jax.tree.map(lambda x: x[:, :n], f(tree, n + 1, axis_name))
 
-    patch(halo, "last", last)
+    patch.setattr(halo, "last", last)
 
 
 def wrong_neighbour(patch):
@@ -163,15 +162,16 @@ def wrong_neighbour(patch):
         pairs = [(i + hop, i) for i in range(SHARDS - hop)]
         return jax.tree.map(lambda x: jax.lax.ppermute(x, axis_name, pairs), tree)
 
-    patch(prefix, "shift", shift)
+    patch.setattr(prefix, "shift", shift)
 
 
 def gradient_stopped(patch):
-    patch(prefix, "entering", lambda *a, f=prefix.entering: jax.lax.stop_gradient(f(*a)))
+    patch.setattr(prefix, "entering", lambda *a, f=prefix.entering: jax.lax.stop_gradient(f(*a)))
 
 
 def gradient_not_sent_back(patch):
-    patch(prefix, "shift", lambda tree, hop, axis_name, f=prefix.shift: tree if hop < 0 else f(tree, hop, axis_name))
+    shift = prefix.shift
+    patch.setattr(prefix, "shift", lambda tree, hop, axis_name: tree if hop < 0 else shift(tree, hop, axis_name))
 
 
 def gradient_away_from_home(patch):
@@ -179,7 +179,7 @@ def gradient_away_from_home(patch):
         travels = all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(tree))
         return tree if travels else f(tree, axis_name, step)  # keys go with their ids; gradients alone
 
-    patch(ring, "onward", onward)
+    patch.setattr(ring, "onward", onward)
 
 
 def counted_twice(patch):
@@ -190,16 +190,16 @@ def counted_twice(patch):
         def seen(self, positions):
             return jnp.zeros(positions.shape, bool)
 
-    patch(sharded, "terms", lambda pattern: (pattern,))  # window and anchors in one part
-    patch(sharded, "Keys", Nothing)  # and of the halo none is known to be an anchor
+    patch.setattr(sharded, "terms", lambda pattern: (pattern,))  # window and anchors in one part
+    patch.setattr(sharded, "Keys", Nothing)  # and of the halo none is known to be an anchor
 
 
 def zeros_applied(patch):
-    patch(jax.lax, "axis_index", lambda name, f=jax.lax.axis_index: jnp.maximum(f(name), 1))
+    patch.setattr(jax.lax, "axis_index", lambda name, f=jax.lax.axis_index: jnp.maximum(f(name), 1))
 
 
 def order_swapped(patch):
-    patch(prefix, "exclusive", lambda compose, *a, f=prefix.exclusive: f(lambda p, q: compose(q, p), *a))
+    patch.setattr(prefix, "exclusive", lambda compose, *a, f=prefix.exclusive: f(lambda p, q: compose(q, p), *a))
 
 
 FAULTS = {
@@ -244,7 +244,7 @@ def test_what_a_fault_breaks(name, monkeypatch):
     """Entering states, outputs and gradients differ in the shards that the page says, and nowhere else."""
     plant, case = FAULTS[name]
     on_one_device(case)  # before the fault
-    plant(monkeypatch.setattr)
+    plant(monkeypatch)
     said = compared(case)
     found = [said.get(what, "none") or "equal" for what in ("states", "outputs", "gradients")]
     assert found == rows()[name][:3]
@@ -264,7 +264,7 @@ def test_the_law_that_catches_a_fault(name, monkeypatch):
         "test_shards_equal_whole": ("test_sequence", ("linear_scan", (2, 4, 1))),
     }[rows()[name][3].strip("`")]
     law = getattr(importlib.import_module(module), rows()[name][3].strip("`"))
-    plant(monkeypatch.setattr)
+    plant(monkeypatch)
     with pytest.raises(AssertionError):
         law(*arguments)
 

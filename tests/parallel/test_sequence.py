@@ -12,7 +12,7 @@ from attending import attend
 from jax.sharding import NamedSharding
 
 from longctx import config
-from longctx.ops import GATED_DELTA, biases, gated_linear, linear_scan, slstm
+from longctx.ops import CAUSAL_CONV, GATED_DELTA, GATED_LINEAR, LINEAR_SCAN, SLSTM, biases, slstm
 from longctx.ops.patterns import (
     Causal,
     Chunked,
@@ -45,17 +45,14 @@ def packed(length=LENGTH):
     return Segments.from_ids(np.stack(rows))
 
 
-def recurrent(op):
-    return lambda segments, state, *inputs: sequence.recurrence(op, *inputs, state=state, segments=segments, chunk=16)
-
-
-def delta(segments, state, *inputs):
-    return sequence.run(GATED_DELTA, inputs, state=state, segments=segments, options=GATED_DELTA.options(chunk=16))
+def recurrent(family):
+    options = family.options(chunk=16)
+    return lambda segments, state, *x: sequence.run(family, x, state=state, segments=segments, options=options)
 
 
 def in_turn(segments, x, wx, r):
     state = slstm.State(x, 1 + x**2, jnp.tanh(x), x)
-    return sequence.recurrence(slstm, wx, parameters=(r,), state=state, segments=segments, chunk=16)
+    return sequence.run(SLSTM, (wx,), (r,), state, segments=segments, options=SLSTM.options(chunk=16))
 
 
 def attending(pattern, **options):
@@ -68,7 +65,7 @@ def by_heads(segments, q, k, v, decay, slopes):
 
 
 def convolving(segments, state, x, kernel):
-    return sequence.convolution(x, kernel, state, segments)
+    return sequence.run(CAUSAL_CONV, (x,), (kernel,), state, segments=segments)
 
 
 # The op, and the logical axes of its arguments: the state or sinks first, which have no time.
@@ -76,9 +73,9 @@ HEAD = ("batch", "time", "heads", "head")
 MANY = ("batch", "time", "eight", "head")
 MATRIX = ("batch", "heads", "head", "head")
 OPS = {
-    "linear_scan": (recurrent(linear_scan), [("batch", "mlp")] + [("batch", "time", "mlp")] * 2),
-    "gated_linear": (recurrent(gated_linear), [MATRIX, HEAD, HEAD, HEAD, HEAD[:3]]),
-    "gated_delta": (delta, [MATRIX, HEAD, HEAD, HEAD, HEAD[:3], HEAD[:3]]),
+    "linear_scan": (recurrent(LINEAR_SCAN), [("batch", "mlp")] + [("batch", "time", "mlp")] * 2),
+    "gated_linear": (recurrent(GATED_LINEAR), [MATRIX, HEAD, HEAD, HEAD, HEAD[:3]]),
+    "gated_delta": (recurrent(GATED_DELTA), [MATRIX, HEAD, HEAD, HEAD, HEAD[:3], HEAD[:3]]),
     "slstm": (in_turn, [MATRIX[:3], (*HEAD[:2], "gates", *HEAD[2:]), ("gates", *MATRIX[1:])]),
     "convolution": (convolving, [("batch", "before", "mlp"), ("batch", "time", "mlp"), ("taps", "mlp")]),
     "window": (attending(Causal() & Window(11)), [("heads",)] + [HEAD] * 3),
@@ -213,8 +210,8 @@ def test_ring_keeps_no_other_keys():
 def test_empty_state_is_zeros():
     x, log_decay = arguments("linear_scan")[1:]
     with jax.set_mesh(mesh.make(config.Mesh(1, 4, 1))):
-        y, state = jax.jit(functools.partial(sequence.recurrence, linear_scan, segments=None))(x, log_decay)
-    expected = linear_scan.recurrent(x, log_decay)
+        y, state = jax.jit(lambda *x: sequence.run(LINEAR_SCAN, x, segments=None))(x, log_decay)
+    expected = LINEAR_SCAN(x, log_decay, form="recurrent")
     np.testing.assert_allclose(y, expected[0], atol=1e-5)
     np.testing.assert_allclose(state, expected[1], atol=1e-5)
 
@@ -224,10 +221,10 @@ def test_short_spans_are_not_split(length):
     """A decoding step, or fewer tokens than devices: the plain op."""
     state, *inputs = (x[:, :length] if i else x for i, x in enumerate(arguments("linear_scan")))
     with jax.set_mesh(mesh.make(config.Mesh(1, 4, 1))):
-        y, after = sequence.recurrence(linear_scan, *inputs, state=state, segments=None)
+        y, after = sequence.run(LINEAR_SCAN, inputs, state=state, segments=None)
         q, k, v = (x[:, :length] for x in arguments("window")[1:])
         assert attend(q, k, v, Causal(), None).shape == (BATCH, length, HEADS, KEYS)
-    expected = linear_scan.recurrent(*inputs, state)
+    expected = LINEAR_SCAN(*inputs, state=state, form="recurrent")
     np.testing.assert_allclose(y, expected[0], atol=1e-6)
     np.testing.assert_allclose(after, expected[1], atol=1e-6)
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from longctx import config
 from longctx.parallel import mesh as meshes
-from longctx.parallel import pipeline
+from longctx.parallel import relay
 from longctx.training.step import Program, new_model
 from longctx.typing import Segments
 
@@ -154,7 +154,7 @@ def test_equal_blocks_recomputed_over_a_mesh(parse, mixer, monkeypatch):
     Seen to fail with jax 0.10.2 (PartitionId is not supported) when the scan asks for the device's number inside its
     own derivative.
     """
-    monkeypatch.setattr(pipeline, "blocks", lambda transition, devices: 0)  # the scan, also where it sends more
+    monkeypatch.setattr(relay, "blocks", lambda transition, devices: 0)  # the scan, also where it sends more
     experiment = parse(mixer)
     model = dataclasses.replace(experiment.model, pattern=("only",) * 3, remat="full")
     experiment = dataclasses.replace(experiment, model=model, mesh=config.Mesh(2, 4, 1))

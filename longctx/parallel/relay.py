@@ -1,14 +1,14 @@
-"""A state handed on from device to device in blocks of its columns, instead of a prefix scan of transitions.
+"""A state passed from device to device in blocks of its columns, instead of a prefix scan of transitions.
 
 A device that holds the transition of its span, s ↦ A s + b on states [B, H, K, V], applies it to a block of columns as
-soon as that block has come, and sends the result on: at step n device p sends block n - p. With P devices and N blocks
+soon as that has arrived, and sends the result on: at step n device p sends block n - p. With P devices and N blocks
 the last one has its state after P - 2 + N steps, and every device has sent one state in all. The prefix scan takes
 h = ⌈log₂ P⌉ steps, in which it sends h states and h - 1 times A. Counted in bytes, with a step worth `STEP` of them,
 
-    pipeline:  (P - 2 + N) (STEP + |s| / N)          scan:  h (STEP + |s|) + (h - 1) |A|
+    relay:     (P - 2 + N) (STEP + |s| / N)          scan:  h (STEP + |s|) + (h - 1) |A|
 
-so that large states on few devices go by the pipeline, small ones and many devices by the scan. The least time of the
-pipeline is that of one state, however many devices; Liu et al., "ZeCO", 2025, section 3.
+so that large states on few devices go by the relay, small ones and many devices by the scan. The least time of the
+relay is that of one state, however many devices; Liu et al., "ZeCO", 2025, section 3.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def blocks(transition: Any, devices: int) -> int:
     return best if costs[best] < scan else 0
 
 
-def handed_on(
+def pass_on(
     apply: Callable[[Any, Array], Array],
     transition: Any,
     state: Float[Array, "B H K V"],
@@ -52,7 +52,7 @@ def handed_on(
     blocks: int,
     reverse: bool = False,
 ) -> Float[Array, "B H K V"]:
-    """The state that comes to this device, inside a `jax.shard_map`.
+    """The state that enters this device's span, inside a `jax.shard_map`.
 
     Args:
       apply: `apply(transition, state)`, the state after a span, each of its columns by itself.
@@ -64,7 +64,7 @@ def handed_on(
       reverse: from the last device to the first.
     """
     devices = jax.lax.axis_size(axis_name)
-    place = devices - 1 - device if reverse else device
+    number = devices - 1 - device if reverse else device
 
     def cut(x):
         return jnp.moveaxis(x.reshape(*x.shape[:-1], blocks, -1), -2, 0)
@@ -72,13 +72,13 @@ def handed_on(
     def at(x, block):
         return jax.lax.dynamic_index_in_dim(x, jnp.clip(block, 0, blocks - 1), keepdims=False)
 
-    offsets, come = cut(transition.state), cut(jnp.where(place == 0, state, 0))
+    offsets, entered = cut(transition.state), cut(jnp.where(number == 0, state, 0))
     for step in range(devices - 2 + blocks):
-        left = apply(transition._replace(state=at(offsets, step - place)), at(come, step - place))
+        left = apply(transition._replace(state=at(offsets, step - number)), at(entered, step - number))
         senders = range(max(0, step - blocks + 1), min(step, devices - 2) + 1)
         pairs = [(devices - 1 - i, devices - 2 - i) if reverse else (i, i + 1) for i in senders]
         received = jax.lax.ppermute(left, axis_name, pairs)
-        block = step + 1 - place
-        new = jax.lax.dynamic_update_index_in_dim(come, received, jnp.clip(block, 0, blocks - 1), axis=0)
-        come = jnp.where((place > 0) & (block >= 0) & (block < blocks), new, come)
-    return jnp.moveaxis(come, 0, -2).reshape(state.shape)
+        block = step + 1 - number
+        new = jax.lax.dynamic_update_index_in_dim(entered, received, jnp.clip(block, 0, blocks - 1), axis=0)
+        entered = jnp.where((number > 0) & (block >= 0) & (block < blocks), new, entered)
+    return jnp.moveaxis(entered, 0, -2).reshape(state.shape)
