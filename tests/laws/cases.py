@@ -5,8 +5,6 @@ the code (those of attention in every run, the rest by `pytest -m slow`).
 """
 
 import functools
-import importlib
-import pkgutil
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx import ops
 from longctx.layers import MIXERS, MLPS
 from longctx.layers.attention import Attention
 from longctx.layers.positions import T5, Alibi, CoPE, DualChunk, NoPositions, RandomPositions, SelfExtend, XPos, YaRN
@@ -22,10 +19,6 @@ from longctx.ops.patterns import causal, parse
 from longctx.typing import Segments
 
 D = 32
-# Every module of ops with a definition and a fast form.
-MODULES = (importlib.import_module(f"{ops.__name__}.{found.name}") for found in pkgutil.iter_modules(ops.__path__))
-FAMILIES = [module for module in MODULES if hasattr(module, "recurrent") and hasattr(module, "chunked")]
-FAMILIES = [module for module in FAMILIES if module.__name__.rpartition(".")[2] not in ops.FAMILIES]
 
 # Mixers that have a short convolution only if asked for one.
 CONVOLVED = [

@@ -6,15 +6,13 @@ import pkgutil
 import typing
 
 import pytest
+from jaxtyping import AbstractArray
 from laws.cases import CONVOLVED, DEFERRED, GATHERING, IN_TURN, LAYERS
 
 from longctx import ops
 from longctx.layers import MIXERS, MLPS
 from longctx.ops import FAMILIES
-from longctx.ops.family import Recurrence
-
-# Softmax over all tokens, whose modules have no object.
-NOT_YET = {"cope", "entmax", "indexer_topk", "lsh", "moba", "nsa", "path_attention"}
+from longctx.ops.family import Keyed, Recurrence
 
 
 def test_every_registered_layer_is_here():
@@ -35,16 +33,19 @@ def test_devices_take_turns_only_where_states_do_not_compose():
 
 
 def test_families_are_whole():
-    """Every module of ops with a definition and a fast form is registered; its arrays are annotated, and so checked.
+    """What modules of ops make is registered; whoever has two forms makes one; inputs are annotated, and so checked.
 
-    Seen to fail: a family left out of `FAMILIES`; an input without its annotation.
+    Seen to fail: a family left out of `FAMILIES`; an input that is any array.
     """
     modules = [importlib.import_module(f"{ops.__name__}.{found.name}") for found in pkgutil.iter_modules(ops.__path__)]
-    whole = [module for module in modules if hasattr(module, "recurrent") and hasattr(module, "chunked")]
-    names = {module.__name__.rpartition(".")[2] for module in whole} - NOT_YET
-    assert names == {family.name for family in FAMILIES.values() if isinstance(family, Recurrence)}
-    for family in FAMILIES.values():
-        assert typing.get_type_hints(family.inputs).keys() == {*family.inputs._fields}
+    made = [value for module in modules for value in vars(module).values() if isinstance(value, Recurrence | Keyed)]
+    assert {*made} == {*FAMILIES.values()}
+    whole = {module.__name__ for module in modules if hasattr(module, "chunked") and hasattr(module, "recurrent")}
+    assert whole == {family.chunked.__module__ for family in made if isinstance(family, Recurrence)}
+    for family in made:
+        for name, hint in typing.get_type_hints(family.inputs).items() if isinstance(family, Recurrence) else ():
+            kinds = [kind for kind in typing.get_args(hint) or [hint] if isinstance(kind, type)]
+            assert any(issubclass(kind, AbstractArray) for kind in kinds), f"{family.name}: {name}"
 
 
 def test_every_mixer_has_a_short_convolution():
