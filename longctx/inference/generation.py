@@ -76,30 +76,29 @@ def complete(
     tokenizer.check_prompt(request.prompt)
     tokens = np.append(tokenizer.document, tokenizer.encode(request.prompt)).astype(np.int32)[None]
     length = tokens.shape[1]
-    span = span_for(length)
-    capacity = capacity_for(length + request.max_tokens, span)
-    _check_memory(model, length, request.max_tokens, capacity)
+    span, room = span_for(length), capacity_for(length + 1)
+    _check_memory(model, length, request.max_tokens)
 
     model = model.unrolled()
-    prefill, decode = Prefill(model), Decode(model, request.sampling)
+    prefill, decode, how = Prefill(model), Decode(model), (request.sampling, request.seed)
 
     start = time.perf_counter()  # a short run first, which compiles every program
-    for _ in decode(*prefill(tokens[:, :1], capacity, span), 1, 2, request.seed):
+    for _ in decode(*prefill(tokens[:, :1], room, span), 1, 2, *how):
         pass
     compiling = time.perf_counter() - start
 
     start = time.perf_counter()
-    logits, state = prefill(tokens, capacity, span)
+    logits, state = prefill(tokens, room, span)
     reading = time.perf_counter() - start
 
     start = time.perf_counter()
     stream, text, written, ended = tokenizer.stream(), [], 0, ""
-    for token in decode(logits, state, length, request.max_tokens, request.seed):
+    for token in decode(logits, state, length, request.max_tokens, *how, room):
         written += 1
-        if token[0] == tokenizer.document:
+        if token[0, 0] == tokenizer.document:
             ended = "; the document ended"
             break
-        text.append(stream.push(token[0]))
+        text.append(stream.push(token[0, 0]))
         out.write(text[-1])
         out.flush()
     text.append(stream.flush())
@@ -115,12 +114,12 @@ def complete(
     return "".join(text)
 
 
-def _check_memory(model: nnx.Module, length: int, max_tokens: int, capacity: int) -> None:
+def _check_memory(model: nnx.Module, length: int, max_tokens: int) -> None:
     """Raises UsageError if a document of so many tokens cannot be held where the model is."""
     asked = f"the prompt has {length:,} tokens and max_tokens is {max_tokens:,}"
-    if capacity > _POSITIONS:
+    if length + max_tokens > _POSITIONS:
         raise UsageError(f"{asked}, more than the {_POSITIONS:,} that a document can have; give fewer")
-    state = jax.eval_shape(functools.partial(model.init_state, 1, capacity))
+    state = jax.eval_shape(functools.partial(model.init_state, 1, length + max_tokens))
     needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     parameters = jax.tree.leaves(nnx.state(model))
     devices = set().union(*(leaf.devices() for leaf in parameters)) or {jax.devices()[0]}

@@ -19,6 +19,7 @@ from longctx.progress import Progress
 from longctx.typing import Segments
 
 SPAN = 1024  # tokens a call; longer spans are hardly faster, and their activations grow
+STEP = 256  # tokens, the least by which the room of a state grows
 
 
 def span_for(length: int) -> int:
@@ -26,31 +27,34 @@ def span_for(length: int) -> int:
     return min(SPAN, 1 << (length - 1).bit_length())
 
 
-def capacity_for(length: int, span: int) -> int:
-    """`length` rounded up to whole spans, so that nearly equal lengths share their compiled programs."""
-    return -(-length // span) * span
+def capacity_for(length: int) -> int:
+    """Tokens that a state is given room for when it holds `length`: at most a quarter more, or `STEP`.
+
+    A step of decoding costs what the room costs, and a new room a compiled program.
+    """
+    step = max(STEP, 1 << max(0, length.bit_length() - 3))
+    return -(-length // step) * step
 
 
 def advance(
-    model: nnx.Module, tokens: Int[Array, "B T"], offset: Int[Array, ""], count: Int[Array, ""], state: Any
+    model: nnx.Module, tokens: Int[Array, "B T"], offsets: Int[Array, " B"], counts: Int[Array, " B"], state: Any
 ) -> tuple[Float[Array, "B V"], Any]:
-    """One span of a document, of which the first `count` tokens count and the others are padding.
+    """One span of the document of each row, of which the first tokens count and the others are padding.
 
     Args:
       model: a language model.
       tokens: `[B, T]`.
-      offset: tokens of the document before the span.
-      count: tokens of the span that are not padding, at least 1.
+      offsets: tokens of the row's document before the span; at 0 a document starts, and the row's state is forgotten.
+      counts: tokens of the span that are not padding; a row of 0 stays as it is.
       state: after the tokens before the span.
 
     Returns:
       The logits `[B, V]` after the last token that counts, and the state after it.
     """
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    ids = jnp.broadcast_to(index < count, tokens.shape)
-    positions = jnp.broadcast_to(offset + index, tokens.shape)
-    hidden, state = model(tokens, Segments.from_ids(ids, positions), state)
-    last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)
+    segments = Segments.from_ids(index < counts[:, None], offsets[:, None] + index)
+    hidden, state = model(tokens, segments, state)
+    last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
     return model.logits(last)[:, 0], state
 
 
@@ -64,7 +68,8 @@ class Prefill:
 
         @functools.partial(jax.jit, donate_argnums=4)
         def read(params, tokens, offset, count, state):
-            return advance(nnx.merge(graphdef, params), tokens, offset, count, state)
+            offsets, counts = (jnp.full(tokens.shape[0], number) for number in (offset, count))
+            return advance(nnx.merge(graphdef, params), tokens, offsets, counts, state)
 
         self._read = read
 

@@ -11,9 +11,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from longctx.errors import UsageError
+
+_LEAST = float(jnp.finfo(jnp.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +42,12 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}; it is a probability mass, give a number above 0 and at most 1")
 
+    def rows(self, batch: int) -> tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]]:
+        """Temperature and mass of `batch` rows that share them, float32."""
+        return tuple(np.full(batch, min(x, 1 / _LEAST), np.float32) for x in (self.temperature, self.top_p))
+
 
 DEFAULT = Sampling()  # the model's own distribution
-_LEAST = float(jnp.finfo(jnp.float32).tiny)
 
 
 def check_seed(seed: int) -> None:
@@ -50,7 +56,7 @@ def check_seed(seed: int) -> None:
         raise UsageError(f"seed is {seed}; give a number from 0 to {2**32 - 1}")
 
 
-def nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
+def nucleus(logits: Float[Array, "B V"], top_p: Float[Array, " B"]) -> Float[Array, "B V"]:
     """The logits with those of tokens outside the nucleus at minus infinity.
 
     Of equally likely tokens at the edge of the nucleus those with the lower ids are kept: the set stays the
@@ -59,26 +65,35 @@ def nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
     order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
     probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1).astype(jnp.float32))
     before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the tokens that are more likely
+    inside = (before < top_p[:, None]) | (top_p[:, None] >= 1)
     rank = jnp.argsort(order, axis=-1)
-    inside = jnp.take_along_axis(before < top_p, rank, axis=-1) | (rank == 0)  # top_p may be 0 in float32
+    inside = jnp.take_along_axis(inside, rank, axis=-1) | (rank == 0)  # top_p may be 0 in float32
     return jnp.where(inside, logits, -jnp.inf)
 
 
-def sample(key: Key[Array, ""], logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, " B"]:
-    """The next token of every row.
+def sample(
+    keys: Key[Array, " B"],
+    logits: Float[Array, "B V"],
+    temperature: Float[Array, " B"],
+    top_p: Float[Array, " B"],
+) -> Int[Array, " B"]:
+    """The next token of every row, by its own key and parameters: no row depends on another.
 
     Args:
-      key: a key that is used nowhere else; not read when the temperature is 0.
+      keys: used nowhere else; not read where the temperature is 0.
       logits: `[B, V]`.
-      sampling: temperature and nucleus, static under `jax.jit`.
+      temperature, top_p: of each row, as in `Sampling`.
     """
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits.astype(jnp.float32)
-    # The largest becomes 0, at any temperature. Neither the temperature nor its inverse may round to 0, as
-    # numbers below the least normal one do.
-    temperature = min(max(sampling.temperature, _LEAST), 1 / _LEAST)
-    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
-    if sampling.top_p < 1:
-        logits = nucleus(logits, sampling.top_p)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+    def draw():
+        # The largest becomes 0, at any temperature. Neither the temperature nor its inverse may round to 0, as
+        # numbers below the least normal one do.
+        divisor = jnp.clip(temperature, _LEAST, 1 / _LEAST)[:, None]
+        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / divisor
+        scaled = jax.lax.cond(jnp.any(top_p < 1), nucleus, lambda logits, _: logits, scaled, top_p)
+        return jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
+
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    drawn = jax.lax.cond(jnp.any(temperature > 0), draw, lambda: likeliest)
+    return jnp.where(temperature > 0, drawn, likeliest)

@@ -26,7 +26,7 @@ class AdaptiveSpan(nnx.Module):
 
     Longer spans cost: `penalty` times the heads' mean span is added to the loss of every token (section 2.2). The mixer
     works on the last `longest` + `ramp` tokens, however short the spans are.
-    State: a `KVCache` of `longest` + `ramp` tokens.
+    State: keys and values of `longest` + `ramp` tokens.
     """
 
     @dataclasses.dataclass(frozen=True)

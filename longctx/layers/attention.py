@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from longctx.layers.basic import Projections, document
 from longctx.layers.positions import ROPE, CoPE, Positions
-from longctx.memory.cache import KVCache
+from longctx.memory.store import ATTENDED, Leaf, Ring, Store, extend, heads
 from longctx.ops import attention as ops
 from longctx.ops import cope
 from longctx.ops.biases import Bias
@@ -39,14 +39,14 @@ Text = Annotated[str, Written((Pattern, Heads))]  # of a pattern
 class AttentionState:
     """The cache of keys and values, and the last inputs of the convolution (None without one)."""
 
-    cache: KVCache
+    cache: Store
     conv: Float[Array, "B W-1 C"] | None
 
 
 class Attention(Projections):
     """Causal softmax attention over what a pattern shows of the document so far.
 
-    State: a `KVCache` of as many tokens as the pattern reaches back, the own included, and of its anchors; of
+    State: keys and values of as many tokens as the pattern reaches back, the own included, and of its anchors; of
     `capacity` tokens where its reach is unbounded.
     """
 
@@ -115,17 +115,17 @@ class Attention(Projections):
             # The more keys share a softmax, the sharper it must be (Nakanishi, 2025, "Scalable-Softmax").
             tokens = segments.positions.astype(jnp.float32)[..., None, None] + 1
             q = (q * jnp.log(tokens + 1) / math.log(options.length_base)).astype(q.dtype)
-        cache = self._empty(batch, length, x.dtype) if state is None else state.cache
         k = options.positions.stored(k, segments.positions)
-        after = self._placed(cache.append(k, v, segments))
-        y = self._attend(q, k, v, segments, None if state is None else (cache, after), bias)
+        if state is None:
+            after, held = self._empty(batch, length, x.dtype).append((k, v), segments), None
+        else:
+            ((k, v), held), segments, after = extend(state.cache, (k, v), segments)
+        y = self._attend(q, k, v, segments, held, bias)
         return self.back(x, y), AttentionState(after, tail)
 
-    def _attend(self, q, k, v, segments: Segments, caches: tuple[KVCache, KVCache] | None, bias):
-        """Attention to the span, and to what the cache before it holds."""
-        options, scheme, held = self.options, self.options.positions, None
-        if caches is not None:
-            k, v, _, segments, held = _join(k, v, segments, *caches)
+    def _attend(self, q, k, v, segments: Segments, held: Segments | None, bias):
+        """Attention to the tokens of `held`, or to the span's own."""
+        options, scheme = self.options, self.options.positions
         documents = {"segments": segments, "key_segments": held}
         learned = None if self.positions is None else self.positions[...]
         if isinstance(scheme, CoPE):
@@ -157,16 +157,14 @@ class Attention(Projections):
         logsumexp = jax.nn.logsumexp(logits, axis=-1)
         return Partial(output.reshape(*q.shape[:3], -1), logsumexp.reshape(q.shape[:3]))
 
-    def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
-        options, pattern = self.options, self.pattern.union
-        anchors = () if pattern.reach is None else pattern.anchors
-        capacity = capacity if pattern.reach is None else pattern.reach + 1
-        shape = batch, capacity, options.kv_heads, options.head_width, options.of_values
-        return self._placed(KVCache.empty(*shape, dtype, anchors=anchors))
+    def leaves(self, dtype) -> tuple[Leaf, ...]:
+        """What a token leaves behind: its key and its value."""
+        options = self.options
+        return heads(options.kv_heads, options.head_width, dtype, ATTENDED, options.of_values)
 
-    def _placed(self, cache: KVCache) -> KVCache:
-        """A cache that grows with the document is shared by the devices along `context`."""
-        return cache.shared() if self.pattern.union.reach is None else cache
+    def _empty(self, batch: int, capacity: int, dtype) -> Store:
+        reach, anchors = self.pattern.union.reach, self.pattern.union.anchors
+        return Ring().make(self.leaves(dtype), batch, capacity, reach, anchors, shared=True)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> AttentionState:
         """The state before any token, with room for `capacity` tokens (a bounded reach needs no more than itself)."""
@@ -174,48 +172,30 @@ class Attention(Projections):
         return AttentionState(self._empty(batch, capacity, dtype), tail)
 
 
-def attend_with_cache(
+def attend(
     q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
     pattern: Pattern | Heads,
     segments: Segments,
-    before: KVCache | None,
-    after: KVCache,
+    held: Segments | None,
     decay: Float[Array, "B T H"] | None = None,
+    since: Float[Array, "B S H"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B T H V"]:
-    """Attention of a span's tokens to each other and to the tokens that a cache holds of the document in progress.
+    """Attention of a span's tokens to each other, or to what `extend` says that they may see.
 
     Args:
-      q, k, v: of the span.
+      q: of the span.
+      k, v: of the tokens of `held`.
       pattern: which keys a query may see.
       segments: of the span.
-      before, after: the cache before and after the span; None before it if nothing is.
-      decay: at each token of the span, the sum of log decays; the cache has those of its tokens.
+      held: of the keys; None: they are the span's own.
+      decay, since: at each query and at each key, the sum of log decays.
       scale: of the logits; None for 1 / sqrt(K).
     """
-    since, held = decay, None
-    if before is not None:
-        k, v, since, segments, held = _join(k, v, segments, before, after, decay)
     inputs, options = ((q, decay), (k, v, since)), ops.Options(pattern, scale)
     return sequence.attend(ops.ATTENTION, *inputs, segments=segments, key_segments=held, options=options).y
-
-
-def _join(k, v, segments: Segments, before: KVCache, after: KVCache, decay=None):
-    """Keys, values and sums of log decays of cache and span, segments of the span, and those of the keys."""
-    # The document in progress has id 1, later ones 2, ...
-    span = dataclasses.replace(segments, ids=jnp.where(segments.valid, segments.runs + 1, 0))
-    if k.shape[1] == 1:  # the span's one token is in the cache already, if its document is the one in progress
-        span = dataclasses.replace(span, ids=segments.valid.astype(jnp.int32))
-        return after.keys, after.values, after.decay, span, after.segments
-
-    def join(cached, own):
-        return jnp.concatenate([cached, own.astype(cached.dtype)], axis=1)
-
-    cached = before.keys, before.values, before.decay, before.segments
-    keys, values, since, held = jax.tree.map(join, cached, (k, v, decay, span))
-    return keys, values, since, span, held
 
 
 def _lags(options: Attention.Config) -> np.ndarray:

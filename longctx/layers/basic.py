@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.config import Norm
-from longctx.memory.cache import KVCache
+from longctx.memory.store import Store
 from longctx.ops.backend import merged, scaled
 from longctx.ops.causal_conv import CAUSAL_CONV
 from longctx.parallel import rules, sequence
@@ -134,7 +134,7 @@ def document(segments: Segments | None, x: Float[Array, "B T D"], state: Any) ->
     Args:
       segments: as they are given; None is one document.
       x: inputs of the span.
-      state: before the span. None: the document begins with the span. With a `KVCache` in it, which knows the tokens
+      state: before the span. None: the document begins with the span. With a store in it, which knows the tokens
         before the span, the document goes on.
 
     Raises:
@@ -145,8 +145,8 @@ def document(segments: Segments | None, x: Float[Array, "B T D"], state: Any) ->
     batch, length, _ = x.shape
     if state is None:
         return Segments.single(batch, length)
-    leaves = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, KVCache))
-    known = [leaf.positions.max(axis=1) + 1 for leaf in leaves if isinstance(leaf, KVCache)]
+    leaves = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, Store))
+    known = [leaf.tokens for leaf in leaves if isinstance(leaf, Store)]
     if not known:
         raise ValueError(
             "the state does not say how many tokens of the document came before the span, which this layer must know; "

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.attention import attend_with_cache
+from longctx.layers.attention import attend
 from longctx.layers.basic import Linear, State, Taps, convolved, document, empty_tail, l2_normalise, short_conv
 from longctx.layers.recurrent import projections
 from longctx.layers.rotary import rotate
-from longctx.memory.cache import KVCache
+from longctx.memory.store import ATTENDED, Leaf, Ring, Store, extend, heads
 from longctx.ops import block_recurrent as ops
 from longctx.ops.patterns import Causal, Window
 from longctx.parallel import sequence
@@ -31,7 +31,7 @@ from longctx.typing import Segments
 class BlockRecurrentState:
     """Keys and values of the last `block` tokens; the state vectors and the block in progress, float32."""
 
-    cache: KVCache
+    cache: Store
     cell: ops.State
 
 
@@ -123,15 +123,20 @@ class BlockRecurrent(nnx.Module):
         if options.rope_base:
             q, k = rotate(q, segments.positions, options.rope_base), rotate(k, segments.positions, options.rope_base)
         pattern = Causal() & Window(options.block)
-        before = None if state is None else state.cache
-        cache = (self._empty(batch, x.dtype) if before is None else before).append(k, v, segments)
-        near = attend_with_cache(q, k, v, pattern, segments, before, cache, scale=1.0)
+        if state is None:
+            cache, held = self._empty(batch, x.dtype).append((k, v), segments), None
+        else:
+            ((k, v), held), segments, cache = extend(state.cache, (k, v), segments)
+        near = attend(q, k, v, pattern, segments, held, scale=1.0)
         y = self.out(near.reshape(batch, length, -1)) + self.cell_out(recalled.reshape(batch, length, -1))
         return y, State(BlockRecurrentState(cache, after), tail)
 
-    def _empty(self, batch: int, dtype) -> KVCache:
-        options = self.options
-        return KVCache.empty(batch, options.block, options.heads, options.head_width, options.head_width, dtype)
+    def leaves(self, dtype) -> tuple[Leaf, ...]:
+        """What a token leaves behind: its key and its value."""
+        return heads(self.options.heads, self.options.head_width, dtype, ATTENDED)
+
+    def _empty(self, batch: int, dtype) -> Store:
+        return Ring().make(self.leaves(dtype), batch, 0, reach=self.options.block - 1)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> BlockRecurrentState:
         """The state before any token; `capacity` does not matter."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.attention import attend_with_cache
+from longctx.layers.attention import attend
 from longctx.layers.basic import (
     Linear,
     RMSNorm,
@@ -28,7 +28,7 @@ from longctx.layers.basic import (
     short_conv,
     undo_values,
 )
-from longctx.memory.cache import KVCache
+from longctx.memory.store import ATTENDED, Leaf, Ring, Store, extend, heads
 from longctx.ops.causal_conv import CAUSAL_CONV
 from longctx.ops.linear_scan import LINEAR_SCAN
 from longctx.ops.patterns import Causal, Window
@@ -44,7 +44,7 @@ class ForgettingState:
     last token's key and value before the shift (None without it), float32.
     """
 
-    cache: KVCache
+    cache: Store
     total: Float[Array, "B H"]
     last: Float[Array, "B 1 2*G*K"] | None
 
@@ -122,10 +122,11 @@ class Forgetting(nnx.Module):
         # Log gates add up: nothing decays but at a document's start.
         decay, total = sequence.run(LINEAR_SCAN, (log_gate, jnp.zeros_like(log_gate)), state=before, segments=segments)
         pattern = Causal() & Window(options.window) if options.window else Causal()
-        before = None if state is None else state.cache
-        cache = self._empty(batch, length, x.dtype) if before is None else before
-        cache = self._placed(cache.append(k, v, segments, decay))
-        y = attend_with_cache(q, k, v, pattern, segments, before, cache, decay)
+        if state is None:
+            since, held, cache = decay, None, self._empty(batch, length, x.dtype).append((k, v, decay), segments)
+        else:
+            ((k, v, since), held), segments, cache = extend(state.cache, (k, v, decay), segments)
+        y = attend(q, k, v, pattern, segments, held, decay, since)
         if options.output_gate:
             y = self.norm(y) * jax.nn.sigmoid(self.gate(x)).reshape(y.shape)
         return self.out(y.reshape(batch, length, -1)), State(ForgettingState(cache, total, last), tail)
@@ -139,15 +140,15 @@ class Forgetting(nnx.Module):
         mixed = both.astype(jnp.float32) + share * (before.astype(jnp.float32) - both)
         return jnp.split(mixed.astype(x.dtype), 2, axis=-1), last
 
-    def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
+    def leaves(self, dtype) -> tuple[Leaf, ...]:
+        """What a token leaves behind: its key, its value and the sums of log gates up to it."""
         options = self.options
-        width = options.head_width
-        slots = options.window or capacity
-        return self._placed(KVCache.empty(batch, slots, options.kv_heads, width, width, dtype, decays=options.heads))
+        gates = Leaf((options.heads,), ("heads",), jnp.float32, exact=True)
+        return *heads(options.kv_heads, options.head_width, dtype, ATTENDED), gates
 
-    def _placed(self, cache: KVCache) -> KVCache:
-        """A cache that grows with the document is shared by the devices along `context`."""
-        return cache if self.options.window else cache.shared()
+    def _empty(self, batch: int, capacity: int, dtype) -> Store:
+        reach = self.options.window - 1 if self.options.window else None
+        return Ring().make(self.leaves(dtype), batch, capacity, reach, shared=True)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> ForgettingState:
         """The state before any token, with room for `capacity` tokens (a window needs no more than itself)."""

@@ -27,8 +27,7 @@ from longctx.layers.basic import (
     short_conv,
     undo_values,
 )
-from longctx.memory import row
-from longctx.memory.cache import KVCache
+from longctx.memory.store import Leaf, Ring, Store, extend, heads
 from longctx.ops import indexer_topk as ops
 from longctx.ops.attach import attach
 from longctx.ops.positions import rope, rotate
@@ -50,8 +49,7 @@ class IndexerTopK(nnx.Module):
     of; attention is over grouped keys and values; the Hadamard rotation and the eight bits that scores are computed in
     there are left out, as they change rounding alone.
 
-    State: a `KVCache` of `capacity` tokens: the keys of all heads and the token's index side by side,
-    [B, S, 1, G K + I], and the values, [B, S, 1, G K].
+    State: a store of `capacity` tokens: keys and values, [B, S, G, K] each, and indices, [B, S, I].
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -110,8 +108,8 @@ class IndexerTopK(nnx.Module):
         self.index_norm = LayerNorm(options.index_width, ("head",))
         self.index_weight = Linear(width, options.index_heads, ("embed", "heads"), rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: KVCache | None = None):
-        """Returns `(y[B, T, D], KVCache)`."""
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: Store | None = None):
+        """Returns `(y[B, T, D], Store)`."""
         segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
@@ -125,14 +123,11 @@ class IndexerTopK(nnx.Module):
             q, k = (rotate(part, segments.positions, rope(options.head_width, options.rope_base)) for part in (q, k))
             turn = rope(options.index_turning, options.rope_base)
             index_q, index_k = (rotate(part, segments.positions, turn) for part in (index_q, index_k))
-        before = self._empty(batch, length, x.dtype) if state is None else state
-        kept = jnp.concatenate([_flat(k), index_k.astype(x.dtype)], axis=-1)
-        after = before.append(kept, _flat(v), segments)
-        index_k, held = index_k[:, :, 0], None
-        if state is not None:
-            kept, values, held, segments = row.join(before, after, kept, _flat(v), segments)
-            keys, index_k = jnp.split(kept[:, :, 0], [options.kv_heads * options.head_width], axis=-1)
-            k, v = (part.reshape(*held.ids.shape, -1, options.head_width) for part in (keys, values))
+        index_k = index_k[:, :, 0]
+        if state is None:
+            after, held = self._empty(batch, length, x.dtype).append((k, v, index_k), segments), None
+        else:
+            ((k, v, index_k), held), segments, after = extend(state, (k, v, index_k), segments, ordered=True)
         inputs = (q, index_q, weights), (k, v, index_k)
         count = ops.Options(None if options.stage == "dense" else options.count)
         read = sequence.attend(ops.INDEXER_TOPK, *inputs, segments=segments, key_segments=held, options=count)
@@ -149,10 +144,11 @@ class IndexerTopK(nnx.Module):
         """The state before any token, with room for `capacity` tokens."""
         return State(self._empty(batch, capacity, dtype), empty_tail(self.conv, batch))
 
-    def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
-        width = self.options.kv_heads * self.options.head_width
-        return KVCache.empty(batch, capacity, 1, width + self.options.index_width, width, dtype)
+    def leaves(self, dtype) -> tuple[Leaf, ...]:
+        """What a token leaves behind: its key, its value and its index."""
+        options = self.options
+        index = Leaf((options.index_width,), ("head",), dtype)
+        return *heads(options.kv_heads, options.head_width, dtype), index
 
-
-def _flat(x: Float[Array, "B T G K"]) -> Float[Array, "B T 1 G*K"]:
-    return x.reshape(*x.shape[:2], 1, -1)
+    def _empty(self, batch: int, capacity: int, dtype) -> Store:
+        return Ring().make(self.leaves(dtype), batch, capacity)

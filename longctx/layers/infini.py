@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.attention import attend_with_cache
+from longctx.layers.attention import attend
 from longctx.layers.basic import State, Taps, convolved, document, empty_tail
 from longctx.layers.recurrent import projections, qkv_conv
 from longctx.layers.rotary import rotate
-from longctx.memory.cache import KVCache
+from longctx.memory.store import ATTENDED, Leaf, Ring, Store, extend, heads
 from longctx.ops import infini as ops
 from longctx.ops.infini_delta import INFINI_DELTA
 from longctx.ops.patterns import Causal, Chunked
@@ -32,7 +32,7 @@ from longctx.typing import Segments
 class InfiniState:
     """Keys and values of the segment in progress; the memory of finished segments and of that one, float32."""
 
-    cache: KVCache
+    cache: Store
     memory: ops.State
 
 
@@ -79,16 +79,21 @@ class Infini(nnx.Module):
         if options.rope_base:
             q, k = rotate(q, segments.positions, options.rope_base), rotate(k, segments.positions, options.rope_base)
         pattern = Causal() & Chunked(options.segment)
-        before = None if state is None else state.cache
-        cache = (self._empty(batch, x.dtype) if before is None else before).append(k, v, segments)
-        near = attend_with_cache(q, k, v, pattern, segments, before, cache)
+        if state is None:
+            cache, held = self._empty(batch, x.dtype).append((k, v), segments), None
+        else:
+            ((k, v), held), segments, cache = extend(state.cache, (k, v), segments)
+        near = attend(q, k, v, pattern, segments, held)
         share = jax.nn.sigmoid(self.balance[...])[:, None].astype(x.dtype)
         y = share * recalled + (1 - share) * near
         return self.out(y.reshape(batch, length, -1)), State(InfiniState(cache, memory), tail)
 
-    def _empty(self, batch: int, dtype) -> KVCache:
-        options = self.options
-        return KVCache.empty(batch, options.segment, options.heads, options.head_width, options.head_width, dtype)
+    def leaves(self, dtype) -> tuple[Leaf, ...]:
+        """What a token leaves behind: its key and its value."""
+        return heads(self.options.heads, self.options.head_width, dtype, ATTENDED)
+
+    def _empty(self, batch: int, dtype) -> Store:
+        return Ring().make(self.leaves(dtype), batch, 0, reach=self.options.segment - 1)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> InfiniState:
         """The state before any token; `capacity` does not matter."""

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.attention import attend_with_cache
+from longctx.layers.attention import attend
 from longctx.layers.basic import Linear, RMSNorm, State, Taps, convolved, document, empty_tail, l2_normalise
 from longctx.layers.recurrent import projections, qkv_conv
 from longctx.layers.rotary import rotate
-from longctx.memory.cache import KVCache
+from longctx.memory.store import ATTENDED, Leaf, Ring, Store, extend, heads
 from longctx.ops import lact as ops
 from longctx.ops.patterns import Causal, Window
 from longctx.parallel import sequence
@@ -33,7 +33,7 @@ class LaCTState:
     """What the heads' MLPs have learned from the document, float32, and the window's keys and values."""
 
     model: ops.State
-    window: KVCache
+    window: Store
 
 
 class LaCT(nnx.Module):
@@ -48,7 +48,7 @@ class LaCT(nnx.Module):
         y = (attention(R q, R k, v) + silu(x W_s + b_s) norm(f)) W_out
 
     State: the change of the three matrices, their sums of the mini-batch in progress, and with momentum their last
-    updates, `[B, F, M, K]` each; and the `KVCache` of the window.
+    updates, `[B, F, M, K]` each; and keys and values of the window.
 
     As the authors' language model, whose results on the same weights are a golden of the tests. Not as theirs: the rate
     (see there); ε of the norms, added to squares; float32 where they orthogonalise in bfloat16; initial values of the
@@ -128,9 +128,11 @@ class LaCT(nnx.Module):
 
         q, k, v = rotated(q), rotated(k), v.reshape(batch, length, options.heads, -1)
         pattern = Causal() & Window(options.window)
-        before = None if state is None else state.window
-        window = (self._empty(batch, x.dtype) if before is None else before).append(k, v, segments)
-        near = attend_with_cache(q, k, v, pattern, segments, before, window)
+        if state is None:
+            window, held = self._empty(batch, x.dtype).append((k, v), segments), None
+        else:
+            ((k, v), held), segments, window = extend(state.window, (k, v), segments)
+        near = attend(q, k, v, pattern, segments, held)
         return self.out(near.reshape(y.shape) + y), State(LaCTState(model, window), tail)
 
     def _learned(self, x, q, k, v, segments: Segments, state: ops.State | None):
@@ -161,9 +163,12 @@ class LaCT(nnx.Module):
     def _initial(self) -> ops.Weights:
         return ops.Weights(self.fast_gate(), self.fast_down(), self.fast_up())
 
-    def _empty(self, batch: int, dtype) -> KVCache:
-        options = self.options
-        return KVCache.empty(batch, options.window, options.heads, options.head_width, options.head_width, dtype)
+    def leaves(self, dtype) -> tuple[Leaf, ...]:
+        """What a token leaves behind: its key and its value."""
+        return heads(self.options.heads, self.options.head_width, dtype, ATTENDED)
+
+    def _empty(self, batch: int, dtype) -> Store:
+        return Ring().make(self.leaves(dtype), batch, 0, reach=self.options.window - 1)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> LaCTState:
         """Nothing learned, and an empty window; `capacity` does not matter."""

@@ -27,22 +27,12 @@ from longctx.layers.basic import (
     undo_values,
 )
 from longctx.layers.rotary import rotate
-from longctx.memory import row
-from longctx.memory.cache import KVCache
+from longctx.memory.store import Leaf, Ring, Store, extend, heads
 from longctx.ops import lsh as ops
 from longctx.ops.attach import attach
 from longctx.parallel import sequence
 from longctx.schema import Options, Seed
 from longctx.typing import Segments
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LSHState:
-    """The cache of keys and values, and one whose keys `[B, S, H, R]` are numbers of buckets and values nothing."""
-
-    cache: KVCache
-    hashes: KVCache
 
 
 class LSH(nnx.Module):
@@ -102,8 +92,8 @@ class LSH(nnx.Module):
         half /= np.linalg.norm(half, axis=-1, keepdims=True)
         return jnp.asarray(np.concatenate([half, -half], axis=2), jnp.float32)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: LSHState | None = None):
-        """Returns `(y[B, T, D], LSHState)`."""
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: Store | None = None):
+        """Returns `(y[B, T, D], Store)`."""
         segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
@@ -118,15 +108,14 @@ class LSH(nnx.Module):
         q, k = q.astype(x.dtype), k.astype(x.dtype)
         if options.rope_base:
             q, k = (rotate(each, segments.positions, options.rope_base) for each in (q, k))
-        before = self._empty(batch, length, x.dtype) if state is None else state
-        after = LSHState(before.cache.append(k, v, segments), before.hashes.append(hashes, hashes[..., :0], segments))
-        queries, keys, documents = (q, v, hashes), (k, v, hashes), {"segments": segments}
-        if state is not None:
-            theirs, *_ = row.join(before.hashes, after.hashes, hashes, hashes[..., :0], segments)
-            k, v, held, span = row.join(before.cache, after.cache, k, v, segments)
-            keys, documents = (k, v, theirs), {"segments": span, "key_segments": held}
+        own, documents = (k, v, hashes), {"segments": segments}
+        if state is None:
+            keys, after = own, self._empty(batch, length, x.dtype).append(own, segments)
+        else:
+            (keys, held), span, after = extend(state, own, segments, ordered=True)
+            documents = {"segments": span, "key_segments": held}
         buckets = ops.Options(options.buckets, options.scale or None)
-        y = sequence.attend(ops.LSH, queries, keys, options=buckets, **documents).y
+        y = sequence.attend(ops.LSH, (q, v, hashes), keys, options=buckets, **documents).y
         y = self.out(y.reshape(batch, length, -1))
         if self.centroids is not None:
             y = attach(y, jnp.where(segments.valid[..., None, None], 1 - cosine, 0.0), options.centroid_weight)
@@ -136,7 +125,11 @@ class LSH(nnx.Module):
         """The state before any token, with room for `capacity` tokens."""
         return State(self._empty(batch, capacity, dtype), empty_tail(self.conv, batch))
 
-    def _empty(self, batch: int, capacity: int, dtype) -> LSHState:
+    def leaves(self, dtype) -> tuple[Leaf, ...]:
+        """What a token leaves behind: its key, its value and the numbers of its buckets."""
         options = self.options
-        cache = KVCache.empty(batch, capacity, options.heads, options.head_width, options.head_width, dtype)
-        return LSHState(cache, KVCache.empty(batch, capacity, options.heads, options.rounds, 0, jnp.int32))
+        buckets = Leaf((options.heads, options.rounds), ("heads", None), jnp.int32, exact=True)
+        return *heads(options.heads, options.head_width, dtype), buckets
+
+    def _empty(self, batch: int, capacity: int, dtype) -> Store:
+        return Ring().make(self.leaves(dtype), batch, capacity)

@@ -15,8 +15,7 @@ from jaxtyping import Array, Float
 from longctx.layers.attention import AttentionState
 from longctx.layers.basic import Projections, document
 from longctx.layers.rotary import rotate
-from longctx.memory import row
-from longctx.memory.cache import KVCache
+from longctx.memory.store import Leaf, Ring, Store, extend, heads
 from longctx.ops import moba as ops
 from longctx.parallel import sequence
 from longctx.typing import Segments
@@ -53,19 +52,20 @@ class MoBA(Projections):
         q, k, v, tail = self.project(x, segments, None if state is None else state.conv)
         if options.rope_base:
             q, k = (rotate(part, segments.positions, options.rope_base) for part in (q, k))
-        held = None
         if state is None:
-            cache = self._empty(batch, length, x.dtype).append(k, v, segments)
+            cache, held = self._empty(batch, length, x.dtype).append((k, v), segments), None
         else:
-            cache = state.cache.append(k, v, segments)
-            k, v, held, segments = row.join(state.cache, cache, k, v, segments)
+            ((k, v), held), segments, cache = extend(state.cache, (k, v), segments, ordered=True)
         blocks = ops.Options(options.block, options.count)
         y = sequence.attend(ops.MOBA, (q,), (k, v), segments=segments, key_segments=held, options=blocks).y
         return self.back(x, y), AttentionState(cache, tail)
 
-    def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
-        width = self.options.head_width
-        return KVCache.empty(batch, capacity, self.options.kv_heads, width, width, dtype)
+    def leaves(self, dtype) -> tuple[Leaf, ...]:
+        """What a token leaves behind: its key and its value."""
+        return heads(self.options.kv_heads, self.options.head_width, dtype)
+
+    def _empty(self, batch: int, capacity: int, dtype) -> Store:
+        return Ring().make(self.leaves(dtype), batch, capacity)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> AttentionState:
         """The state before any token, with room for `capacity` tokens."""

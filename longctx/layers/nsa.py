@@ -27,8 +27,7 @@ from longctx.layers.basic import (
     undo_values,
 )
 from longctx.layers.rotary import rotate
-from longctx.memory import row
-from longctx.memory.cache import KVCache
+from longctx.memory.store import Leaf, Ring, Store, extend, heads
 from longctx.ops import nsa as ops
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -39,7 +38,7 @@ class NSA(nnx.Module):
     """Three causal attentions, each with keys and values of its own, whose outputs are summed by gates σ(x W + b).
 
     See `longctx.ops.nsa`; the paper has compressed blocks of 32 tokens every 16, of which 16 blocks of 64 tokens are
-    selected, and a window of 512. Keys are turned by their positions before they are compressed. State: a `KVCache` of
+    selected, and a window of 512. Keys are turned by their positions before they are compressed. State: a store of
     `capacity` tokens with the keys and values of all three, [B, S, 3 G, K] each; a decoding step compresses those of
     the document again.
 
@@ -101,8 +100,8 @@ class NSA(nnx.Module):
         heads = weight.reshape(-1, options.kv_heads, 1, options.head_width)
         return jnp.tile(heads, (1, 1, 3, 1)).reshape(len(weight), -1)
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: KVCache | None = None):
-        """Returns `(y[B, T, D], KVCache)`."""
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: Store | None = None):
+        """Returns `(y[B, T, D], Store)`."""
         segments = document(segments, x, state)
         batch, length, _ = x.shape
         options = self.options
@@ -114,12 +113,10 @@ class NSA(nnx.Module):
             q, k = (rotate(part, segments.positions, options.rope_base) for part in (q, k))
         gates = jax.nn.sigmoid(self.gate(x).astype(jnp.float32)).reshape(batch, length, -1, 3)
         pools = self.key_pool[...], self.value_pool[...]
-        held = None
         if state is None:
-            cache = self._empty(batch, length, x.dtype).append(k, v, segments)
+            cache, held = self._empty(batch, length, x.dtype).append((k, v), segments), None
         else:
-            cache = state.append(k, v, segments)
-            k, v, held, segments = row.join(state, cache, k, v, segments)
+            ((k, v), held), segments, cache = extend(state, (k, v), segments, ordered=True)
         branches = tuple(x.reshape(*x.shape[:2], -1, 3, options.head_width) for x in (k, v))
         sizes = ops.Options(options.stride, options.selected, options.count, options.window)
         documents = {"segments": segments, "key_segments": held}
@@ -130,7 +127,9 @@ class NSA(nnx.Module):
         """The state before any token, with room for `capacity` tokens."""
         return State(self._empty(batch, capacity, dtype), empty_tail(self.conv, batch))
 
-    def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
-        options = self.options
-        width = options.head_width
-        return KVCache.empty(batch, capacity, 3 * options.kv_heads, width, width, dtype)
+    def leaves(self, dtype) -> tuple[Leaf, ...]:
+        """What a token leaves behind: a key and a value for each of the three."""
+        return heads(3 * self.options.kv_heads, self.options.head_width, dtype)
+
+    def _empty(self, batch: int, capacity: int, dtype) -> Store:
+        return Ring().make(self.leaves(dtype), batch, capacity)

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.basic import Linear, RMSNorm, ShortConv, document, l2_normalise, like_queries, undo_values
-from longctx.memory.cache import KVCache
+from longctx.memory.store import Leaf, Ring, Store, heads, join
 from longctx.ops.path_attention import PATH
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -27,7 +27,7 @@ from longctx.typing import Segments
 class PathState:
     """Values of the tokens so far with their keys as they are by now, and the last inputs of the convolution."""
 
-    cache: KVCache
+    cache: Store
     conv: Float[Array, "B W-1 C"]
 
 
@@ -90,21 +90,19 @@ class Path(nnx.Module):
             read = sequence.attend(PATH, (q, w, beta), (k, v), segments=segments)
         else:
             cache = state.cache
-            span = dataclasses.replace(segments, ids=jnp.where(segments.valid, segments.runs + 1, 0))
-            keys, values, held = jax.tree.map(
-                lambda cached, own: jnp.concatenate([cached, own.astype(cached.dtype)], axis=1),
-                (cache.keys, cache.values, cache.segments),
-                (k, v, span),
-            )
+            ((keys, values), held), span = join(cache.read(), (k, v), segments)
             read = sequence.attend(PATH, (q, w, beta), (keys, values), segments=span, key_segments=held)
-            cache = dataclasses.replace(cache, keys=read.keys[:, :-length])
-        cache = cache.append(read.keys[:, -length:], v, segments)
+            cache = cache.rewrite((read.keys[:, :-length], values[:, :-length]))
+        cache = cache.append((read.keys[:, -length:], v), segments)
         return self.out(read.y.reshape(batch, length, -1)), PathState(cache, tail)
 
-    def _empty(self, batch: int, capacity: int, dtype) -> KVCache:
-        options = self.options
-        cache = KVCache.empty(batch, capacity, options.heads, options.head_width, options.head_width, dtype)
-        return dataclasses.replace(cache, keys=cache.keys.astype(jnp.float32))
+    def leaves(self, dtype) -> tuple[Leaf, ...]:
+        """What a token leaves behind: its key, which later tokens change and is float32 for that, and its value."""
+        key, value = heads(self.options.heads, self.options.head_width, dtype)
+        return dataclasses.replace(key, dtype=jnp.float32, exact=True), value
+
+    def _empty(self, batch: int, capacity: int, dtype) -> Store:
+        return Ring().make(self.leaves(dtype), batch, capacity)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> PathState:
         """The state before any token, with room for `capacity` tokens; values in `dtype`."""

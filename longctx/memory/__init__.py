@@ -1,1 +1,1 @@
-"""What a model keeps of the tokens it has read: key-value caches."""
+"""What a model keeps of the tokens it has read: stores of their entries, made by policies."""

@@ -317,7 +317,8 @@ def dense(q, k, v, times, *, scale, sinks=None, soft_cap=None, decay=None, key_d
     `bias[B or 1, H, T, S]` is added to them.
     """
     q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])  # heads by group
-    logits = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32) * scale
+    # In the order of the products' own axes, which leaves keys and values where a store has them.
+    logits = jnp.einsum("bgrtk,bsgk->bgrts", q.transpose(0, 2, 3, 1, 4), k, preferred_element_type=jnp.float32) * scale
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     if decay is not None:
@@ -338,9 +339,10 @@ def dense(q, k, v, times, *, scale, sinks=None, soft_cap=None, decay=None, key_d
         column = jnp.moveaxis(column.reshape(*column.shape[:2], *q.shape[2:4]), 1, -1)[..., None]
         logits = jnp.concatenate([logits, jnp.broadcast_to(column, (*logits.shape[:-1], 1))], axis=-1)
     weights = jax.nn.softmax(logits, axis=-1)
-    y = jnp.einsum("bgrts,bsgv->btgrv", jnp.where(mask, weights[..., : k.shape[1]], 0.0), v.astype(jnp.float32))
+    weights, besides = jnp.where(mask, weights[..., : k.shape[1]], 0.0), weights[..., -1:]
+    y = jnp.einsum("bgrts,bsgv->bgrtv", weights, v.astype(jnp.float32)).transpose(0, 3, 1, 2, 4)
     if isinstance(sinks, Partial):
-        y += jnp.moveaxis(weights[..., -1:], 3, 1) * sinks.output.reshape(y.shape)
+        y += jnp.moveaxis(besides, 3, 1) * sinks.output.reshape(y.shape)
     return y.reshape(*q.shape[:2], -1, v.shape[3]).astype(v.dtype)
 
 

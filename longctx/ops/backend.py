@@ -5,9 +5,11 @@ The platform is that of the ambient mesh's devices, which need not be this machi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -48,3 +50,12 @@ def merged(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
 def once(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """`x`, float32, on a CPU times the identity: what uses it then reads it, and does not compute it again."""
     return jnp.matmul(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision=_EXACT) if platform() == "cpu" else x
+
+
+def apart(true: Bool[Array, ""], write: Callable, held):
+    """`write(held)`; on a CPU in a branch that is taken because of `true`, which the compiler must not know to be.
+
+    XLA:CPU fuses the write of one slot into the product that reads all of them and does it there again, each time in a
+    copy of the whole. A branch it leaves where it is, and writes in place.
+    """
+    return jax.lax.cond(true, write, lambda held: held, held) if platform() == "cpu" else write(held)

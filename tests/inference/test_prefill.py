@@ -24,7 +24,7 @@ def test_spans_and_padding_change_nothing(model, length, span):
 
 def test_sizes():
     assert [span_for(length) for length in (1, 2, 3, 1000, 1024, 100_000)] == [1, 2, 4, 1024, 1024, 1024]
-    assert [capacity_for(length, 1024) for length in (1, 1024, 1025)] == [1024, 1024, 2048]
+    assert [capacity_for(length) for length in (1, 256, 257, 2049, 5000, 9000)] == [256, 256, 512, 2560, 5120, 10240]
 
 
 def test_prompt_must_fit(model):

@@ -9,7 +9,7 @@ from flax import nnx
 from laws.cases import LAYERS, ROWS, D, T, inputs, layers, make, packed
 from laws.compare import close
 
-from longctx.memory.cache import KVCache
+from longctx.memory.store import Store
 from longctx.typing import Segments
 
 
@@ -48,8 +48,9 @@ def test_extremes(name):
 def test_states_are_float32(name):
     """Under bfloat16 activations a state keeps its shapes and dtypes from span to span, and what it sums is float32.
 
-    Only the keys and values of tokens, in a cache, have the activations' dtype. Nothing is computed. Seen to fail: a
-    state that takes the dtype of what is written to it.
+    Only what is kept of a token, and need not be exact, has the activations' dtype. Nothing is computed.
+
+    Seen to fail: a state that takes the dtype of what is written to it.
     """
     layer = nnx.merge(*make(name))
     before = jax.eval_shape(lambda: layer.init_state(2, T, jnp.bfloat16))
@@ -58,11 +59,15 @@ def test_states_are_float32(name):
     alone = jax.eval_shape(lambda x: layer(x, Segments.single(2, 16))[1], x)
 
     def carried(state):
-        for path, leaf in jax.tree.leaves_with_path(state, is_leaf=lambda leaf: isinstance(leaf, KVCache)):
+        for path, leaf in jax.tree.leaves_with_path(state, is_leaf=lambda leaf: isinstance(leaf, Store)):
             where = jax.tree_util.keystr(path)
-            yield from [(where + ".decay", leaf.decay)] if isinstance(leaf, KVCache) else [(where, leaf)]
+            if isinstance(leaf, Store):
+                kept = zip(leaf.leaves, leaf.entries, strict=True)
+                yield from ((f"{where}.entries[{i}]", x) for i, (kind, x) in enumerate(kept) if kind.exact)
+            else:
+                yield where, leaf
 
     for where, leaf in [*carried(before), *carried(after), *carried(alone)]:
-        held = leaf is None or jnp.issubdtype(leaf.dtype, jnp.integer) or leaf.dtype in (jnp.float32, jnp.complex64)
+        held = jnp.issubdtype(leaf.dtype, jnp.integer) or leaf.dtype in (jnp.float32, jnp.complex64)
         assert held, f"{name}: the state's {where or 'only leaf'} is {leaf.dtype}, not float32"
     chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
