@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from longctx.layers import reports
 from longctx.layers.attention import Attention, AttentionState
 from longctx.layers.basic import Projections, document
 from longctx.layers.positions import ROPE, Positions
-from longctx.ops.attach import attach
 from longctx.ops.biases import AdaptiveSpan as Span
 from longctx.typing import Segments
 
@@ -35,7 +35,7 @@ class AdaptiveSpan(nnx.Module):
         longest: int = 32  # tokens, the most that a span can be
         ramp: int = 8  # R, tokens over which weights fade out after it
         initial: float = 0.5  # span at first, as a share of the longest
-        penalty: float = 0.0  # of a token of span in the loss of a token; 2e-6 in the paper
+        penalty: float = 0.0  # of a token of span in the loss; 2e-6 in the paper
 
         def problems(self):
             if min(self.longest, self.ramp) < 1:
@@ -64,7 +64,9 @@ class AdaptiveSpan(nnx.Module):
         options = self.options
         span = options.longest * jnp.clip(self.span[...], 0.0, 1.0)
         y, state = self.attention(x, segments, state, bias=Span(span, options.ramp))
-        return attach(y, span.mean() * segments.valid, options.penalty), state
+        tokens = jnp.sum(segments.valid)
+        reports.record("span", span.mean() * tokens, tokens, options.penalty)
+        return y, state
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> AttentionState:
         """The state before any token; no more than the longest span needs, whatever `capacity` is."""

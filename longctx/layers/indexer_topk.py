@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from longctx.layers import reports
 from longctx.layers.basic import (
     LayerNorm,
     Linear,
@@ -29,7 +30,6 @@ from longctx.layers.basic import (
 )
 from longctx.memory.store import Leaf, Ring, Store, extend, heads
 from longctx.ops import indexer_topk as ops
-from longctx.ops.attach import attach
 from longctx.ops.positions import rope, rotate
 from longctx.parallel import sequence
 from longctx.schema import Options
@@ -41,7 +41,7 @@ class IndexerTopK(nnx.Module):
 
     DeepSeek-V3.2 has 64 index heads of width 128, and queries see 2,048 tokens; it trains the indexer alone first, with
     `stage="dense"` and all else frozen, then all of it with `stage="sparse"`. The indexer reads x but no gradient goes
-    back: it learns from a loss of its own, which is attached to the output (`longctx.ops.attach`). As in its authors'
+    back: it learns from a loss of its own, which it records (`layers/reports.py`). As in its authors'
     code index keys go through a layer norm, positions turn a half of an index's channels, the first ones, and the
     weights of the index heads are x W / √(J I).
 
@@ -64,7 +64,7 @@ class IndexerTopK(nnx.Module):
         index_width: int = 16  # I
         count: int = 8  # keys that a query sees
         stage: str = "sparse"  # "dense": a query sees all keys, and so does the indexer's loss
-        kl_weight: float = 1e-3  # in the training loss, of the indexer's summed over tokens; 1 / N for a mean over N
+        kl_weight: float = 1.0  # of the indexer's loss, a mean over tokens, in the training loss
         conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
@@ -131,7 +131,8 @@ class IndexerTopK(nnx.Module):
         inputs = (q, index_q, weights), (k, v, index_k)
         count = ops.Options(None if options.stage == "dense" else options.count)
         read = sequence.attend(ops.INDEXER_TOPK, *inputs, segments=segments, key_segments=held, options=count)
-        return attach(self.out(read.y.reshape(batch, length, -1)), read.loss, options.kl_weight), State(after, tail)
+        reports.record("indexer_kl", jnp.sum(read.loss), jnp.sum(segments.valid), options.kl_weight)
+        return self.out(read.y.reshape(batch, length, -1)), State(after, tail)
 
     def _index(self, x):
         """Index queries `[B, T, J, I]`, keys `[B, T, 1, I]` and weights `[B, T, J]`."""

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from longctx.layers import reports
 from longctx.layers.basic import (
     Linear,
     State,
@@ -29,7 +30,6 @@ from longctx.layers.basic import (
 from longctx.layers.rotary import rotate
 from longctx.memory.store import Leaf, Ring, Store, extend, heads
 from longctx.ops import lsh as ops
-from longctx.ops.attach import attach
 from longctx.parallel import sequence
 from longctx.schema import Options, Seed
 from longctx.typing import Segments
@@ -59,7 +59,9 @@ class LSH(nnx.Module):
         buckets: int = 8  # N, a round; work is about T² / N
         seed: Seed = 0  # of the random directions
         scale: float = 0.0  # of the logits; 0: 1 / √K
-        centroid_weight: float = 0.0  # of Σ (1 - cosine) to the nearest centroid in the training loss; 0: no centroids
+        centroid_weight: float = (
+            0.0  # of a token's Σ (1 - cosine) to its centroids in the training loss; 0: no centroids
+        )
         conv_width: Taps = 0  # taps of a causal convolution on queries and values; 0: none
 
         def problems(self):
@@ -118,7 +120,8 @@ class LSH(nnx.Module):
         y = sequence.attend(ops.LSH, (q, v, hashes), keys, options=buckets, **documents).y
         y = self.out(y.reshape(batch, length, -1))
         if self.centroids is not None:
-            y = attach(y, jnp.where(segments.valid[..., None, None], 1 - cosine, 0.0), options.centroid_weight)
+            distance = jnp.sum(jnp.where(segments.valid[..., None, None], 1 - cosine, 0.0))
+            reports.record("centroid_distance", distance, jnp.sum(segments.valid), options.centroid_weight)
         return y, State(after, tail)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> State:

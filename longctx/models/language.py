@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from longctx import config
-from longctx.layers import NORMS
+from longctx.layers import NORMS, reports
 from longctx.models.block import Block
 from longctx.ops.backend import platform
 from longctx.ops.cross_entropy import Unembedding
@@ -108,8 +108,12 @@ class LanguageModel(nnx.Module):
         x = table[tokens].astype(self.dtype) * (embedding.scale or math.sqrt(self.options.width))
         x = embedded = constrain(x, ("batch", "time", None))
 
+        wanted = reports.collecting()
+
         def run(block, x, before):
-            return block(checkpoint_name(x, "block_input"), segments, before, embedded)
+            with reports.collected(wanted) as found:
+                x, after = block(checkpoint_name(x, "block_input"), segments, before, embedded)
+            return x, after, found
 
         # Block by block, so that the backward pass holds what one of them recomputes, however many are in the pattern.
         if self.options.remat != "none":
@@ -118,9 +122,10 @@ class LanguageModel(nnx.Module):
         def through(x, blocks, states):
             after = []
             for block, before in zip(blocks, states, strict=True):
-                x, block_state = run(block, x, before)
+                x, block_state, found = run(block, x, before)
                 x = constrain(x, ("batch", "time", None))
                 after.append(block_state)
+                reports.add(found)
             return x, tuple(after)
 
         if state is None:
@@ -128,7 +133,14 @@ class LanguageModel(nnx.Module):
             for group in self.options.scans:
                 nothing = (None,) * len(group.pattern)
                 own = tuple(itertools.islice(blocks, len(nothing)))
-                x, _ = jax.lax.scan(lambda x, own, nothing=nothing: (through(x, own, nothing)[0], None), x, own)
+
+                def repeat(x, blocks, nothing=nothing):
+                    with reports.collected(wanted) as found:
+                        x, _ = through(x, blocks, nothing)
+                    return x, found
+
+                x, found = jax.lax.scan(repeat, x, own)
+                reports.add(jax.tree.map(lambda each: each.sum(0), found))
         else:
             x, state = through(x, self._layers(), state)
         hidden = self.norm(x)

@@ -34,7 +34,6 @@ patterns       which keys a query may see
 positions      how queries and keys are turned by their positions; biases: what is added to logits
 blockwise      attention by blocks of queries and keys; thinned: the same in another order of tokens; routed: to chosen
                blocks (key_blocks); partial: how attentions to parts of the keys merge
-attach         a loss that a layer adds to training
 minibatch      what the fast forms of ttt_linear, titans, titans_context, lact and infini_delta share
 cross_entropy  the loss of a row, its logits never held whole
 

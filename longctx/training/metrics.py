@@ -93,13 +93,12 @@ class Metrics:
 
 
 def mean(rows: Iterable[Row]) -> Row:
-    """Means over steps: the loss per step, retrieval accuracy over all answers (None where there were none)."""
+    """Means over steps, of what layers record too; retrieval accuracy over all answers (None where there were none)."""
     rows = list(rows)
     answers = sum(row["answers"] for row in rows)
-    return {
-        "loss": sum(row["loss"] for row in rows) / len(rows),
+    steps = ("loss", "gradient_norm", *(name for name in rows[-1] if name.startswith("layers_")))
+    return {name: sum(row[name] for row in rows) / len(rows) for name in steps} | {
         "retrieval_accuracy": sum(row["hits"] for row in rows) / answers if answers else None,
-        "gradient_norm": sum(row["gradient_norm"] for row in rows) / len(rows),
         "learning_rate": rows[-1]["learning_rate"],
         "tokens_per_second": sum(row["tokens"] for row in rows) / max(sum(row["seconds"] for row in rows), 1e-9),
     }

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, UInt32
 
 from longctx import config
 from longctx.errors import refused
+from longctx.layers import reports
 from longctx.models import LanguageModel
 from longctx.ops.cross_entropy import cross_entropy
 from longctx.parallel import mesh as meshes
@@ -49,6 +50,7 @@ class Sums(NamedTuple):
     weight: Array  # float32: of weights
     hits: Array  # int32: retrieval answers that have the largest logit
     answers: Array  # int32: retrieval answers
+    recorded: dict[str, reports.Record]  # by the layers
 
     @property
     def loss(self) -> Array:
@@ -65,7 +67,8 @@ def loss_sums(
     the whole vocabulary shares `label_smoothing`. `z_loss` is the coefficient of the squared log of the softmax's sum.
     """
     segments = Segments.from_ids(batch["segment_ids"], batch["positions"])
-    hidden, _ = model(batch["tokens"], segments)
+    with reports.collected() as recorded:
+        hidden, _ = model(batch["tokens"], segments)
     weights = token_weights(batch, answer_weight)
 
     def own_tokens(*arrays):
@@ -86,7 +89,8 @@ def loss_sums(
     unembedding = dataclasses.replace(head, matrix=rules.gathered(head.matrix, ("vocab", "embed")))
     totals, squares, correct = own_tokens(hidden, unembedding, batch["targets"], weights)
     answers = batch["answers"]
-    return Sums(totals.sum(), squares.sum(), weights.sum(), jnp.sum(correct & answers), jnp.sum(answers))
+    hits = jnp.sum(correct & answers)
+    return Sums(totals.sum(), squares.sum(), weights.sum(), hits, jnp.sum(answers), recorded)
 
 
 def token_weights(batch: Batch, answer_weight: float) -> Array:
@@ -219,7 +223,8 @@ class Program:
 
         It consumes the state that it is given. The metrics are float32 scalars: `loss`, the mean over all weight in
         the batch, smoothed if targets are; `z_loss`, where there is one, of which `loss` has nothing; `gradient_norm`,
-        before clipping; `learning_rate`; and `hits` of `answers`, counts.
+        before clipping; `learning_rate`; `hits` of `answers`, counts; and `layers_<name>`, the means of what layers
+        record, whose weighted losses are lowered too and are not in `loss`.
         """
         return self.trace(stage).lower().compile()
 
@@ -260,6 +265,7 @@ class Program:
         }
         if self.experiment.training.z_loss:
             metrics["z_loss"] = sums.z_loss / weight
+        metrics |= {f"layers_{name}": record.mean for name, record in sums.recorded.items()}
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, moments), jax.tree.map(jnp.float32, metrics)
 
@@ -273,18 +279,24 @@ class Program:
             x = jnp.moveaxis(x.reshape(x.shape[0] // count, count, x.shape[1]), 1, 0)
             return rules.constrain(x, (None, "batch", "time"))
 
+        tokens = jnp.sum(batch["segment_ids"] > 0)
+
         def add(before, batch):
             def mean(params):
                 model = self.model(params)
                 sums = loss_sums(model, batch, options.answer_weight, options.label_smoothing, options.z_loss)
-                return sums.total / weight, sums
+                loss = sums.total / weight
+                if sums.recorded:  # means over a micro-batch, which counts by its share of the tokens
+                    share = jnp.sum(batch["segment_ids"] > 0) / tokens
+                    loss += share * sum(record.loss for record in sums.recorded.values())
+                return loss, sums
 
-            after = jax.grad(mean, has_aux=True)(params)
-            return jax.tree.map(jnp.add, before, after), None
+            after, sums = jax.grad(mean, has_aux=True)(params)
+            return jax.tree.map(jnp.add, before, after), sums
 
-        zero = Sums(*(jnp.float32(0),) * 3, *(jnp.int32(0),) * 2)
-        start = jax.tree.map(jnp.zeros_like, params), zero
-        return jax.lax.scan(add, start, jax.tree.map(micro_batches, dict(batch)))[0]
+        start = jax.tree.map(jnp.zeros_like, params)
+        gradient, sums = jax.lax.scan(add, start, jax.tree.map(micro_batches, dict(batch)))
+        return gradient, jax.tree.map(lambda each: each.sum(0), sums)
 
 
 def _shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

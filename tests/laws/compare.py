@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from longctx.layers import reports
+
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 5e-4
 
 
@@ -18,12 +20,19 @@ def close(actual, expected, tolerance, what):
         assert error <= tolerance * scale, f"{what}{jax.tree_util.keystr(path)}: error {error:.2e} at scale {scale:.2e}"
 
 
+def with_losses(run, *arguments):
+    """What `run` gives, and the sum of the losses that its layers record."""
+    with reports.collected() as recorded:
+        out = run(*arguments)
+    return out, sum(record.weighted for record in recorded.values())
+
+
 def with_gradients(run):
-    """`run(params, x) -> y`, jitted, as a function that also returns the gradients of a fixed mixture of y."""
+    """`run(params, x) -> y`, jitted, as a function that also returns the gradients of a fixed mixture of y, and losses."""
 
     def loss(params, x):
-        y = run(params, x)
-        return jnp.vdot(y, jnp.sin(jnp.arange(y.size, dtype=jnp.float32) * 0.7).reshape(y.shape)), y
+        y, losses = with_losses(run, params, x)
+        return losses + jnp.vdot(y, jnp.sin(jnp.arange(y.size, dtype=jnp.float32) * 0.7).reshape(y.shape)), y
 
     def both(params, x):
         (_, y), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)

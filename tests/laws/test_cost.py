@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from laws.cases import GATHERED, GROWING_STATE, UNBOUNDED, D, layers, make, ops_once
+from laws.compare import with_losses
 
 from longctx import config
 from longctx.parallel import mesh as meshes
@@ -36,8 +37,8 @@ def compiled(name, length, context):
         place = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P(None, "context"))
 
         def loss(params, x, segments):
-            y, _ = nnx.merge(graph, params)(x, segments)
-            return jnp.sum(jnp.square(y))
+            (y, _), losses = with_losses(nnx.merge(graph, params), x, segments)
+            return losses + jnp.sum(jnp.square(y))
 
         x = jax.ShapeDtypeStruct((1, length, D), jnp.float32, sharding=place)
         segments = jax.tree.map(

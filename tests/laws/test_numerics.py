@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from laws.cases import LAYERS, ROWS, D, T, inputs, layers, make, packed
-from laws.compare import close
+from laws.compare import close, with_losses
 
 from longctx.memory.store import Store
 from longctx.typing import Segments
@@ -28,8 +28,8 @@ def test_extremes(name):
     @jax.jit
     def run(params, x):
         def loss(params, x):
-            y = nnx.merge(graph, params)(x, segments)[0]
-            return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+            (y, _), losses = with_losses(nnx.merge(graph, params), x, segments)
+            return losses + jnp.sum(jnp.sin(y.astype(jnp.float32))), y
 
         gradients, y = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
         return y, gradients

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from laws.cases import GROWING_STATE, ROWS, T, inputs, layers, make, ops_once, packed, slow
-from laws.compare import compare
+from laws.compare import compare, with_losses
 
 from longctx import config
 from longctx.parallel import mesh as meshes
@@ -63,10 +63,10 @@ def _state_and_gradients(run, params, x, segments):
     """Like `with_gradients`, for outputs that are a tree (y and the state)."""
 
     def loss(params, x):
-        out = run(params, x, segments)
+        out, losses = with_losses(run, params, x, segments)
         leaves = [part for leaf in jax.tree.leaves(out) for part in _real_parts(leaf)]
         mixture = [jnp.sin(jnp.arange(leaf.size) * 0.7).reshape(leaf.shape) for leaf in leaves]
-        return sum(jnp.vdot(leaf, weight) for leaf, weight in zip(leaves, mixture, strict=True)), out
+        return losses + sum(jnp.vdot(leaf, weight) for leaf, weight in zip(leaves, mixture, strict=True)), out
 
     def both(params, x):
         (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops.attach import attach
 from longctx.ops.attention import attention
 from longctx.ops.indexer_topk import INDEXER_TOPK
 from longctx.ops.patterns import Causal, Sinks
@@ -113,21 +112,3 @@ def test_of_equal_keys_the_first(sign):
     y, _ = attend((q, k, v, *index), segments)
     expected = attention(q, k, v, Causal() & Sinks(COUNT), segments)
     np.testing.assert_allclose(y, expected, atol=1e-5)
-
-
-def test_attached_loss():
-    """Gradients of a loss, and of 0.5 times the sum of what is attached, under jit and checkpoint.
-
-    Seen to fail: what is attached scaled by the gradient of the output.
-    """
-    x = jnp.arange(6.0).reshape(2, 3)
-
-    @jax.checkpoint
-    def layer(x, a):
-        return attach(jnp.sin(x), jnp.square(a * x).sum(1), 0.5)
-
-    y, pull = jax.vjp(jax.jit(layer), x, 2.0)
-    np.testing.assert_array_equal(y, jnp.sin(x))
-    d_x, d_a = pull(jnp.full_like(x, 3.0))
-    np.testing.assert_allclose(d_x, 3 * jnp.cos(x) + 4 * x, rtol=1e-6)
-    np.testing.assert_allclose(d_a, 2 * jnp.square(x).sum(), rtol=1e-6)

@@ -1,6 +1,7 @@
 """The loss by its definition, micro-batches, and the same step on one device and on many."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 
 from longctx import config
+from longctx.layers import reports
 from longctx.parallel import mesh as meshes
 from longctx.parallel import relay
 from longctx.training.step import Program, new_model
@@ -98,6 +100,45 @@ def test_a_mesh_changes_nothing(cache, experiment, batch, plain):
     """Batch, sequence and heads split, parameters split over all."""
     training = dataclasses.replace(experiment.training, accumulate=2)
     close(run(dataclasses.replace(experiment, training=training, mesh=config.Mesh(2, 2, 2)), batch), plain)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_add_their_losses(parse, batch, remat):
+    """Two layers' indexers learn from the sum of their mean losses, whatever is recomputed and in micro-batches too;
+    the metric is the mean of both. 1e-5 of the largest entry.
+
+    Seen to fail: sums over tokens for means; one layer's records for all; a micro-batch counted whole.
+    """
+    mixer = {"kind": "indexer_topk", "heads": 2, "kv_heads": 1, "head_width": 8, "index_heads": 2, "count": 3}
+    experiment = parse(mixer | {"kl_weight": 0.5}, accumulate=2, stages=((9, 8, 16),))
+    options = dataclasses.replace(experiment.model, repeats=2, remat=remat)
+    experiment = dataclasses.replace(experiment, model=options, mesh=config.Mesh(1, 1, 1))
+    mesh = meshes.make(experiment.mesh)
+    with jax.set_mesh(mesh):
+        program = Program.make(experiment, VOCABULARY, mesh)
+        params = nnx.as_pure(nnx.split(new_model(experiment, VOCABULARY), nnx.Param)[1])
+        arrays = {name: jnp.asarray(x) for name, x in batch.items()}
+        found, sums = jax.jit(lambda params: program._gradient(params, arrays, arrays["weights"].sum()))(params)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def definition(params):
+        model = program.model(params)
+        segments = Segments.from_ids(arrays["segment_ids"], arrays["positions"])
+        x, means = model.embedding[...][arrays["tokens"]] * options.width**0.5, []
+        for i in range(2):
+            block = jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks[0])
+            with reports.collected() as recorded:
+                x, _ = block(x, segments)
+            means.append(recorded["indexer_kl"].total / (arrays["segment_ids"] > 0).sum())
+        return 0.5 * sum(means), sum(means) / 2
+
+    (_, mean), expected = definition(params)
+    np.testing.assert_allclose(sums.recorded["indexer_kl"].mean, mean, rtol=1e-5)
+    for name in ("index_query", "index_key", "index_weight"):
+        a, b = (tree["blocks"][0]["mixer"][name]["weight"] for tree in (found, expected))
+        assert np.abs(b).max() > 1e-4
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
 def test_no_device_holds_a_whole_matrix(experiment):
