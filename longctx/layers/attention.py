@@ -20,10 +20,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.basic import Projections, document
-from longctx.layers.positions import ROPE, CoPE, Positions
+from longctx.layers.positions import ROPE, Positions
 from longctx.memory.store import ATTENDED, Leaf, Ring, Store, extend, heads
 from longctx.ops import attention as ops
-from longctx.ops import cope
 from longctx.ops.biases import Bias
 from longctx.ops.partial import Partial
 from longctx.ops.patterns import Causal, Heads, Pattern, causal, parse
@@ -76,12 +75,10 @@ class Attention(Projections):
             except ValueError as error:
                 yield f"pattern: {error}"
                 return
-            if isinstance(self.positions, CoPE) and (
-                pattern != Causal() or self.sinks or self.soft_cap or self.persistent
-            ):
+            if self.positions.alone and (pattern != Causal() or self.sinks or self.soft_cap or self.persistent):
                 yield (
-                    "positions 'cope' has neither pattern, nor sinks, nor soft_cap, nor persistent; leave them as they "
-                    "are by default"
+                    f"positions '{self.positions.kind}' has neither pattern, nor sinks, nor soft_cap, nor persistent; "
+                    "leave them as they are by default"
                 )
             if isinstance(pattern, Heads) and self.positions.several:
                 yield "positions that take attention apart have the same pattern for all heads; give one pattern"
@@ -126,19 +123,12 @@ class Attention(Projections):
     def _attend(self, q, k, v, segments: Segments, held: Segments | None, bias):
         """Attention to the tokens of `held`, or to the span's own."""
         options, scheme = self.options, self.options.positions
-        documents = {"segments": segments, "key_segments": held}
         learned = None if self.positions is None else self.positions[...]
-        if isinstance(scheme, CoPE):
-            settings = cope.Options(scale=options.scale or None)
-            return sequence.attend(cope.COPE, (q,), (k, v), (learned,), options=settings, **documents).y
         sinks = None if self.sinks is None else self.sinks[...]
         bias = scheme.bias(learned, options.heads) if bias is None else bias
-        parts = scheme.parts(q, k, self.pattern, segments, segments if held is None else held)
-        queries, keys, pattern = zip(*parts, strict=True)
-        inputs = (queries, None, self._besides(q)), (keys, v), (sinks, bias)
         caps = {"scale": options.scale or None, "soft_cap": options.soft_cap or None}
-        settings = ops.Options(pattern, context_parallel=options.context_parallel, **caps)
-        return sequence.attend(ops.ATTENTION, *inputs, options=settings, **documents).y
+        settings = ops.Options(self.pattern, context_parallel=options.context_parallel, **caps)
+        return scheme.attend(q, k, v, (learned, sinks, bias, self._besides(q)), segments, held, settings)
 
     def _besides(self, q: Float[Array, "B T H K"]) -> Partial | None:
         """Attention to the persistent tokens, which every query sees besides its document."""

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 
 from longctx.layers.attention import attend
 from longctx.layers.basic import Linear, State, Taps, convolved, document, empty_tail, l2_normalise, short_conv
+from longctx.layers.positions import ROPE, Positions
 from longctx.layers.recurrent import projections
-from longctx.layers.rotary import rotate
 from longctx.memory.store import ATTENDED, Leaf, Ring, Store, extend, heads
 from longctx.ops import block_recurrent as ops
 from longctx.ops.patterns import Causal, Window
@@ -59,14 +59,13 @@ class BlockRecurrent(nnx.Module):
         block: Size = 16  # W, tokens between two updates of the state vectors, and of the window
         vectors: Size = 8  # R
         gate: str = "fixed"  # of the vectors: "fixed", the same at every update, or "lstm", by what was read
-        rope_base: float = 10_000.0  # of the rotary frequencies in the window; 0: no positions
+        positions: Positions = ROPE  # in the window, rotary ones of `layers/positions.py`, or {"kind": "nope"}
         conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
             if self.gate not in ("fixed", "lstm"):
                 yield f"gate is '{self.gate}'; give 'fixed' or 'lstm'"
-            if self.rope_base < 0 or (self.rope_base and self.head_width % 2):
-                yield f"rope_base is {self.rope_base}; give 0, or more than 0 and an even head_width"
+            yield from self.positions.rotary(self.head_width)
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options
@@ -120,8 +119,7 @@ class BlockRecurrent(nnx.Module):
         recalled, after = sequence.run(
             ops.BLOCK_RECURRENT, (asked, k, v), cell, before, segments=segments, options=ops.Options(options.block)
         )
-        if options.rope_base:
-            q, k = rotate(q, segments.positions, options.rope_base), rotate(k, segments.positions, options.rope_base)
+        q, k = options.positions.rotate(q, k, segments)
         pattern = Causal() & Window(options.block)
         if state is None:
             cache, held = self._empty(batch, x.dtype).append((k, v), segments), None

@@ -28,9 +28,9 @@ from longctx.layers.basic import (
     short_conv,
     undo_values,
 )
+from longctx.layers.positions import ROPE, Positions
 from longctx.memory.store import Leaf, Ring, Store, extend, heads
 from longctx.ops import indexer_topk as ops
-from longctx.ops.positions import rope, rotate
 from longctx.parallel import sequence
 from longctx.schema import Options
 from longctx.typing import Segments
@@ -42,7 +42,7 @@ class IndexerTopK(nnx.Module):
     DeepSeek-V3.2 has 64 index heads of width 128, and queries see 2,048 tokens; it trains the indexer alone first, with
     `stage="dense"` and all else frozen, then all of it with `stage="sparse"`. The indexer reads x but no gradient goes
     back: it learns from a loss of its own, which it records (`layers/reports.py`). As in its authors'
-    code index keys go through a layer norm, positions turn a half of an index's channels, the first ones, and the
+    code index keys go through a layer norm, positions rotate a half of an index's channels, the first ones, and the
     weights of the index heads are x W / √(J I).
 
     What differs: index queries are made of x, there of the latent of multi-head latent attention that queries are made
@@ -57,8 +57,8 @@ class IndexerTopK(nnx.Module):
         heads: int = 4  # H
         kv_heads: int = 4  # G, divides H
         head_width: int = 32  # K
-        rope_base: float = 10_000.0  # of the rotary frequencies, of indices too; 0: no positions (NoPE)
-        index_share: float = 0.5  # of an index's channels that turn, the first ones
+        positions: Positions = ROPE  # rotary ones of `layers/positions.py`, of indices too; or {"kind": "nope"}
+        index_share: float = 0.5  # of an index's channels that rotate, the first ones
         qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
         index_heads: int = 4  # J
         index_width: int = 16  # I
@@ -72,21 +72,22 @@ class IndexerTopK(nnx.Module):
                 yield f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads"
             if min(self.index_heads, self.index_width, self.count) < 1:
                 yield f"index_heads, index_width and count must be at least 1, given {self}"
-            if self.rope_base and self.head_width % 2:
-                yield f"head_width is {self.head_width}; rotary positions need an even one"
-            if self.rope_base and (not 0 < self.index_share <= 1 or self.index_turning % 2 or not self.index_turning):
+            yield from self.positions.rotary(self.head_width)
+            if self.positions.kind != "nope" and (
+                not 0 < self.index_share <= 1 or self.index_rotating % 2 or not self.index_rotating
+            ):
                 yield (
                     f"index_share is {self.index_share} of {self.index_width} channels; it must be an even number of "
                     f"them, at least 2"
                 )
-            if min(self.rope_base, self.kl_weight) < 0:
-                yield "rope_base and kl_weight must not be negative"
+            if self.kl_weight < 0:
+                yield f"kl_weight is {self.kl_weight}; it must not be negative"
             if self.stage not in ("dense", "sparse"):
                 yield f"stage is '{self.stage}'; choose dense or sparse"
 
         @property
-        def index_turning(self) -> int:
-            """Channels of an index that turn."""
+        def index_rotating(self) -> int:
+            """Channels of an index that rotate."""
             return round(self.index_share * self.index_width)
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
@@ -119,10 +120,8 @@ class IndexerTopK(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         # Float32, as rounding should not choose the keys.
         index_q, index_k, weights = self._index(jax.lax.stop_gradient(x.astype(jnp.float32)))
-        if options.rope_base:
-            q, k = (rotate(part, segments.positions, rope(options.head_width, options.rope_base)) for part in (q, k))
-            turn = rope(options.index_turning, options.rope_base)
-            index_q, index_k = (rotate(part, segments.positions, turn) for part in (index_q, index_k))
+        q, k = options.positions.rotate(q, k, segments)
+        index_q, index_k = options.positions.sharing(options.index_share).rotate(index_q, index_k, segments)
         index_k = index_k[:, :, 0]
         if state is None:
             after, held = self._empty(batch, length, x.dtype).append((k, v, index_k), segments), None

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 
 from longctx.layers.attention import attend
 from longctx.layers.basic import State, Taps, convolved, document, empty_tail
+from longctx.layers.positions import ROPE, Positions
 from longctx.layers.recurrent import projections, qkv_conv
-from longctx.layers.rotary import rotate
 from longctx.memory.store import ATTENDED, Leaf, Ring, Store, extend, heads
 from longctx.ops import infini as ops
 from longctx.ops.infini_delta import INFINI_DELTA
@@ -50,13 +50,12 @@ class Infini(nnx.Module):
         heads: Size = 4  # H
         head_width: Size = 32  # K and V
         segment: Size = 64  # tokens a segment
-        rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions
+        positions: Positions = ROPE  # rotary ones of `layers/positions.py`, or {"kind": "nope"}
         delta: bool = False  # write only what the memory does not hold yet: devices then take turns
         conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
-            if self.rope_base < 0 or (self.rope_base and self.head_width % 2):
-                yield f"rope_base is {self.rope_base}; give 0, or more than 0 and an even head_width"
+            yield from self.positions.rotary(self.head_width)
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options
@@ -76,8 +75,7 @@ class Infini(nnx.Module):
         rule = INFINI_DELTA if options.delta else ops.INFINI
         static = ops.Options(options.segment)
         recalled, memory = sequence.run(rule, (q, k, v), state=before, segments=segments, options=static)
-        if options.rope_base:
-            q, k = rotate(q, segments.positions, options.rope_base), rotate(k, segments.positions, options.rope_base)
+        q, k = options.positions.rotate(q, k, segments)
         pattern = Causal() & Chunked(options.segment)
         if state is None:
             cache, held = self._empty(batch, x.dtype).append((k, v), segments), None

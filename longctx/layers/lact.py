@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 
 from longctx.layers.attention import attend
 from longctx.layers.basic import Linear, RMSNorm, State, Taps, convolved, document, empty_tail, l2_normalise
+from longctx.layers.positions import ROPE, Positions
 from longctx.layers.recurrent import projections, qkv_conv
-from longctx.layers.rotary import rotate
 from longctx.memory.store import ATTENDED, Leaf, Ring, Store, extend, heads
 from longctx.ops import lact as ops
 from longctx.ops.patterns import Causal, Window
@@ -72,7 +72,7 @@ class LaCT(nnx.Module):
         # errors blown up to the size of the rest, and the layer is chaos.
         orthogonal: bool = False
         window: Size = 16  # tokens that attention looks back on; as many as a mini-batch has, that none be missed
-        rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions
+        positions: Positions = ROPE  # rotary ones of `layers/positions.py`, or {"kind": "nope"}
         conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
@@ -83,8 +83,7 @@ class LaCT(nnx.Module):
                 )
             if self.rate <= 0 or self.rank < 0:
                 yield f"rate must be above 0 and rank not negative, given {self}"
-            if self.rope_base < 0 or (self.rope_base and self.head_width % 2):
-                yield f"rope_base is {self.rope_base}; give 0, or more than 0 and an even head_width"
+            yield from self.positions.rotary(self.head_width)
             directions = max(self.fast_width, self.hidden)
             if self.orthogonal and self.minibatch < directions:
                 yield (
@@ -122,11 +121,8 @@ class LaCT(nnx.Module):
         parts = self.query(x), self.key(x), self.value(x)
         (q, k, v), state, tail = convolved(self.conv, parts, segments, state)
         y, model = self._learned(x, q, k, v, segments, None if state is None else state.model)
-
-        def rotated(part):
-            return self._rotated(part.reshape(batch, length, options.heads, -1), segments)
-
-        q, k, v = rotated(q), rotated(k), v.reshape(batch, length, options.heads, -1)
+        q, k, v = (part.reshape(batch, length, options.heads, -1) for part in (q, k, v))
+        q, k = options.positions.rotate(q, k, segments)
         pattern = Causal() & Window(options.window)
         if state is None:
             window, held = self._empty(batch, x.dtype).append((k, v), segments), None
@@ -144,20 +140,17 @@ class LaCT(nnx.Module):
         by_mlp = (batch, length, options.fast_heads, -1)
 
         def direction(part, index):
-            part = l2_normalise(jax.nn.silu(part * scale[index] + offset[index]).reshape(by_mlp))
-            return self._rotated(part.reshape(by_head), segments).reshape(by_mlp)
+            return l2_normalise(jax.nn.silu(part * scale[index] + offset[index]).reshape(by_mlp)).reshape(by_head)
 
+        rotated = options.positions.rotate(direction(q, 0), direction(k, 1), segments)
+        q, k = (part.reshape(by_mlp) for part in rotated)
         rates = jax.nn.softplus(self.rates(x).astype(jnp.float32)).reshape(by_mlp)
         momentum = None if self.momentum is None else jax.nn.sigmoid(self.momentum(x).astype(jnp.float32))
-        inputs = direction(q, 0), direction(k, 1), jax.nn.silu(v).reshape(by_mlp), rates, momentum
+        inputs = q, k, jax.nn.silu(v).reshape(by_mlp), rates, momentum
         static = ops.Options(options.minibatch, options.orthogonal)
         y, state = sequence.run(ops.LACT, inputs, self._initial, state, segments=segments, options=static)
         y = self.norm(y) * jax.nn.silu(self.share(x))[..., None]
         return y.reshape(batch, length, -1), state
-
-    def _rotated(self, x, segments: Segments):
-        base = self.options.rope_base
-        return rotate(x, segments.positions, base) if base else x
 
     @property
     def _initial(self) -> ops.Weights:

@@ -27,7 +27,7 @@ from longctx.layers.basic import (
     short_conv,
     undo_values,
 )
-from longctx.layers.rotary import rotate
+from longctx.layers.positions import ROPE, Positions
 from longctx.memory.store import Leaf, Ring, Store, extend, heads
 from longctx.ops import lsh as ops
 from longctx.parallel import sequence
@@ -54,7 +54,7 @@ class LSH(nnx.Module):
     class Config(Options):
         heads: int = 4  # H
         head_width: int = 32  # K
-        rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions (NoPE)
+        positions: Positions = ROPE  # rotary ones of `layers/positions.py`, or {"kind": "nope"}
         rounds: int = 2  # R, of hashing
         buckets: int = 8  # N, a round; work is about T² / N
         seed: Seed = 0  # of the random directions
@@ -69,10 +69,9 @@ class LSH(nnx.Module):
                 yield f"heads, head_width and rounds must be at least 1, given {self}"
             if self.buckets < 2 or self.buckets % 2:
                 yield f"buckets is {self.buckets}; give an even number, as directions come with their opposites"
-            if self.rope_base and self.head_width % 2:
-                yield f"head_width is {self.head_width}; rotary positions need an even one"
-            if min(self.rope_base, self.centroid_weight, self.scale) < 0:
-                yield "rope_base, centroid_weight and scale must not be negative"
+            yield from self.positions.rotary(self.head_width)
+            if min(self.centroid_weight, self.scale) < 0:
+                yield "centroid_weight and scale must not be negative"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options
@@ -108,8 +107,7 @@ class LSH(nnx.Module):
         directions = self._random if self.centroids is None else l2_normalise(self.centroids[...])
         hashes, cosine = ops.nearest(jax.lax.stop_gradient(k), directions)
         q, k = q.astype(x.dtype), k.astype(x.dtype)
-        if options.rope_base:
-            q, k = (rotate(each, segments.positions, options.rope_base) for each in (q, k))
+        q, k = options.positions.rotate(q, k, segments)
         own, documents = (k, v, hashes), {"segments": segments}
         if state is None:
             keys, after = own, self._empty(batch, length, x.dtype).append(own, segments)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from longctx.layers.attention import AttentionState
 from longctx.layers.basic import Projections, document
-from longctx.layers.rotary import rotate
+from longctx.layers.positions import ROPE, Positions
 from longctx.memory.store import Leaf, Ring, Store, extend, heads
 from longctx.ops import moba as ops
 from longctx.parallel import sequence
@@ -33,16 +33,13 @@ class MoBA(Projections):
     class Config(Projections.Config):
         block: int = 4  # tokens a block
         count: int = 3  # blocks that are visible to a query, its own included
-        rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions (NoPE)
+        positions: Positions = ROPE  # rotary ones of `layers/positions.py`, or {"kind": "nope"}
 
         def problems(self):
             yield from super().problems()
             if min(self.block, self.count) < 1:
                 yield f"block is {self.block} and count is {self.count}; give at least 1 token and 1 block"
-            if self.rope_base and self.head_width % 2:
-                yield f"head_width is {self.head_width}; rotary positions need an even one"
-            if self.rope_base < 0:
-                yield f"rope_base is {self.rope_base}; it must not be negative"
+            yield from self.positions.rotary(self.head_width)
 
     def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: AttentionState | None = None):
         """Returns `(y[B, T, D], AttentionState)`."""
@@ -50,8 +47,7 @@ class MoBA(Projections):
         batch, length, _ = x.shape
         options = self.options
         q, k, v, tail = self.project(x, segments, None if state is None else state.conv)
-        if options.rope_base:
-            q, k = (rotate(part, segments.positions, options.rope_base) for part in (q, k))
+        q, k = options.positions.rotate(q, k, segments)
         if state is None:
             cache, held = self._empty(batch, length, x.dtype).append((k, v), segments), None
         else:

@@ -26,7 +26,7 @@ from longctx.layers.basic import (
     short_conv,
     undo_values,
 )
-from longctx.layers.rotary import rotate
+from longctx.layers.positions import ROPE, Positions
 from longctx.memory.store import Leaf, Ring, Store, extend, heads
 from longctx.ops import nsa as ops
 from longctx.parallel import sequence
@@ -38,7 +38,7 @@ class NSA(nnx.Module):
     """Three causal attentions, each with keys and values of its own, whose outputs are summed by gates σ(x W + b).
 
     See `longctx.ops.nsa`; the paper has compressed blocks of 32 tokens every 16, of which 16 blocks of 64 tokens are
-    selected, and a window of 512. Keys are turned by their positions before they are compressed. State: a store of
+    selected, and a window of 512. Keys are rotated by their positions before they are compressed. State: a store of
     `capacity` tokens with the keys and values of all three, [B, S, 3 G, K] each; a decoding step compresses those of
     the document again.
 
@@ -56,7 +56,7 @@ class NSA(nnx.Module):
         selected: int = 4  # m, tokens of a block that is selected
         count: int = 4  # n, blocks selected, with the first, the own and the one before it
         window: int = 8  # w, the last tokens, the own included
-        rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions (NoPE)
+        positions: Positions = ROPE  # rotary ones of `layers/positions.py`, or {"kind": "nope"}
         qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
         conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
@@ -72,8 +72,7 @@ class NSA(nnx.Module):
                 )
             if self.count < 3:
                 yield f"count is {self.count}; give at least 3: the first block, the own and the one before it"
-            if self.rope_base < 0 or (self.rope_base and self.head_width % 2):
-                yield f"rope_base is {self.rope_base} and head_width is {self.head_width}; give 0, or an even width"
+            yield from self.positions.rotary(self.head_width)
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         self.options = options
@@ -109,8 +108,7 @@ class NSA(nnx.Module):
         q, k, v = (part.reshape(batch, length, -1, options.head_width) for part in parts)
         if options.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
-        if options.rope_base:
-            q, k = (rotate(part, segments.positions, options.rope_base) for part in (q, k))
+        q, k = options.positions.rotate(q, k, segments)
         gates = jax.nn.sigmoid(self.gate(x).astype(jnp.float32)).reshape(batch, length, -1, 3)
         pools = self.key_pool[...], self.value_pool[...]
         if state is None:

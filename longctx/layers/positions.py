@@ -23,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from longctx.ops import biases, positions
+from longctx.ops import attention, biases, cope, positions
 from longctx.ops.attention import Part
 from longctx.ops.patterns import Chunked, Heads, Pattern, Window
 from longctx.ops.positions import Rotation, rotate
+from longctx.parallel import sequence
 from longctx.schema import Chosen, Kinds, Options, Seed
 from longctx.typing import Segments
 
@@ -38,13 +39,17 @@ class Positions(Options, Chosen):
       kinds: every scheme by the name that experiment files give it.
       kind: that name.
       axes: logical names of the axes of its parameter, where it has one.
+      rotates: whether it is no more than one rotation of queries and keys, by their positions.
       several: whether it takes attention apart into several parts, which patterns by head do not allow.
+      alone: whether it has neither patterns nor sinks, caps or persistent tokens.
     """
 
     kinds: ClassVar[Kinds] = Kinds()
     kind: ClassVar[str]
     axes: ClassVar[tuple[str | None, ...]] = ()
+    rotates: ClassVar[bool] = False
     several: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
 
     def __init_subclass__(cls, kind: str | None = None):
         if kind is not None:
@@ -65,6 +70,23 @@ class Positions(Options, Chosen):
         """What its parameter begins as, None without one."""
         return None
 
+    def rotary(self, width: int) -> Iterator[str]:
+        """What hinders it, as the field `positions` of a mixer that rotates queries and keys once and no more."""
+        if not self.rotates:
+            kinds = sorted(kind for kind, scheme in self.kinds.items() if scheme.rotates)
+            yield f"positions.kind is '{self.kind}', which is more than a rotation; choose one of {', '.join(kinds)}"
+        yield from (f"positions.{problem}" for problem in self.refusals(width))
+
+    def rotate(
+        self, q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], segments: Segments
+    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"]]:
+        """Queries and keys rotated once, by their positions; of schemes that are no more than that."""
+        return q, k
+
+    def sharing(self, share: float) -> Positions:
+        """The scheme for a share of the channels of other heads, where it is of channels."""
+        return self
+
     def bias(self, parameter: Float[Array, "H ..."] | None, heads: int) -> biases.Bias | None:
         """What is added to logits."""
         return None
@@ -81,19 +103,48 @@ class Positions(Options, Chosen):
         queries: Segments,
         keys: Segments,
     ) -> list[Part]:
-        """What queries see, given keys as they are stored."""
+        """What is visible to queries, given keys as they are stored."""
         return [Part(q, k, pattern)]
+
+    def attend(
+        self,
+        q: Float[Array, "B T H K"],
+        k: Float[Array, "B S G K"],
+        v: Float[Array, "B S G V"],
+        learned: tuple,
+        segments: Segments,
+        held: Segments | None,
+        options: attention.Options,
+    ) -> Float[Array, "B T H V"]:
+        """Attention of a span to keys as they are stored.
+
+        Args:
+          q, k, v: queries, keys, values.
+          learned: the scheme's parameter, sinks, a bias, and what is visible to all queries besides; each may be None.
+          segments: of the queries.
+          held: of the keys; None where they are the span's own.
+          options: of attention, of a pattern that is not yet taken apart.
+        """
+        _, sinks, bias, besides = learned
+        parts = self.parts(q, k, options.pattern, segments, segments if held is None else held)
+        queries, keys, patterns = zip(*parts, strict=True)
+        inputs = (queries, None, besides), (keys, v), (sinks, bias)
+        options = dataclasses.replace(options, pattern=patterns)
+        return sequence.attend(attention.ATTENTION, *inputs, segments=segments, key_segments=held, options=options).y
 
 
 @dataclasses.dataclass(frozen=True)
 class NoPositions(Positions, kind="nope"):
     """None: a causal pattern alone tells order (Kazemnejad et al., arXiv:2305.19466)."""
 
+    rotates = True
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope(Positions, kind="rope"):
     """Rotary positions, `longctx.ops.positions.rope`; the schemes below derive from it."""
 
+    rotates = True
     base: float = 10_000.0  # b of the frequencies b^(-2j/R)
     share: float = 1.0  # of a head's channels that turn, the first ones (partial rotary positions)
 
@@ -115,6 +166,13 @@ class Rope(Positions, kind="rope"):
 
     def parts(self, q, k, pattern, queries, keys):
         return [Part(rotate(q, queries.positions, self.rotation(q.shape[-1])), k, pattern)]
+
+    def rotate(self, q, k, segments):
+        rotation = self.rotation(q.shape[-1])
+        return rotate(q, segments.positions, rotation), rotate(k, segments.positions, rotation)
+
+    def sharing(self, share):
+        return dataclasses.replace(self, share=share)
 
 
 ROPE = Rope()  # the default
@@ -143,6 +201,8 @@ class NTK(Rope, kind="ntk"):
 @dataclasses.dataclass(frozen=True)
 class ByLength(Rope):
     """Rotary positions that depend on the length of the document."""
+
+    rotates = False
 
     def rotated(
         self, x: Float[Array, "B T H K"], places: Int[Array, "B T"], lengths: Int[Array, "B T"]
@@ -277,6 +337,7 @@ class XPos(Rope, kind="xpos"):
     Queries grow as keys shrink, counted from the middle of the span: in float32 for spans of up to 65,000 tokens.
     """
 
+    rotates = False
     scale_base: float = 512.0  # tokens after which the scales have gone one power further
 
     def refusals(self, width):
@@ -346,7 +407,7 @@ class SelfExtend(Rope, kind="self_extend"):
     Beyond `window` tokens, query and key stand at p // g + w - w // g and s // g.
     """
 
-    several = True
+    rotates, several = False, True
     group: int = 8  # g, tokens that share a coarse position
     window: int = 1024  # w, tokens within which positions are exact
 
@@ -378,7 +439,7 @@ class DualChunk(Rope, kind="dual_chunk"):
     training has shown every distance. The authors' code stops one token later, at `trained`.
     """
 
-    several = True
+    rotates, several = False, True
     trained: int = 2048  # tokens of the trained length
     local: int = 256  # w, tokens across the edge of a chunk whose distances stay exact
 
@@ -435,6 +496,7 @@ class CoPE(Positions, kind="cope"):
     """Contextual positions, `longctx.ops.cope`: gates of query and key count the tokens between them."""
 
     axes = (None, "head")
+    alone = True
     max_position: int = 64  # N, learned positions; what counts further has the last
 
     def refusals(self, width):
@@ -443,3 +505,7 @@ class CoPE(Positions, kind="cope"):
 
     def initial(self, heads, width):
         return jnp.zeros((self.max_position, width), jnp.float32)
+
+    def attend(self, q, k, v, learned, segments, held, options):
+        given = {"segments": segments, "key_segments": held, "options": cope.Options(scale=options.scale)}
+        return sequence.attend(cope.COPE, (q,), (k, v), learned[:1], **given).y

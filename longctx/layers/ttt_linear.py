@@ -15,8 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.layers.basic import LayerNorm, Linear, ShortConv, State, document, undo_values
+from longctx.layers.positions import ROPE, Positions
 from longctx.layers.recurrent import Recurrent, by_head, flat
-from longctx.layers.rotary import rotate
 from longctx.ops.ttt_linear import TTT_LINEAR
 from longctx.schema import Options, Size
 from longctx.typing import Segments
@@ -47,13 +47,12 @@ class TTTLinear(Recurrent):
         minibatch: Size = 16  # C, tokens per update
         rate: float = 1.0  # η
         conv_width: Size = 4  # taps of the convolutions
-        rope_base: float = 10_000.0  # of the rotary frequencies; 0: no positions
+        positions: Positions = ROPE  # rotary ones of `layers/positions.py`, or {"kind": "nope"}
 
         def problems(self):
             if self.rate < 0:
                 yield f"rate is {self.rate}; it must not be negative"
-            if self.rope_base < 0 or (self.rope_base and self.head_width % 2):
-                yield f"rope_base is {self.rope_base}; give 0, or more than 0 and an even head_width"
+            yield from self.positions.rotary(self.head_width)
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
         super().__init__(width, options)
@@ -82,8 +81,8 @@ class TTTLinear(Recurrent):
             state = State(state.memory, jnp.concatenate([state.conv] * 2, axis=-1))
         parts, run = self.begin([self.query_key(x)] * 2, segments, state, self.conv_bias[...])
         q, k, v = (by_head(part, options.heads) for part in (*parts, self.value(x)))
-        if options.rope_base:
-            q, k = (rotate(part, segments.positions % options.minibatch, options.rope_base) for part in (q, k))
+        within = dataclasses.replace(segments, positions=segments.positions % options.minibatch)
+        q, k = options.positions.rotate(q, k, within)
         rate = options.rate / options.head_width * jax.nn.sigmoid(self.rate(x).astype(jnp.float32))
         discount = 1 / jnp.arange(1, options.minibatch + 1, dtype=jnp.float32) + self.discount[...]
         parameters = self.initial[...], self.scale[...], self.shift[...], jnp.maximum(discount, 0)

@@ -59,17 +59,17 @@ VARIANTS = {
     ),
     "positions/xpos": ("attention", {"positions": XPos(scale_base=64.0)}),
     "positions/xpos+window": ("attention", {"positions": XPos(scale_base=64.0), "pattern": "Window(11)"}),
-    "lsh/centroids": ("lsh", {"centroid_weight": 0.01, "rounds": 1, "buckets": 4, "rope_base": 0.0}),
+    "lsh/centroids": ("lsh", {"centroid_weight": 0.01, "rounds": 1, "buckets": 4, "positions": NoPositions()}),
     "indexer_topk/dense": (
         "indexer_topk",
-        {"stage": "dense", "kv_heads": 2, "qk_norm": False, "rope_base": 0.0},
+        {"stage": "dense", "kv_heads": 2, "qk_norm": False, "positions": NoPositions()},
     ),
     "multi_resolution/attention": (
         "multi_resolution",
         {"factor": 2, "layers": 2, "inner": Attention.Config(pattern="Window(5)", conv_width=3)},
     ),
     "s5/bilinear": ("s5", {"discretisation": "bilinear"}),
-    "infini/short": ("infini", {"segment": 7, "rope_base": 0.0}),
+    "infini/short": ("infini", {"segment": 7, "positions": NoPositions()}),
     "infini/delta": ("infini", {"segment": 7, "delta": True}),
     "forgetting/window": (
         "forgetting",
@@ -78,11 +78,18 @@ VARIANTS = {
     "linear_attention/hedgehog": ("linear_attention", {"feature_map": "hedgehog", "normalise": False, "conv_width": 4}),
     "delta_net/relu": ("delta_net", {"activation": "relu"}),
     "inplace_ttt/clip+decay": ("inplace_ttt", {"minibatch": 5, "clip": 0.5, "decay": 0.9}),
-    "block_recurrent/lstm": ("block_recurrent", {"gate": "lstm", "block": 5, "rope_base": 0.0}),
+    "block_recurrent/lstm": ("block_recurrent", {"gate": "lstm", "block": 5, "positions": NoPositions()}),
     "titans/gate": ("titans", {"mode": "gate", "depth": 1, "minibatch": 7}),
     "lact/orthogonal": (
         "lact",
-        {"momentum": False, "orthogonal": True, "minibatch": 40, "rank": 0, "fast_width": 32, "rope_base": 0.0},
+        {
+            "momentum": False,
+            "orthogonal": True,
+            "minibatch": 40,
+            "rank": 0,
+            "fast_width": 32,
+            "positions": NoPositions(),
+        },
     ),
     "swiglu/chunk": ("swiglu", {"chunk": 5}),
 } | {f"{name}/conv": (name, {"conv_width": 3}) for name in CONVOLVED}

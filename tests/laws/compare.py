@@ -28,7 +28,7 @@ def with_losses(run, *arguments):
 
 
 def with_gradients(run):
-    """`run(params, x) -> y`, jitted, as a function that also returns the gradients of a fixed mixture of y, and losses."""
+    """`run(params, x) -> y`, jitted, as a function that also returns gradients: of a mixture of y, and of losses."""
 
     def loss(params, x):
         y, losses = with_losses(run, params, x)

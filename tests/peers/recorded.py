@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from longctx.layers.positions import CoPE
+from longctx.layers.positions import CoPE, NoPositions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Recorded:
     source: str
 
 
-_BLOCKS = {"heads": 2, "head_width": 8, "block": 8, "vectors": 3, "rope_base": 0.0}
+_BLOCKS = {"heads": 2, "head_width": 8, "block": 8, "vectors": 3, "positions": NoPositions()}
 _LACT = {"heads": 4, "head_width": 4, "fast_width": 8, "hidden": 8, "minibatch": 12, "window": 12}
 _SMALL = {"heads": 2, "key_width": 8, "value_width": 6}
 # Written again in plain PyTorch with its naive recurrences, since its own are kernels for GPUs.
@@ -65,7 +65,7 @@ RECORDED = {
     "path": Recorded("path", {"heads": 2, "head_width": 8, "rank": 4}, f"{_FLA}/path_attn.py"),
     "reformer": Recorded(
         "lsh",
-        {"heads": 2, "head_width": 8, "rounds": 1, "buckets": 2, "rope_base": 0.0, "scale": 1.0}
+        {"heads": 2, "head_width": 8, "rounds": 1, "buckets": 2, "positions": NoPositions(), "scale": 1.0}
         | {"centroid_weight": 1e-30},  # equal centroids put all tokens into one bucket
         "transformers' LSH self-attention of reformer, on a row that is one chunk",
     ),
