@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from longctx.layers.basic import Linear, RMSNorm, State, Taps, document
 from longctx.layers.recurrent import Recurrent, by_head, flat, projections, qkv_conv
 from longctx.ops.gated_linear import GATED_LINEAR
-from longctx.ops.positions import Rotation, rotate
+from longctx.ops.rotary import Rotation, rotate
 from longctx.schema import Options, Size
 from longctx.typing import Segments
 

@@ -31,7 +31,7 @@ infini_delta   the same, M written with what it does not hold yet              s
 block_recurrent  R vectors that attend to each other and to a block of W tokens     state: they, and W tokens
 path_attention softmax of q_i^T H_i ... H_{j+1} k_j, H_t = I - beta_t w_t w_t^T     state: all tokens
 patterns       which keys a query may see
-positions      how queries and keys are turned by their positions; biases: what is added to logits
+positions      how fast queries and keys rotate by their positions, `rotary` how; biases: what is added to logits
 blockwise      attention by blocks of queries and keys; thinned: the same in another order of tokens; routed: to chosen
                blocks (key_blocks); partial: how attentions to parts of the keys merge
 minibatch      what the fast forms of ttt_linear, titans, titans_context, lact and infini_delta share

@@ -1,4 +1,4 @@
-"""Positions in attention: rotary frequencies and their extensions, exact rotation, and biases by distance.
+"""Positions in attention: rotary frequencies and their extensions, and biases by distance.
 
 RoPE rotates channels j and j + R/2 of a query or key at position p by the angle p θ_j,
 
@@ -19,10 +19,6 @@ giraffe_truncated  θ_j, ρ or 0, from the fastest to the slowest  the same
 
 The weight g_j is 1 for pairs that make many turns in the trained length, 0 for those that make no whole one.
 
-Angles are exact at every position. A product p θ in float32 is off by up to 0.8 at p = 10^7; so θ / 2π is kept as
-a 64-bit fraction of a turn, and p times it in integers that wrap around: whole turns drop out before anything is
-rounded. All that does not depend on arrays is NumPy's float64, known while tracing.
-
 The schemes share these arguments, and raise a ValueError that names the one that cannot be:
 
     width    R, even; 0 for NoPE
@@ -34,134 +30,16 @@ The schemes share these arguments, and raise a ValueError that names the one tha
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from fractions import Fraction
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float, Int
 
-from longctx.ops.backend import once
 from longctx.ops.patterns.sparse import hashed
+from longctx.ops.rotary import Rotation, angles, rotated, turns
 from longctx.typing import checked
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Rotation:
-    """How fast each pair of channels rotates: a constant of the traced program, so no pytree, and equal only to itself.
-
-    Attributes:
-      frequencies: `[R/2]` float64, radians a token. None of them (R = 0) is NoPE.
-      magnitude: multiplies the channels that rotate.
-    """
-
-    frequencies: Float[np.ndarray, " R/2"]
-    magnitude: float = 1.0
-
-    @property
-    def width(self) -> int:
-        """R, the channels that rotate: the first of each head. The others pass (partial rotary)."""
-        return 2 * len(self.frequencies)
-
-
-@checked
-def rotate(x: Float[Array, "B T H K"], positions: Int[Array, "B T"], rotation: Rotation) -> Float[Array, "B T H K"]:
-    """`x` rotated by its positions.
-
-    Rotations add up: by p and then by q is by p + q, and -p undoes p. To move cached keys, rotate them
-    by the difference of positions with magnitude 1, since they have theirs already.
-
-    Args:
-      x: queries or keys in any dtype; computed in float32.
-      positions: whole numbers in the range of int32, negative ones included.
-      rotation: of the first R <= K channels of each head.
-
-    Returns:
-      `[B, T, H, K]` in the dtype of `x`. The cosines and sines are within 1e-6 of the true ones at every position.
-
-    Raises:
-      ValueError: heads narrower than the rotation.
-    """
-    if rotation.width > x.shape[-1]:
-        raise ValueError(f"x has {x.shape[-1]} channels a head, the rotation has {rotation.width}; give it fewer.")
-    return _rotated(x, _angles(positions, *_turns(rotation.frequencies)), rotation.magnitude)
-
-
-@checked
-def rotate_dynamic_ntk(
-    x: Float[Array, "B T H K"],
-    positions: Int[Array, "B T"],
-    lengths: Int[Array, "B T"],
-    width: int,
-    base: float,
-    factor: float,
-    trained: int,
-) -> Float[Array, "B T H K"]:
-    """`x` rotated as `dynamic_ntk` says, where the length T is an array.
-
-    Up to the trained length this is `rotate` by RoPE. Beyond, frequencies are within 1e-6 of their value, all of a
-    document alike: the angle between two of its tokens depends on their distance alone, at every position.
-
-    Args:
-      x, positions: as of `rotate`.
-      lengths: T for each token, that of its document.
-      width, base, factor, trained: as of `dynamic_ntk`.
-    """
-    theta = dynamic_ntk(width, base, factor, trained, trained).frequencies
-    growth = 1 + factor * jnp.maximum(lengths - trained, 0).astype(jnp.float32) / trained
-    power = np.asarray(np.arange(width // 2) / max(width // 2 - 1, 1), np.float32)
-    turn = np.float32(1 / (2 * math.pi)) * theta.astype(np.float32) * jnp.exp(-power * jnp.log(growth)[..., None])
-    upper = jnp.floor(turn * 2.0**32)  # turns in units of 2^-64, as two words; scaling by powers of 2 is exact
-    words = upper, (turn * 2.0**32 - upper) * 2.0**32
-    longer = (lengths > trained)[..., None]
-    turns = (
-        jnp.where(longer, word.astype(jnp.uint32), known) for word, known in zip(words, _turns(theta), strict=True)
-    )
-    return _rotated(x, _angles(positions, *turns), 1.0)
-
-
-def _rotated(x: Float[Array, "B T H K"], angle: Float[Array, "B T R/2"], magnitude: float) -> Float[Array, "B T H K"]:
-    """The first R channels of `x` rotated by angles, and multiplied by a magnitude."""
-    # Computed once: else every head computes the cosines again, in most of the time of the whole rotation.
-    cos, sin = (magnitude * once(part)[:, :, None] for part in (jnp.cos(angle), jnp.sin(angle)))
-    rotated, passed = jnp.split(x, [2 * angle.shape[-1]], axis=-1)
-    first, second = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.concatenate([rotated.astype(x.dtype), passed], axis=-1)
-
-
-def _angles(
-    positions: Int[Array, "B T"], high: UInt[Array, "... R/2"], low: UInt[Array, "... R/2"]
-) -> Float[Array, "B T R/2"]:
-    """p θ less its whole turns, in [-π, π]: the upper half of the product of two 64-bit integers, modulo 2^64.
-
-    `high` and `low` are θ / 2π as `_turns` gives it.
-    """
-    signed = positions.astype(jnp.int32)[..., None]
-    position = jax.lax.bitcast_convert_type(signed, jnp.uint32)
-    sign = jax.lax.bitcast_convert_type(signed >> 31, jnp.uint32)  # the position's upper 32 bits: all 0, or all 1
-    turn = _upper_product(position, low) + position * high + sign * low
-    turn = jax.lax.bitcast_convert_type(turn, jnp.int32)  # in units of 2^-32: from [0, 1) to [-1/2, 1/2)
-    return turn.astype(jnp.float32) * np.float32(2 * math.pi / 2**32)
-
-
-def _turns(frequencies: Float[np.ndarray, " R/2"]) -> tuple[UInt[np.ndarray, " R/2"], UInt[np.ndarray, " R/2"]]:
-    """θ / 2π modulo 1 in units of 2^-64: its upper and its lower 32 bits."""
-    units = Fraction(0x28BE60DB9391054A7F09D5F47D4D3770, 2**64)  # a radian: 2^64 / 2π, to 64 bits after the point
-    turns = np.array([round(Fraction(frequency) * units) % 2**64 for frequency in frequencies.tolist()], np.uint64)
-    return (turns >> 32).astype(np.uint32), turns.astype(np.uint32)
-
-
-def _upper_product(a: UInt[Array, "..."], b: UInt[Array, "..."]) -> UInt[Array, "..."]:
-    """The upper 32 bits of the 64-bit product of 32-bit integers, by halves of 16 bits. No sum of it overflows."""
-    a_upper, a_lower = a >> 16, a & 0xFFFF
-    b_upper, b_lower = b >> 16, b & 0xFFFF
-    middle = a_upper * b_lower + (a_lower * b_lower >> 16)
-    carried = a_lower * b_upper + (middle & 0xFFFF)
-    return a_upper * b_upper + (middle >> 16) + (carried >> 16)
 
 
 def rope(width: int, base: float) -> Rotation:
@@ -193,6 +71,38 @@ def dynamic_ntk(width: int, base: float, factor: float, trained: int, length: in
     _expect_factor(factor)
     _expect_trained(trained)
     return ntk(width, base, 1 + factor * max(length / trained - 1, 0))
+
+
+@checked
+def rotate_dynamic_ntk(
+    x: Float[Array, "B T H K"],
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, "B T"],
+    width: int,
+    base: float,
+    factor: float,
+    trained: int,
+) -> Float[Array, "B T H K"]:
+    """`x` rotated as `dynamic_ntk` says, where the length T is an array.
+
+    Up to the trained length this is `rotate` by RoPE. Beyond, frequencies are within 1e-6 of their value, all of a
+    document alike: the angle between two of its tokens depends on their distance alone, at every position.
+
+    Args:
+      x, positions: as of `rotate`.
+      lengths: T for each token, that of its document.
+      width, base, factor, trained: as of `dynamic_ntk`.
+    """
+    theta = dynamic_ntk(width, base, factor, trained, trained).frequencies
+    growth = 1 + factor * jnp.maximum(lengths - trained, 0).astype(jnp.float32) / trained
+    power = np.asarray(np.arange(width // 2) / max(width // 2 - 1, 1), np.float32)
+    turn = np.float32(1 / (2 * math.pi)) * theta.astype(np.float32) * jnp.exp(-power * jnp.log(growth)[..., None])
+    upper = jnp.floor(turn * 2.0**32)  # turns in units of 2^-64, as two words; scaling by powers of 2 is exact
+    words = upper, (turn * 2.0**32 - upper) * 2.0**32
+    longer = (lengths > trained)[..., None]
+    known = zip(words, turns(theta), strict=True)
+    both = (jnp.where(longer, word.astype(jnp.uint32), short) for word, short in known)
+    return rotated(x, angles(positions, *both), 1.0)
 
 
 def ntk_by_parts(

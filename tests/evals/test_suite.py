@@ -9,7 +9,7 @@ from longctx import config
 from longctx.data.synthetic import InductionHeads
 from longctx.errors import UsageError
 from longctx.evals import check
-from longctx.layers.positions import XPos
+from longctx.layers.position_schemes import XPos
 from longctx.parallel import mesh as meshes
 from longctx.training.step import Program
 

@@ -14,7 +14,8 @@ from flax import nnx
 
 from longctx.layers import MIXERS, MLPS
 from longctx.layers.attention import Attention
-from longctx.layers.positions import T5, Alibi, CoPE, DualChunk, NoPositions, RandomPositions, SelfExtend, XPos, YaRN
+from longctx.layers.position_schemes import T5, Alibi, CoPE, DualChunk, RandomPositions, SelfExtend, XPos
+from longctx.layers.positions import NoPositions, YaRN
 from longctx.ops.patterns import causal, parse
 from longctx.typing import Segments
 

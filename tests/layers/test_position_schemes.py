@@ -10,16 +10,8 @@ from longctx import config
 from longctx.errors import UsageError
 from longctx.layers import MIXERS, MLPS
 from longctx.layers.attention import Attention
-from longctx.layers.positions import (
-    DualChunk,
-    NoPositions,
-    Positions,
-    RandomPositions,
-    Rope,
-    SelfExtend,
-    XPos,
-    YaRN,
-)
+from longctx.layers.position_schemes import DualChunk, RandomPositions, SelfExtend, XPos
+from longctx.layers.positions import NoPositions, Positions, Rope, YaRN
 from longctx.ops.attention import ATTENTION
 from longctx.ops.patterns import Causal
 from longctx.typing import Segments
@@ -88,6 +80,29 @@ def test_logits_are_those_of_the_definition(scheme, definition, offset):
         for s in range(t + 1):
             expected[t, s] = definition(q[t], k[s], t + offset, s + offset)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("scheme", [Rope(share=0.5), YaRN(factor=4.0, trained=16), NoPositions()], ids=lambda s: s.kind)
+def test_rotated_once_is_what_attention_gets(scheme):
+    """`rotate` gives the queries of the one part and the keys as they are stored."""
+    q, k = (jnp.asarray(np.random.default_rng(i).standard_normal((1, 9, 2, WIDTH)), jnp.float32) for i in range(2))
+    segments = Segments.single(1, 9, 24)
+    (part,) = scheme.parts(q, scheme.stored(k, segments.positions), Causal(), segments, segments)
+    for found, expected in zip(scheme.rotate(q, k, segments), part, strict=False):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "kind", ["nsa", "moba", "lsh", "infini", "lact", "block_recurrent", "ttt_linear", "indexer_topk"]
+)
+def test_mixers_that_rotate_once(kind):
+    """They take the schemes that rotate and no more."""
+    for name, scheme in Positions.kinds.items():
+        if scheme.rotates:
+            assert MIXERS[kind].Config(positions={"kind": name}).positions == scheme()
+        else:
+            with pytest.raises(UsageError, match=f"positions.kind is '{name}', which is more than a rotation"):
+                MIXERS[kind].Config(positions={"kind": name})
 
 
 def test_share_leaves_the_other_channels():

@@ -13,7 +13,8 @@ from longctx.layers.basic import Linear
 from longctx.models import LanguageModel
 from longctx.ops import backend, causal_conv
 from longctx.ops.backend import platform
-from longctx.ops.positions import rope, rotate
+from longctx.ops.positions import rope
+from longctx.ops.rotary import rotate
 from longctx.typing import Segments
 
 TPU = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops import positions
-from longctx.ops.positions import Rotation, rotate
+from longctx.ops import positions, rotary
+from longctx.ops.rotary import Rotation, rotate
 
 WIDTH, BASE, FACTOR, TRAINED = 64, 10_000.0, 8.0, 4096
 PAIRS = range(WIDTH // 2)
@@ -220,7 +220,7 @@ def test_upper_half_of_a_product():
     a[:4] = 0, 1, 2**16, 2**32 - 1
     for b in (np.uint32(2**32 - 1), np.uint32(2**16 - 1), np.uint32(0xDEADBEEF)):
         wanted = [one * int(b) >> 32 for one in a.tolist()]
-        np.testing.assert_array_equal(positions._upper_product(jnp.asarray(a), b), wanted)
+        np.testing.assert_array_equal(rotary._upper_product(jnp.asarray(a), b), wanted)
 
 
 def test_fast_frequencies_wrap_around():

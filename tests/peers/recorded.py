@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from longctx.layers.positions import CoPE, NoPositions
+from longctx.layers.position_schemes import CoPE
+from longctx.layers.positions import NoPositions
 
 
 @dataclasses.dataclass(frozen=True)
