@@ -18,25 +18,21 @@ from longctx.layers import reports
 from longctx.layers.basic import (
     LayerNorm,
     Linear,
-    RMSNorm,
+    Projections,
     State,
-    Taps,
     convolved,
     document,
     empty_tail,
     like_queries,
-    short_conv,
-    undo_values,
 )
 from longctx.layers.positions import ROPE, Positions
 from longctx.memory.store import Leaf, Ring, Store, extend, heads
 from longctx.ops import indexer_topk as ops
 from longctx.parallel import sequence
-from longctx.schema import Options
 from longctx.typing import Segments
 
 
-class IndexerTopK(nnx.Module):
+class IndexerTopK(Projections):
     """Causal softmax attention to the `count` tokens of the document so far that a small indexer scores highest.
 
     DeepSeek-V3.2 has 64 index heads of width 128, and queries see 2,048 tokens; it trains the indexer alone first, with
@@ -53,23 +49,17 @@ class IndexerTopK(nnx.Module):
     """
 
     @dataclasses.dataclass(frozen=True)
-    class Config(Options):
-        heads: int = 4  # H
-        kv_heads: int = 4  # G, divides H
-        head_width: int = 32  # K
+    class Config(Projections.Config):
         positions: Positions = ROPE  # rotary ones of `layers/positions.py`, of indices too; or {"kind": "nope"}
         index_share: float = 0.5  # of an index's channels that rotate, the first ones
-        qk_norm: bool = True  # RMS norm of queries and keys, per head, with learned scales
         index_heads: int = 4  # J
         index_width: int = 16  # I
-        count: int = 8  # keys that a query sees
-        stage: str = "sparse"  # "dense": a query sees all keys, and so does the indexer's loss
+        count: int = 8  # keys that are visible to a query
+        stage: str = "sparse"  # "dense": all keys are visible to a query, and to the indexer's loss
         kl_weight: float = 1.0  # of the indexer's loss, a mean over tokens, in the training loss
-        conv_width: Taps = 0  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
-            if min(self.heads, self.kv_heads, self.head_width) < 1 or self.heads % self.kv_heads:
-                yield f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads"
+            yield from super().problems()
             if min(self.index_heads, self.index_width, self.count) < 1:
                 yield f"index_heads, index_width and count must be at least 1, given {self}"
             yield from self.positions.rotary(self.head_width)
@@ -91,18 +81,7 @@ class IndexerTopK(nnx.Module):
             return round(self.index_share * self.index_width)
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
-        self.options = options
-        queries, keys = options.heads * options.head_width, options.kv_heads * options.head_width
-        self.query = Linear(width, queries, ("embed", "heads"), rngs)
-        like_query = like_queries(self.query, options.kv_heads, options.head_width)
-        self.key = Linear(width, keys, ("embed", "heads"), rngs, initial=like_query)
-        self.value = Linear(width, keys, ("embed", "heads"), rngs)
-        back = undo_values(self.value, options.heads, options.head_width)
-        self.out = Linear(queries, width, ("heads", "embed"), rngs, initial=back)
-        lags = [0] * queries + [1] * keys + [0] * keys
-        self.conv = short_conv(options.conv_width, lags, rngs)
-        self.query_norm = RMSNorm(options.head_width, ("head",), initial=1.5) if options.qk_norm else None
-        self.key_norm = RMSNorm(options.head_width, ("head",)) if options.qk_norm else None
+        super().__init__(width, options, rngs)
         self.index_query = Linear(width, options.index_heads * options.index_width, ("embed", "heads"), rngs)
         like_index = like_queries(self.index_query, 1, options.index_width)
         self.index_key = Linear(width, options.index_width, ("embed", "head"), rngs, initial=like_index)
@@ -115,9 +94,8 @@ class IndexerTopK(nnx.Module):
         batch, length, _ = x.shape
         options = self.options
         parts, state, tail = convolved(self.conv, (self.query(x), self.key(x), self.value(x)), segments, state)
-        q, k, v = (part.reshape(batch, length, -1, options.head_width) for part in parts)
-        if options.qk_norm:
-            q, k = self.query_norm(q), self.key_norm(k)
+        norms = self.query_norm, self.key_norm, None
+        q, k, v = (self.heads(part, norm) for part, norm in zip(parts, norms, strict=True))
         # Float32, as rounding should not choose the keys.
         index_q, index_k, weights = self._index(jax.lax.stop_gradient(x.astype(jnp.float32)))
         q, k = options.positions.rotate(q, k, segments)
@@ -131,7 +109,7 @@ class IndexerTopK(nnx.Module):
         count = ops.Options(None if options.stage == "dense" else options.count)
         read = sequence.attend(ops.INDEXER_TOPK, *inputs, segments=segments, key_segments=held, options=count)
         reports.record("indexer_kl", jnp.sum(read.loss), jnp.sum(segments.valid), options.kl_weight)
-        return self.out(read.y.reshape(batch, length, -1)), State(after, tail)
+        return self.back(x, read.y), State(after, tail)
 
     def _index(self, x):
         """Index queries `[B, T, J, I]`, keys `[B, T, 1, I]` and weights `[B, T, J]`."""
