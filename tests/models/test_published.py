@@ -152,3 +152,14 @@ def test_groups_are_the_fewest():
     groups = config.grouped(names)
     assert "".join("".join(group.pattern) * group.repeats for group in groups) == names
     assert sum(len(group.pattern) for group in groups) == 4
+
+
+def test_parameters_in_bfloat16():
+    """Matrices that multiply activations, as decay says, and nothing else. Seen to fail: norms as well."""
+    _, (vocab, tree) = PUBLISHED["StarCoder2 3B"]
+    given = {"model": tree | {"param_dtype": "bfloat16"}, "training": {"stages": ((1, 1, 64),)}}
+    experiment = config.parse(given, MIXERS, MLPS)
+    made = nnx.eval_shape(lambda: LanguageModel(experiment.model, vocab, nnx.Rngs(params=0)))
+    for path, variable in nnx.to_flat_state(nnx.state(made, nnx.Param)):
+        wanted = "bfloat16" if path[-1] in ("weight", "embedding") else "float32"
+        assert variable.get_value().dtype == wanted, path
