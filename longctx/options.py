@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longctx import config, plugins
+from longctx import architecture, config, plugins
 from longctx.data import TASKS
 from longctx.errors import UsageError
 from longctx.layers import MIXERS, MLPS
@@ -44,10 +44,10 @@ NOTATION = (
 PARTS = {
     "experiment": config.Experiment,
     "model": config.Model,
-    "group": config.Group,
-    "block": config.Block,
-    "norm": config.Norm,
-    "embedding": config.Embedding,
+    "group": architecture.Group,
+    "block": architecture.Block,
+    "norm": architecture.Norm,
+    "embedding": architecture.Embedding,
     "training": config.Training,
     "stage": config.Stage,
     "mesh": config.Mesh,

@@ -7,7 +7,7 @@ import re
 import types
 import typing
 
-from longctx import config, schema
+from longctx import architecture, config, schema
 from longctx.data import TASKS
 from longctx.layers import MIXERS, MLPS
 from longctx.layers.positions import Positions
@@ -54,7 +54,7 @@ def options(rng: random.Random, cls: type, share: float = 0.3) -> dict:
 def tree(rng: random.Random) -> dict:
     """An experiment as a dictionary, which an experiment file may well have written."""
     names = [f"b{i}" for i in range(rng.randint(1, 3))]
-    block = {name: options(rng, config.Block, 0.2) | {"mixer": value(rng, config.Mixer, None)} for name in names}
+    block = {name: options(rng, architecture.Block, 0.2) | {"mixer": value(rng, config.Mixer, None)} for name in names}
     found = {
         "model": options(rng, config.Model, 0.2) | {"pattern": tuple(rng.choices(names, k=3)), "blocks": block},
         "training": {"stages": [(rng.randint(1, 9), 4, 512)]} | options(rng, config.Training, 0.1),

@@ -18,6 +18,7 @@ RANK = {
     "provenance": 0,
     "typing": 0,
     "schema": 1,
+    "architecture": 1.5,
     "plugins": 1.5,
     "config": 2,
     "ops": 3,

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from laws.cases import LAYERS
 
-from longctx import config
+from longctx import architecture, config
 from longctx.errors import UsageError
 from longctx.layers import MIXERS, MLPS
 from longctx.layers.attention import Attention
@@ -100,8 +100,10 @@ def every_parameter():
         for options in cases(kind):
             if valid(kind, options):
                 found[kind] |= layer(kind, **options)
-    block = config.Block(Attention.Config(), MLPS["relu2"].Config(), norm=config.Norm(bias=True), residual="sandwich")
-    options = config.Model(("a",), {"a": block}, width=D, embedding=config.Embedding(tied=False, bias=True))
+    block = architecture.Block(
+        Attention.Config(), MLPS["relu2"].Config(), norm=architecture.Norm(bias=True), residual="sandwich"
+    )
+    options = config.Model(("a",), {"a": block}, width=D, embedding=architecture.Embedding(tied=False, bias=True))
     model = parameters(lambda: LanguageModel(options, 64, nnx.Rngs(params=0)))
     found["language_model"] = {path: v for path, v in model.items() if ".mixer." not in path and ".mlp." not in path}
     return found

@@ -11,7 +11,7 @@ where no segments are one document, and so is an MLP: most have no state, and re
 
 import importlib
 
-from longctx.config import MLP, Mixer, Norm
+from longctx.architecture import MLP, Mixer, Norm
 from longctx.layers import position_schemes as position_schemes
 from longctx.layers.basic import LayerNorm, RMSNorm
 from longctx.layers.inplace_ttt import InPlaceTTT

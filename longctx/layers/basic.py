@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.config import Norm
+from longctx.architecture import Norm
 from longctx.memory.store import Store
 from longctx.ops.backend import merged, scaled
 from longctx.ops.causal_conv import CAUSAL_CONV

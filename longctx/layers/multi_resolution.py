@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.config import Mixer
+from longctx.architecture import Mixer
 from longctx.layers.basic import Linear, RMSNorm, ShortConv, State, Taps, convolved, document, empty_tail, short_conv
 from longctx.layers.gated_delta import GatedDelta
 from longctx.layers.mlp import Hidden, SwiGLU

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx import config
+from longctx import architecture
 from longctx.layers import MIXERS, MLPS, NORMS
 from longctx.typing import Segments
 
@@ -29,7 +29,7 @@ class Block(nnx.Module):
     the embeddings of the span's tokens, `embedded=`.
     """
 
-    def __init__(self, width: int, options: config.Block, rngs: nnx.Rngs):
+    def __init__(self, width: int, options: architecture.Block, rngs: nnx.Rngs):
         def norm(mixer_or_mlp: Any, forms: tuple[str, ...]) -> nnx.Module | None:
             wanted = mixer_or_mlp is not None and options.residual in forms
             return NORMS[options.norm.kind](width, options=options.norm) if wanted else None

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from longctx import config
+from longctx import architecture, config
 from longctx.layers import NORMS, reports
 from longctx.models.block import Block
 from longctx.ops.backend import platform
@@ -181,7 +181,7 @@ class LanguageModel(nnx.Module):
         return [jax.tree.map(lambda leaf, i=layer.repeat: leaf[i], self.blocks[layer.place]) for layer in layers]
 
 
-def _stacked(width: int, block: config.Block, repeats: int, rngs: nnx.Rngs) -> Block:
+def _stacked(width: int, block: architecture.Block, repeats: int, rngs: nnx.Rngs) -> Block:
     """A Block whose parameters have a leading axis of `repeats`, each repeat initialised on its own."""
     keys = jax.random.split(rngs.params(), repeats)
     return jax.vmap(lambda key: Block(width, block, nnx.Rngs(params=key)))(keys)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx import config
+from longctx import architecture, config
 from longctx.layers import MIXERS, InPlaceTTT, SwiGLU
 from longctx.models import LanguageModel
 from longctx.typing import Segments
@@ -52,7 +52,7 @@ def test_targets_are_made_of_the_embeddings():
     Seen to fail: targets from the MLP's inputs.
     """
     mixer = MIXERS["gla"].Config(heads=2, key_width=4, value_width=4, gate_rank=2)
-    block = config.Block(mixer, InPlaceTTT.Config(hidden=F, minibatch=3))
+    block = architecture.Block(mixer, InPlaceTTT.Config(hidden=F, minibatch=3))
     options = config.Model(("a",), {"a": block}, width=D, repeats=2, dtype="float32")
     model = LanguageModel(options, 16, nnx.Rngs(params=0))
     taps = model.blocks[0].mlp.taps

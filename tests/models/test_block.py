@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx import config
+from longctx import architecture
 from longctx.errors import UsageError
 from longctx.layers import MIXERS, MLPS
 from longctx.layers.positions import NoPositions
@@ -35,10 +35,10 @@ LAYERS = {
 FORMS = ("swiglu", "pre", "rms"), ("geglu", "post", "offset"), ("gelu", "sandwich", "layer")
 FORMS += ("gelu_tanh", "parallel", "bare"), ("relu2", "parallel_shared", "layer")
 NORMS = {
-    "rms": config.Norm(epsilon=0.1),
-    "offset": config.Norm(offset=1.0, bias=True),
-    "layer": config.Norm("layer", epsilon=1e-5, bias=True),
-    "bare": config.Norm("layer", scale=False),
+    "rms": architecture.Norm(epsilon=0.1),
+    "offset": architecture.Norm(offset=1.0, bias=True),
+    "layer": architecture.Norm("layer", epsilon=1e-5, bias=True),
+    "bare": architecture.Norm("layer", scale=False),
 }
 
 
@@ -79,7 +79,7 @@ def test_residual_forms_norms_and_mlps():
     """
     blocks = []
     for name, form, norm in FORMS:
-        options = config.Block(MIXER, LAYERS[name][0], BESIDE if form == "pre" else None, NORMS[norm], form, 0.5)
+        options = architecture.Block(MIXER, LAYERS[name][0], BESIDE if form == "pre" else None, NORMS[norm], form, 0.5)
         blocks.append(drawn(Block(D, options, nnx.Rngs(params=0))))
     x = jax.random.normal(jax.random.key(1), (1, T, D))
     segments = Segments.single(1, T)
@@ -152,4 +152,4 @@ def test_attention_of_published_models(over, gate):
 )
 def test_blocks_that_cannot_be(options, message):
     with pytest.raises(UsageError, match=message):
-        config.Block(**{"mixer": MIXER, "mlp": LAYERS["gelu"][0]} | options)
+        architecture.Block(**{"mixer": MIXER, "mlp": LAYERS["gelu"][0]} | options)

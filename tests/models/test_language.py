@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx import config
+from longctx import architecture, config
 from longctx.errors import UsageError
 from longctx.layers import MIXERS, MLPS
 from longctx.models import LanguageModel, parameter_count
@@ -87,8 +87,8 @@ def test_groups_are_layers_in_turn():
     model = make((), groups=((("delta", "full"), 2), (("delta",), 1)))
     names = [layer.block for layer in model.options.layers]
     assert names == ["delta", "full", "delta", "full", "delta"]
-    assert model.options.layers[3] == config.Layer("full", 0, 1, 1)
-    assert model.options.layers[4] == config.Layer("delta", 1, 2, 0)
+    assert model.options.layers[3] == architecture.Layer("full", 0, 1, 1)
+    assert model.options.layers[4] == architecture.Layer("delta", 1, 2, 0)
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
     x = model.embedding[...][tokens] * 4.0
     for layer in model.options.layers:

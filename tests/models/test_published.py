@@ -5,7 +5,7 @@ import json
 import pytest
 from flax import nnx
 
-from longctx import config
+from longctx import architecture, config
 from longctx.layers import MIXERS, MLPS
 from longctx.models import LanguageModel, parameter_count
 
@@ -30,7 +30,7 @@ def model(width, layers, heads, kv_heads, hidden, vocab, mlp="swiglu", tied=Fals
 def in_turn(names, changes, given):
     """The model with layers of several kinds: `names` of all layers, and what each kind changes in the mixer."""
     vocab, tree = given
-    block, groups = tree["blocks"]["a"], config.grouped(names)
+    block, groups = tree["blocks"]["a"], architecture.grouped(names)
     blocks = {name: block | {"mixer": block["mixer"] | change} for name, change in changes.items()}
     one = {
         "blocks": blocks,
@@ -144,12 +144,12 @@ def test_a_published_model_can_be_said(name):
 def test_groups_are_the_fewest():
     """Blocks to compile first, scans second; in order. Seen to fail: the last two layers as part of the pattern."""
     local = ("local",)
-    found = config.grouped((*local * 5, "full") * 4 + local * 2)
-    assert found == (config.Group((*local * 5, "full"), 4), config.Group(local, 2))
-    assert config.grouped("abab") == (config.Group(("a", "b"), 2),)
-    assert config.grouped("abbb") == (config.Group(("a",)), config.Group(("b",), 3))
+    found = architecture.grouped((*local * 5, "full") * 4 + local * 2)
+    assert found == (architecture.Group((*local * 5, "full"), 4), architecture.Group(local, 2))
+    assert architecture.grouped("abab") == (architecture.Group(("a", "b"), 2),)
+    assert architecture.grouped("abbb") == (architecture.Group(("a",)), architecture.Group(("b",), 3))
     names = "aabcbcbcd"
-    groups = config.grouped(names)
+    groups = architecture.grouped(names)
     assert "".join("".join(group.pattern) * group.repeats for group in groups) == names
     assert sum(len(group.pattern) for group in groups) == 4
 

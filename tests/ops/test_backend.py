@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from longctx import config
+from longctx import architecture, config
 from longctx.layers import MIXERS, MLPS
 from longctx.layers.basic import Linear
 from longctx.models import LanguageModel
@@ -23,7 +23,7 @@ TPU = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
 def test_the_platform_is_that_of_the_mesh():
     """Inside of a program and of an island in it too. Seen to fail: `platform` asks for the default backend alone."""
     assert platform() == "cpu"
-    block = config.Block(MIXERS["gla"].Config(), MLPS["relu2"].Config())
+    block = architecture.Block(MIXERS["gla"].Config(), MLPS["relu2"].Config())
     options = config.Model(("only",), {"only": block}, width=8)
     model = nnx.eval_shape(lambda: LanguageModel(options, 16, nnx.Rngs(params=0)))
     assert model.dtype == jnp.float32

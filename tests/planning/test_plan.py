@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import longctx
-from longctx import config
+from longctx import architecture, config
 from longctx.errors import UsageError
 from longctx.layers import MIXERS, MLPS
 from longctx.parallel import mesh as meshes
@@ -185,7 +185,7 @@ def test_compilers_missing(monkeypatch):
 
 
 def experiment(**training):
-    block = config.Block(MIXERS["gla"].Config(), MLPS["relu2"].Config())
+    block = architecture.Block(MIXERS["gla"].Config(), MLPS["relu2"].Config())
     stage = config.Stage(1, 8, 1024)
     return config.Experiment(
         model=config.Model(("only",), {"only": block}), training=config.Training((stage,), **training)
