@@ -34,12 +34,12 @@ class ByLength(Rope):
     rotates = False
 
     def rotated(
-        self, x: Float[Array, "B T H K"], places: Int[Array, "B T"], lengths: Int[Array, "B T"]
+        self, x: Float[Array, "B T H K"], at: Int[Array, "B T"], lengths: Int[Array, "B T"]
     ) -> Float[Array, "B T H K"]:
         """`x` rotated by its positions, given for each token the length of its document."""
         raise NotImplementedError
 
-    def stored(self, k, places):
+    def stored(self, k, at):
         return k
 
     def parts(self, q, k, pattern, queries, keys):
@@ -61,11 +61,11 @@ class DynamicNTK(ByLength, kind="dynamic_ntk"):
     factor: float = 1.0  # s, beside the length over the trained length
 
     def rotation(self, width):
-        return positions.dynamic_ntk(self.turning(width), self.base, self.factor, self.trained, self.trained)
+        return positions.dynamic_ntk(self.rotating(width), self.base, self.factor, self.trained, self.trained)
 
-    def rotated(self, x, places, lengths):
+    def rotated(self, x, at, lengths):
         return positions.rotate_dynamic_ntk(
-            x, places, lengths, self.turning(x.shape[-1]), self.base, self.factor, self.trained
+            x, at, lengths, self.rotating(x.shape[-1]), self.base, self.factor, self.trained
         )
 
 
@@ -81,14 +81,14 @@ class LongRoPE(ByLength, kind="longrope"):
 
     def rotation(self, width, length: int = 1):
         """How channels rotate in a document of `length` tokens."""
-        width = self.turning(width)
+        width = self.rotating(width)
         short, long = self.short or (1.0,) * (width // 2), self.long or (self.factor,) * (width // 2)
         return positions.longrope(
             width, self.base, self.factor, self.trained, length, short, long, self.magnitude or None
         )
 
-    def rotated(self, x, places, lengths):
-        short, long = (rotate(x, places, self.rotation(x.shape[-1], n)) for n in (self.trained, self.trained + 1))
+    def rotated(self, x, at, lengths):
+        short, long = (rotate(x, at, self.rotation(x.shape[-1], n)) for n in (self.trained, self.trained + 1))
         return jnp.where((lengths > self.trained)[..., None, None], long, short)
 
 
@@ -110,16 +110,16 @@ class XPos(Rope, kind="xpos"):
     def parts(self, q, k, pattern, queries, keys):
         (part,) = super().parts(q, k, pattern, queries, keys)
         span, held = queries.ids.shape[1], keys.ids.shape[1]
-        scales = positions.xpos_scales(self.turning(q.shape[-1]))
+        scales = positions.xpos_scales(self.rotating(q.shape[-1]))
         if -math.log(scales[0]) * span / self.scale_base > 160:
             most = int(-160 * self.scale_base / math.log(scales[0]))
             raise ValueError(
                 f"a span of {span} tokens is more than xpos can scale with scale_base={self.scale_base}; "
                 f"read it in spans of at most {most} tokens, or give a larger scale_base."
             )
-        # Places along the row, which for tokens of one document are as far apart as their positions: 0, 1, ... in the
+        # Positions along the row, which for tokens of one document are as far apart as their positions: 0, 1, ... in the
         # span, and before it by the positions of the document in progress, the only one of which a cache holds tokens.
-        places = jnp.arange(span)[None]
+        at = jnp.arange(span)[None]
         cached = jnp.arange(held)[None] - (held - span)
         if held != span or span == 1:
             current = queries.ids == 1
@@ -127,12 +127,12 @@ class XPos(Rope, kind="xpos"):
             origin = jnp.take_along_axis(queries.positions, first, axis=1) - first
             cached = jnp.where(keys.ids == 1, keys.positions - origin, cached)
 
-        def scaled(x, places, sign):
-            power = sign * (places[..., None] - span // 2) / self.scale_base * np.log(np.tile(scales, 2))
+        def scaled(x, at, sign):
+            power = sign * (at[..., None] - span // 2) / self.scale_base * np.log(np.tile(scales, 2))
             scale = jnp.pad(jnp.exp(power), ((0, 0), (0, 0), (0, x.shape[-1] - power.shape[-1])), constant_values=1)
             return (x.astype(jnp.float32) * scale[:, :, None]).astype(x.dtype)
 
-        return [part._replace(q=scaled(part.q, places, 1), k=scaled(part.k, cached, -1))]
+        return [part._replace(q=scaled(part.q, at, 1), k=scaled(part.k, cached, -1))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +153,13 @@ class RandomPositions(ByLength, kind="random"):
             yield f"span is {self.span} and trained is {self.trained}; both must be at least 1"
         yield from super().refusals(width)
 
-    def drawn(self, places: Int[Array, "B T"], lengths: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    def drawn(self, at: Int[Array, "B T"], lengths: Int[Array, "B T"]) -> Int[Array, "B T"]:
         """The positions in the range."""
         stride = jnp.maximum(1, self.span // jnp.maximum(self.trained, lengths))
-        return positions.stratified(places, stride, self.seed)
+        return positions.stratified(at, stride, self.seed)
 
-    def rotated(self, x, places, lengths):
-        return rotate(x, self.drawn(places, lengths), self.rotation(x.shape[-1]))
+    def rotated(self, x, at, lengths):
+        return rotate(x, self.drawn(at, lengths), self.rotation(x.shape[-1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,16 +178,16 @@ class SelfExtend(Rope, kind="self_extend"):
             yield f"group is {self.group} and window is {self.window}; both must be at least 1"
         yield from super().refusals(width)
 
-    def stored(self, k, places):
+    def stored(self, k, at):
         return k
 
     def parts(self, q, k, pattern, queries, keys):
-        turn = functools.partial(rotate, rotation=self.rotation(q.shape[-1]))
+        moved = functools.partial(rotate, rotation=self.rotation(q.shape[-1]))
         near, far = Window(self.window), self.window - self.window // self.group
         return [
-            Part(turn(q, queries.positions), turn(k, keys.positions), pattern & near),
+            Part(moved(q, queries.positions), moved(k, keys.positions), pattern & near),
             Part(
-                turn(q, queries.positions // self.group + far), turn(k, keys.positions // self.group), pattern & ~near
+                moved(q, queries.positions // self.group + far), moved(k, keys.positions // self.group), pattern & ~near
             ),
         ]
 
@@ -210,17 +210,17 @@ class DualChunk(Rope, kind="dual_chunk"):
             yield f"local is {self.local} and trained is {self.trained}; local must be less, and at least 0"
         yield from super().refusals(width)
 
-    def stored(self, k, places):
-        return super().stored(k, places % (self.trained - self.local))
+    def stored(self, k, at):
+        return super().stored(k, at % (self.trained - self.local))
 
     def parts(self, q, k, pattern, queries, keys):
         chunk = self.trained - self.local
         within, before = queries.positions % chunk, Chunked(chunk, back=1)
-        turn = functools.partial(rotate, q, rotation=self.rotation(q.shape[-1]))
+        moved = functools.partial(rotate, q, rotation=self.rotation(q.shape[-1]))
         return [
-            Part(turn(within), k, pattern & Chunked(chunk)),
-            Part(turn(jnp.minimum(within + chunk, self.trained - 1)), k, pattern & before & ~Chunked(chunk)),
-            Part(turn(jnp.full_like(within, self.trained - 1)), k, pattern & ~before),
+            Part(moved(within), k, pattern & Chunked(chunk)),
+            Part(moved(jnp.minimum(within + chunk, self.trained - 1)), k, pattern & before & ~Chunked(chunk)),
+            Part(moved(jnp.full_like(within, self.trained - 1)), k, pattern & ~before),
         ]
 
 

@@ -82,8 +82,8 @@ class Positions(Options, Chosen):
         """What is added to logits."""
         return None
 
-    def stored(self, k: Float[Array, "B T G K"], places: Int[Array, "B T"]) -> Float[Array, "B T G K"]:
-        """The keys as a cache holds them; `places` are their positions within their documents."""
+    def stored(self, k: Float[Array, "B T G K"], at: Int[Array, "B T"]) -> Float[Array, "B T G K"]:
+        """The keys as a cache holds them; `at` are their positions within their documents."""
         return k
 
     def parts(
@@ -137,23 +137,23 @@ class Rope(Positions, kind="rope"):
 
     rotates = True
     base: float = 10_000.0  # b of the frequencies b^(-2j/R)
-    share: float = 1.0  # of a head's channels that turn, the first ones (partial rotary positions)
+    share: float = 1.0  # of a head's channels that rotate, the first ones (partial rotary positions)
 
     def refusals(self, width: int) -> Iterator[str]:
-        if not 0 < self.share <= 1 or self.turning(width) % 2:
+        if not 0 < self.share <= 1 or self.rotating(width) % 2:
             yield f"share is {self.share} of {width} channels a head; it must be an even number of them, at least 2"
         else:
             yield from super().refusals(width)
 
-    def turning(self, width: int) -> int:
-        """R, the channels that turn."""
+    def rotating(self, width: int) -> int:
+        """R, the channels that rotate."""
         return round(self.share * width)
 
     def rotation(self, width: int) -> Rotation:
-        return positions.rope(self.turning(width), self.base)
+        return positions.rope(self.rotating(width), self.base)
 
-    def stored(self, k, places):
-        return rotate(k, places, self.rotation(k.shape[-1]))
+    def stored(self, k, at):
+        return rotate(k, at, self.rotation(k.shape[-1]))
 
     def parts(self, q, k, pattern, queries, keys):
         return [Part(rotate(q, queries.positions, self.rotation(q.shape[-1])), k, pattern)]
@@ -176,7 +176,7 @@ class Linear(Rope, kind="linear"):
     factor: float = 1.0  # s, the length to reach over the trained length
 
     def rotation(self, width):
-        return positions.linear(self.turning(width), self.base, self.factor)
+        return positions.linear(self.rotating(width), self.base, self.factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +186,7 @@ class NTK(Rope, kind="ntk"):
     factor: float = 1.0  # s
 
     def rotation(self, width):
-        return positions.ntk(self.turning(width), self.base, self.factor)
+        return positions.ntk(self.rotating(width), self.base, self.factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +200,7 @@ class NTKByParts(Rope, kind="ntk_by_parts"):
 
     def rotation(self, width):
         return positions.ntk_by_parts(
-            self.turning(width), self.base, self.factor, self.trained, self.beta_fast, self.beta_slow
+            self.rotating(width), self.base, self.factor, self.trained, self.beta_fast, self.beta_slow
         )
 
 
@@ -213,7 +213,7 @@ class YaRN(NTKByParts, kind="yarn"):
 
     def rotation(self, width):
         return positions.yarn(
-            self.turning(width), self.base, self.factor, self.trained, self.beta_fast, self.beta_slow,
+            self.rotating(width), self.base, self.factor, self.trained, self.beta_fast, self.beta_slow,
             self.truncate, self.magnitude or None,
         )  # fmt: skip
 
@@ -229,7 +229,7 @@ class Llama3(Rope, kind="llama3"):
 
     def rotation(self, width):
         return positions.llama3(
-            self.turning(width), self.base, self.factor, self.trained, self.low_frequency_factor,
+            self.rotating(width), self.base, self.factor, self.trained, self.low_frequency_factor,
             self.high_frequency_factor,
         )  # fmt: skip
 
@@ -241,7 +241,7 @@ class GiraffePower(Rope, kind="giraffe_power"):
     power: float = 0.1  # k
 
     def rotation(self, width):
-        return positions.giraffe_power(self.turning(width), self.base, self.power)
+        return positions.giraffe_power(self.rotating(width), self.base, self.power)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +250,7 @@ class GiraffeTruncated(Rope, kind="giraffe_truncated"):
 
     low: float = 2 * math.pi / 2048  # radians a token: pairs at most so fast stand still,
     high: float = 2 * math.pi / 512  # at least so fast stay,
-    rho: float = 2 * math.pi / 1024  # and those between turn so fast
+    rho: float = 2 * math.pi / 1024  # and those between rotate so fast
 
     def rotation(self, width):
-        return positions.giraffe_truncated(self.turning(width), self.base, self.low, self.high, self.rho)
+        return positions.giraffe_truncated(self.rotating(width), self.base, self.low, self.high, self.rho)
