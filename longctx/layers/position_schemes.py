@@ -117,7 +117,7 @@ class XPos(Rope, kind="xpos"):
                 f"a span of {span} tokens is more than xpos can scale with scale_base={self.scale_base}; "
                 f"read it in spans of at most {most} tokens, or give a larger scale_base."
             )
-        # Positions along the row, which for tokens of one document are as far apart as their positions: 0, 1, ... in the
+        # Indices along the row, which for tokens of one document are as far apart as their positions: 0, 1, ... in the
         # span, and before it by the positions of the document in progress, the only one of which a cache holds tokens.
         at = jnp.arange(span)[None]
         cached = jnp.arange(held)[None] - (held - span)
