@@ -74,8 +74,8 @@ def mlp(layer, activation, x):
 
 
 def test_residual_forms_norms_and_mlps():
-    """Each form with another norm and another MLP; 2e-5 of values near 1. Seen to fail: the second norm of a sandwich
-    before the branch, an offset left out, exact GELU for its approximation, the multiplier on one branch alone.
+    """Each form with another norm and MLP, to 2e-5 of the largest value. Seen to fail: a norm of the sum for one of the
+    branch, an offset left out, exact GELU for its approximation, the multiplier on one branch alone.
     """
     blocks = []
     for name, form, norm in FORMS:
@@ -114,8 +114,8 @@ def test_residual_forms_norms_and_mlps():
 @pytest.mark.parametrize("over", ["head", "each", "all", None])
 @pytest.mark.parametrize("gate", ["head", "channel"])
 def test_attention_of_published_models(over, gate):
-    """Biases, norms of queries and keys, a scale, a cap, wider values and gates. Seen to fail: the gate after the
-    projection, the scale left out, statistics per head for those of all heads.
+    """Biases, norms of queries and keys, a scale, a cap, wider values and gates. Seen to fail: the scale left out; the
+    gates of other heads; keys without their norm.
     """
     norm = None if over is None else {"over": over, "offset": 1.0}
     options = MIXERS["attention"].Config(
@@ -123,6 +123,7 @@ def test_attention_of_published_models(over, gate):
         positions=NoPositions(),
     )  # fmt: skip
     layer = drawn(MIXERS["attention"](D, options, nnx.Rngs(params=0)))
+    assert [each is None for each in (layer.query_norm, layer.key_norm)] == [over is None] * 2
     x = np.asarray(jax.random.normal(jax.random.key(1), (T, D)), np.float64)
     q, k, v = (linear(each, x) for each in (layer.query, layer.key, layer.value))
     if over == "all":
