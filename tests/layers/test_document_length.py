@@ -15,7 +15,7 @@ from flax import nnx
 from longctx import config
 from longctx.layers.attention import Attention
 from longctx.layers.positions import Positions
-from longctx.ops import positions
+from longctx.ops import positions, rotary
 from longctx.parallel import mesh as meshes
 from longctx.typing import Segments
 
@@ -111,7 +111,7 @@ def test_rotation_by_an_array_of_lengths(length):
     x = jnp.asarray(rng.standard_normal((1, 8, 1, 16)), jnp.float32)
     near = jnp.arange(8)[None]
     options = (16, 10_000.0, 2.0, TRAINED)
-    expected = positions.rotate(x, near, positions.dynamic_ntk(*options, length))
+    expected = rotary.rotate(x, near, positions.dynamic_ntk(*options, length))
     found = positions.rotate_dynamic_ntk(x, near, jnp.full((1, 8), length), *options)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
     far = positions.rotate_dynamic_ntk(x, near + 10_000_000, jnp.full((1, 8), length), *options)[0, :, 0]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.ops import positions
+from longctx.ops import positions, rotary
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "rotary.json"
 WIDTH, BASE, TRAINED = 64, 10_000.0, 4096
@@ -56,7 +56,7 @@ HEADS = (1, 8, 12, 20)
 def ours() -> dict[str, np.ndarray]:
     """What the golden holds, computed by us."""
     found = {name: np.append(rotation.frequencies, rotation.magnitude) for name, (rotation, _, _) in SCHEMES.items()}
-    found["rotate"] = positions.rotate(jnp.asarray(X), jnp.asarray(PLACES), SCHEMES["yarn"][0]).ravel()
+    found["rotate"] = rotary.rotate(jnp.asarray(X), jnp.asarray(PLACES), SCHEMES["yarn"][0]).ravel()
     for causal in (True, False):
         found[f"t5, causal={causal}"] = positions.t5_buckets(jnp.asarray(DISTANCE), causal=causal)
     for heads in HEADS:
