@@ -65,7 +65,7 @@ class Positions(Options, Chosen):
         """What hinders it, as the field `positions` of a mixer that rotates queries and keys once and no more."""
         if not self.rotates:
             kinds = sorted(kind for kind, scheme in self.kinds.items() if scheme.rotates)
-            yield f"positions.kind is '{self.kind}', which is more than a rotation; choose one of {', '.join(kinds)}"
+            yield f"positions '{self.kind}' do more than rotate queries and keys; choose one of {', '.join(kinds)}"
         yield from (f"positions.{problem}" for problem in self.refusals(width))
 
     def rotate(

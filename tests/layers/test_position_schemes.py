@@ -101,7 +101,7 @@ def test_mixers_that_rotate_once(kind):
         if scheme.rotates:
             assert MIXERS[kind].Config(positions={"kind": name}).positions == scheme()
         else:
-            with pytest.raises(UsageError, match=f"positions.kind is '{name}', which is more than a rotation"):
+            with pytest.raises(UsageError, match=f"positions '{name}' do more than rotate"):
                 MIXERS[kind].Config(positions={"kind": name})
 
 
