@@ -32,6 +32,7 @@ from longctx import architecture, config, plugins
 from longctx.data import TASKS
 from longctx.errors import UsageError
 from longctx.layers import MIXERS, MLPS
+from longctx.layers.basic import QKNorm
 from longctx.layers.positions import Positions
 from longctx.ops.patterns.text import NAMES as PATTERNS
 from longctx.schema import options_of
@@ -47,6 +48,7 @@ PARTS = {
     "group": architecture.Group,
     "block": architecture.Block,
     "norm": architecture.Norm,
+    "qk_norm": QKNorm,
     "embedding": architecture.Embedding,
     "training": config.Training,
     "stage": config.Stage,

@@ -7,7 +7,7 @@ import difflib
 import re
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class ExperimentParser(config_flags.config_flags.ConfigFileFlagParser):
         given = _overrides()
         kinds = {name.removesuffix(".kind"): value for name, value in given.items() if name.endswith(".kind")}
         with experiment.unlocked():
-            left_out = _Filler(kinds).fill(experiment, config.Experiment)
+            switches = {name for name, value in given.items() if str(value).lower() in ("true", "false")}
+            left_out = _Filler(kinds, switches).fill(experiment, config.Experiment)
         for override in given:
             _find(experiment, override)
         for name, fields in left_out.items():
@@ -84,8 +85,9 @@ def _overrides() -> dict[str, str | None]:
 class _Filler:
     """Sets what a tree of ConfigDicts leaves to the defaults of the dataclasses that will be made of it."""
 
-    def __init__(self, kinds: Mapping[str, str | None]):
+    def __init__(self, kinds: Mapping[str, str | None], switches: Set[str] = frozenset()):
         self._kinds = kinds  # by dotted name: chosen instead of what the tree has
+        self._switches = switches  # dotted names: options that an override leaves out, or gives their defaults
         self._left_out: dict[str, list[str]] = {}
 
     def fill(self, tree: ConfigDict, cls: type, path: str = "") -> dict[str, list[str]]:
@@ -112,6 +114,8 @@ class _Filler:
         nested = isinstance(hint, type) and (issubclass(hint, Chosen) or dataclasses.is_dataclass(hint))
         if name not in tree and path in self._kinds:
             tree[name] = ConfigDict({"kind": self._kinds[path]})
+        elif nested and path in self._switches:
+            tree[name] = config_dict.placeholder(bool)
         elif nested and dataclasses.is_dataclass(value):
             tree[name] = ConfigDict(_dicts(value))
         elif name not in tree:

@@ -14,6 +14,7 @@ from longctx import config
 from longctx.data import TASKS
 from longctx.errors import UsageError
 from longctx.layers import MIXERS, MLPS
+from longctx.layers.basic import QKNorm
 from longctx.layers.positions import YaRN
 from longctx.overrides import ExperimentParser
 from longctx.training import workdir as workdirs
@@ -94,6 +95,14 @@ def given(tmp_path, monkeypatch):
         return found
 
     return experiment
+
+
+def test_options_that_may_be_left_out(given):
+    """False is none of them, and True their defaults, as in a file."""
+    kind, norm = "model.blocks.a.mixer.kind=attention", "model.blocks.a.mixer.qk_norm"
+    assert given(kind, f"{norm}=False").model.blocks["a"].mixer.qk_norm is None
+    assert given(kind, f"{norm}=True").model.blocks["a"].mixer.qk_norm == QKNorm()
+    assert given(kind, f"{norm}.over=all").model.blocks["a"].mixer.qk_norm == QKNorm(over="all")
 
 
 def test_another_kind(given, capsys):
