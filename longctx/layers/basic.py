@@ -286,7 +286,7 @@ class Projections(nnx.Module):
             return getattr(self, "value_width", 0) or self.head_width
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs, lags: Sequence[int] | None = None):
-        self.options = options
+        self.width, self.options = width, options
         heads, groups, size = options.heads, options.kv_heads, options.head_width
         queries, keys, values = heads * size, groups * size, groups * options.of_values
         of_query, of_key, of_value, of_out = (0.0 if name in BIASES[options.bias] else None for name in "qkvo")
@@ -307,10 +307,7 @@ class Projections(nnx.Module):
     def project(self, x: Float[Array, "B T D"], segments: Segments, tail: Float[Array, "B W-1 C"] | None):
         """`(q[B, T, H, K], k[B, T, G, K], v[B, T, G, V], tail)`; the tail is that of the convolution, None without."""
         parts = [self.query(x), self.key(x), self.value(x)]
-        if self.conv is not None:
-            mixed, tail = self.conv(jnp.concatenate(parts, axis=-1), segments, tail)
-            parts = jnp.split(mixed, np.cumsum([part.shape[-1] for part in parts])[:-1], axis=-1)
-        q, k, v = parts
+        (q, k, v), _, tail = convolved(self.conv, parts, segments, State(None, tail))
         v = v.reshape(*x.shape[:2], -1, self.options.of_values)
         return self.heads(q, self.query_norm), self.heads(k, self.key_norm), v, tail
 

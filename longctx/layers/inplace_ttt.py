@@ -14,15 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import document
+from longctx.layers.basic import State, document
 from longctx.layers.mlp import SwiGLU
+from longctx.layers.recurrent import Recurrent
 from longctx.ops import inplace_ttt as ops
-from longctx.parallel import sequence
-from longctx.schema import Options
+from longctx.schema import Options, Size
 from longctx.typing import Segments
 
 
-class InPlaceTTT(nnx.Module):
+class InPlaceTTT(Recurrent):
     """A SwiGLU whose W_down is the starting point of weights that the document writes, C tokens at a time.
 
     z = silu(x W_gate) ⊙ (x W_up);  y = z (W_down + ΔW_i) for the tokens of mini-batch i of the document, ΔW_0 = 0;
@@ -42,24 +42,24 @@ class InPlaceTTT(nnx.Module):
 
     @dataclasses.dataclass(frozen=True)
     class Config(Options):
-        hidden: int = 128  # F
-        minibatch: int = 16  # C, tokens per update; the paper finds 512 to 1,024 best for models of billions
-        conv_width: int = 5  # taps of the targets' convolution, centred: odd
+        hidden: Size = 128  # F
+        minibatch: Size = 16  # C, tokens per update; the paper finds 512 to 1,024 best for models of billions
+        conv_width: Size = 5  # taps of the targets' convolution, centred: odd
         targets: str = "embeddings"  # what they are made of: "embeddings" of the tokens, or the MLP's "inputs"
         rate: float = 0.3  # η
         clip: float = 0.0  # largest Frobenius norm of an update, 0: any; the paper uses 1e-5 on long inputs
         decay: float = 1.0  # what an update leaves of ΔW; less than 1 is ours, not the paper's
 
         def problems(self):
-            if min(self.hidden, self.minibatch, self.conv_width) < 1 or self.conv_width % 2 == 0:
-                yield f"hidden, minibatch and conv_width must be at least 1, and conv_width odd, given {self}"
+            if self.conv_width % 2 == 0:
+                yield f"conv_width is {self.conv_width}; give an odd number"
             if self.targets not in ("embeddings", "inputs"):
                 yield f"targets is '{self.targets}'; give 'embeddings' or 'inputs'"
             if min(self.rate, self.clip) < 0 or not 0 <= self.decay <= 1:
                 yield f"rate and clip must not be negative, and decay must be from 0 to 1, given {self}"
 
     def __init__(self, width: int, options: Config, rngs: nnx.Rngs):
-        self.options = options
+        super().__init__(width, options)
         mlp = SwiGLU(width, SwiGLU.Config(options.hidden), rngs)
         self.gate, self.up, self.down = mlp.gate, mlp.up, mlp.down
         self.taps = nnx.Param(jnp.zeros((options.conv_width, width), jnp.float32), axes=("taps", "embed"))
@@ -85,23 +85,15 @@ class InPlaceTTT(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         segments: Segments | None = None,
-        state: ops.State | None = None,
+        state: State | None = None,
         embedded: Float[Array, "B T D"] | None = None,
     ):
         """Returns `(y[B, T, D], State)`."""
         segments = document(segments, x, state)
         options = self.options
+        _, run = self.begin([], segments, state)
         z = jax.nn.silu(self.gate(x)) * self.up(x)
-        static = ops.Options(options.minibatch, options.rate, options.clip, options.decay)
         source = x if embedded is None or options.targets == "inputs" else embedded
-        parameters = self.taps[...], self.target[...]
-        y, state = sequence.run(ops.INPLACE_TTT, (z, source), parameters, state, segments=segments, options=static)
+        static = {name: getattr(options, name) for name in ("minibatch", "rate", "clip", "decay")}
+        y, state = run(ops.INPLACE_TTT, z, source, parameters=(self.taps[...], self.target[...]), **static)
         return self.down(z) + y, state
-
-    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> ops.State:
-        """Nothing written; `capacity` does not matter."""
-        options, width = self.options, self.taps.shape[1]
-        weights = jnp.zeros((batch, options.hidden, width), jnp.float32)
-        keys = jnp.zeros((batch, options.conv_width // 2, options.hidden), jnp.float32)
-        shares = jnp.zeros((batch, options.conv_width // 2, options.conv_width, width), jnp.float32)
-        return ops.State(weights, weights, keys, shares)

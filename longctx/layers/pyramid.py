@@ -9,27 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from longctx.layers.basic import Projections, Taps, document
+from longctx.layers.basic import Projections, State, Taps, document
+from longctx.layers.recurrent import Recurrent
 from longctx.ops import pyramid as ops
-from longctx.parallel import sequence
 from longctx.typing import Segments
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PyramidState:
-    """Weighted sums of 1, key and value over the last R nodes of each level, float32; the convolution's last inputs."""
-
-    nodes: Float[Array, "B L R G K+V+1"]
-    conv: Float[Array, "B W-1 C"] | None
-
-
-class Pyramid(Projections):
+class Pyramid(Projections, Recurrent):
     """Softmax attention to the last W tokens, and at each level above to the last W summaries of older ones.
 
     A node of level l attends to c nodes of the level below, and so summarises c^l tokens. The query of that attention
@@ -41,8 +31,8 @@ class Pyramid(Projections):
     @dataclasses.dataclass(frozen=True)
     class Config(Projections.Config):
         children: int = 4  # c, nodes of one level that a node of the next summarises
-        window: int = 8  # W, tokens that are seen one by one, and nodes of each level above; at least c - 1
-        levels: int = 5  # L, tokens included; W c^(L-1) tokens back are seen
+        window: int = 8  # W, tokens that are visible one by one, and nodes of each level above; at least c - 1
+        levels: int = 5  # L, tokens included; W c^(L-1) tokens back are visible
         conv_width: Taps = 4  # taps of a causal convolution on queries, keys and values; 0: none
 
         def problems(self):
@@ -52,7 +42,7 @@ class Pyramid(Projections):
             elif self.window < self.children - 1:
                 yield (
                     f"window is {self.window} and children is {self.children}; give a window of at least children - 1, "
-                    "or what no whole node holds is seen at no level"
+                    "or what no whole node holds is visible at no level"
                 )
             if not (1 <= self.levels <= 30 and self.children ** (self.levels - 1) < 2**30):
                 yield f"levels is {self.levels}; give at least 1, and nodes of fewer than 2^30 tokens"
@@ -62,25 +52,11 @@ class Pyramid(Projections):
         self.pool = nnx.Param(jnp.zeros((options.kv_heads, options.head_width)), axes=("heads", "head"))
         self.bias = nnx.Param(jnp.zeros((options.heads, options.levels - 1)), axes=("heads", None))
 
-    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: PyramidState | None = None):
-        """Returns `(y[B, T, D], PyramidState)`."""
+    def __call__(self, x: Float[Array, "B T D"], segments: Segments | None = None, state: State | None = None):
+        """Returns `(y[B, T, D], State)`."""
         segments = document(segments, x, state)
-        options = self.options
-        q, k, v, tail = self.project(x, segments, None if state is None else state.conv)
-        y, nodes = sequence.run(
-            ops.PYRAMID,
-            (q, k, v),
-            (self.pool[...], self.bias[...]),
-            None if state is None else state.nodes,
-            segments=segments,
-            options=ops.Options(options.children, options.window),
-        )
-        return self.back(x, y), PyramidState(nodes, tail)
-
-    def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> PyramidState:
-        """The state before any token; `capacity` does not matter."""
-        options = self.options
-        slots = ops.slots(options.children, options.window)
-        shape = batch, options.levels, slots, options.kv_heads, 2 * options.head_width + 1
-        tail = None if self.conv is None else self.conv.init_state(batch)
-        return PyramidState(jnp.zeros(shape, jnp.float32), tail)
+        (q, k, v), run = self.begin([self.query(x), self.key(x), self.value(x)], segments, state)
+        q, k, v = self.heads(q, self.query_norm), self.heads(k, self.key_norm), self.heads(v, None)
+        parameters, options = (self.pool[...], self.bias[...]), self.options
+        y, state = run(ops.PYRAMID, q, k, v, parameters=parameters, children=options.children, window=options.window)
+        return self.back(x, y), state

@@ -27,7 +27,7 @@ def test_unchanged_at_initialisation(dtype):
     y, state = layer(x, segments)
     assert y.dtype == dtype
     np.testing.assert_array_equal(y, mlp(x, segments)[0])
-    assert not any(np.any(leaf) for leaf in (state.weights, state.pending))
+    assert not any(np.any(leaf) for leaf in (state.memory.weights, state.memory.pending))
 
 
 def test_learns_from_the_start():
