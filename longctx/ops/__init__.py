@@ -19,7 +19,7 @@ log_linear     gated_linear or gated_delta, a matrix per scale of the past      
 levels         sums over nodes of c^l tokens, R a level              state: L R sums
 h_transformer  softmax over near tokens and means of 2^l far ones    state: that of levels
 pyramid        softmax over near tokens and weighted means of c^l older      state: that of levels
-resolution     one token for every c of a document, and back         state: what the last of them tells
+resolution     one token for every c of a document, and back         state: what the last of them gives
 attention      softmax over the keys that a pattern shows            state: all tokens, or the last W
 moba           softmax over the blocks with the likest mean key      state: all tokens
 nsa            softmax over pooled blocks, the likest of them, and a window         state: all tokens
@@ -34,7 +34,8 @@ patterns       which keys a query may see
 positions      how fast queries and keys rotate by their positions, `rotary` how; biases: what is added to logits
 blockwise      attention by blocks of queries and keys; thinned: the same in another order of tokens; routed: to chosen
                blocks (key_blocks); partial: how attentions to parts of the keys merge
-minibatch      what the fast forms of ttt_linear, titans, titans_context, lact and infini_delta share
+minibatch      what the fast forms of ttt_linear, titans, titans_context, lact and infini_delta share; chunks: rows cut
+               into pieces; clock: decay between the tokens of a chunk; products: of matrices, in float32
 cross_entropy  the loss of a row, its logits never held whole
 
 A family that layers call is one object of its module, a `Recurrence` or `Keyed` of `family.py`; `FAMILIES` has all:

@@ -1,17 +1,17 @@
 r"""A row at a coarser resolution: one coarse token for every c tokens of a document, and back.
 
 Documents are cut, from their start, into groups of c tokens. Group g of a document is whole with its token
-(g + 1) c - 1, and what that token says is coarse token g. Token t is told what the last whole group made of it,
+(g + 1) c - 1, and that token is coarse token g. Token t reads what the last whole group made of it,
 
     g(t) = (t + 1) // c - 1,    y_t = u_{g(t), (t + 1) mod c}    (0 if there is none yet)
 
 with a vector u_{g, r} of its own for each of the c tokens that a group is the last one for: its own last token (r = 0)
-and the c - 1 of the group in progress. So nothing tells a token of what comes after it. This is how language models
+and the c - 1 of the group in progress. So no token depends on what comes after it. This is how language models
 downsample, work at a coarse resolution, and upsample (Nawrot et al., Hourglass, arXiv:2110.13711, where the row is
 shifted by c - 1 tokens instead).
 
-The ends of any two groups are c places apart or more: a row of T places, cut into cells of c, has at most one end in
-each, and the coarse row has a place for each cell: its token, or padding, which stands before and after documents only.
+The ends of any two groups are c tokens apart or more: a row of T tokens, cut into cells of c, has at most one end in
+each, and the coarse row has a slot for each cell: its token, or padding, which is before and after documents only.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from longctx.ops.chunks import cut
 from longctx.typing import Segments, checked
 
 
 @checked
 def coarsen(x: Float[Array, "B T D"], segments: Segments, factor: int) -> tuple[Float[Array, "B N D"], Segments]:
     """The tokens with which groups of `factor` tokens are whole, and their documents; N = ⌈T / factor⌉."""
-    cells = -(-x.shape[1] // factor)
 
     def split(x):
-        x = jnp.pad(x, ((0, 0), (0, cells * factor - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
-        return x.reshape(x.shape[0], cells, factor, *x.shape[2:])
+        return jnp.swapaxes(cut(x, factor), 0, 1)
 
     ends = split(segments.valid & (segments.positions % factor == factor - 1))
     there, place = ends.any(2), jnp.argmax(ends, axis=2)[:, :, None]
@@ -42,11 +41,11 @@ def coarsen(x: Float[Array, "B T D"], segments: Segments, factor: int) -> tuple[
 
 @checked
 def refine(u: Float[Array, "B N C D"], before: Float[Array, "B 2 C D"], segments: Segments) -> Float[Array, "B T D"]:
-    """What each token is told by the last whole group of its document.
+    """What each token reads of the last whole group of its document.
 
     Args:
-      u: of each coarse token, what it tells the C tokens for which it is the last.
-      before: the same of the last two places of the coarse row before this one. Where the span goes on with a document,
+      u: of each coarse token, what the C tokens for which it is the last read.
+      before: the same of the last two slots of the coarse row before this one. Where the span goes on with a document,
         and nothing is known of how its groups lay, both are the last whole group's.
       segments: of the tokens; T is a multiple of C if the row has other parts.
 
@@ -64,5 +63,5 @@ def refine(u: Float[Array, "B N C D"], before: Float[Array, "B 2 C D"], segments
     cell = jnp.where(earlier, (jnp.minimum(end, -1) + length) // factor - cells, end // factor)
     rows = jnp.concatenate([before, u], axis=1).reshape(u.shape[0], -1, u.shape[-1])
     index = (cell + 2).clip(0, cells + 1) * factor + since
-    told = jnp.take_along_axis(rows, index[..., None], axis=1)
-    return jnp.where((segments.valid & (segments.positions + 1 >= factor))[..., None], told, 0)
+    read = jnp.take_along_axis(rows, index[..., None], axis=1)
+    return jnp.where((segments.valid & (segments.positions + 1 >= factor))[..., None], read, 0)

@@ -112,7 +112,7 @@ def exclusive(
 
 
 def shift(tree, hop: int, axis_name: str):
-    """What the device `hop` places earlier holds (later, if negative); zeros where there is none."""
+    """What the device `hop` earlier along the axis holds (later, if negative); zeros where there is none."""
     devices = jax.lax.axis_size(axis_name)
     pairs = [(i, i + hop) for i in range(devices) if 0 <= i + hop < devices]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axis_name, pairs), tree)

@@ -23,7 +23,7 @@ What a device must know of those before it, and the bytes it sends for that:
 | ... by heads                 | queries, keys, values, and results home       | those of T tokens               |
 | ... gathered                 | all keys and values, to all                   | those of (devices - 1) T tokens |
 | CoPE                         | the same                                      | those of T tokens               |
-| a coarser row, and back      | what the last groups tell, by a halo          | those of 2 groups               |
+| a coarser row, and back      | what the last groups give, by a halo          | those of 2 groups               |
 | PaTH attention               | the same, and each shard's product            | those of T tokens               |
 | attention within buckets     | the same, and the numbers of the buckets      | those of T tokens               |
 | attention to chosen blocks   | summaries of all blocks, and the chosen ones  | those of these                  |
@@ -174,7 +174,7 @@ def coarsen(x: Float[Array, "B T D"], segments: Segments, factor: int) -> tuple[
 
 
 def refine(u: Float[Array, "B N C D"], last: Float[Array, "B C D"], segments: Segments) -> Float[Array, "B T D"]:
-    """What each token is told by the last whole group, as `longctx.ops.resolution.refine`.
+    """What each token reads of the last whole group, as `longctx.ops.resolution.refine`.
 
     Args:
       u: of each coarse token of `coarsen`.
@@ -247,7 +247,7 @@ def _all_before(segments: Segments, inputs: tuple) -> tuple[Segments, tuple]:
 def _in_turn(run: Callable, state, axis_name: str):
     """The state that enters each device's span, each having run its span on what the one before it left.
 
-    A device runs its span in its own turn and passes the rest of them by. The backward pass runs it again, from the
+    A device runs its span in its own turn and skips the others. The backward pass runs it again, from the
     state before it.
     """
     device, last = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name) - 1
