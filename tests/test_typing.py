@@ -74,5 +74,7 @@ def test_an_op_says_what_is_wrong():
     x, heads = jnp.zeros((1, 8, 2, 4)), jnp.zeros((1, 8, 2))
     with pytest.raises(ValueError, match=re.escape("gated_delta: v is float32[1, 7, 2, 4], expected Float")):
         GATED_DELTA(x, x, x[:, 1:], heads, heads)
+    with pytest.raises(ValueError, match=re.escape("gated_delta: the state is (1, 2, 4, 3), expected (1, 2, 4, 4)")):
+        GATED_DELTA(x, x, x, heads, heads, state=jnp.zeros((1, 2, 4, 3)))
     with pytest.raises(ValueError, match="the heads of q and k must divide those of v"):
         GATED_LINEAR(x, x, jnp.zeros((1, 8, 3, 4)), jnp.zeros((1, 8, 3)))

@@ -38,6 +38,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from longctx.ops.chunks import cut
 from longctx.ops.family import Keyed, Keys, Queries, Result
 from longctx.ops.partial import Partial, of_logits, over_blocks, softmax
 from longctx.ops.products import einsum
@@ -189,10 +190,8 @@ def _nothing(q: Float[Array, "B T H K"], v: Float[Array, "B S G V"]) -> Visited:
 
 
 def _blocks(x, size):
-    """`[blocks, B, C, ...]`, filled up with zeros."""
-    size = min(size, x.shape[1])
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+    """`[blocks, B, C, ...]`."""
+    return cut(x, min(size, x.shape[1]))
 
 
 def _tokens(segments: Segments, size: int):

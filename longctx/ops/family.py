@@ -170,7 +170,9 @@ class Recurrence:
         empty = jax.eval_shape(lambda: self.empty(inputs, parameters, options))
         shapes = [jax.tree.map(lambda leaf: (*leaf.shape,), tree) for tree in (state, empty)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"{self.name}: a state of {shapes[0]} for inputs that leave one of {shapes[1]}.")
+            raise ValueError(
+                f"{self.name}: the state is {shapes[0]}, expected {shapes[1]}, as a span of these inputs leaves."
+            )
         state = jax.tree.map(lambda given, wanted: given.astype(wanted.dtype), state, empty)
         return Call(inputs, parameters, state, segments, options)
 

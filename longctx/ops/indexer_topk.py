@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from longctx.ops.chunks import cut, join
 from longctx.ops.family import Keyed, Result
 from longctx.ops.key_blocks import choose
 from longctx.ops.partial import softmax, terms
@@ -112,13 +113,9 @@ def chunked(
     length = q.shape[1]
     step = min(length, max(8, min(_QUERIES, _KEYS // count)))
 
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, -length % step), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(len(x), -1, step, *x.shape[2:]), 1, 0)
-
     tokens = (segments.ids, segments.positions) if chosen is None else chosen
-    y, loss = jax.lax.map(lambda args: some(*args), jax.tree.map(split, ((q, index_q, weights), tokens)))
-    y, loss = (jnp.moveaxis(x, 0, 1).reshape(len(q), -1, *x.shape[3:])[:, :length] for x in (y, loss))
+    y, loss = jax.lax.map(lambda args: some(*args), cut(((q, index_q, weights), tokens), step))
+    y, loss = join((y, loss), length)
     return Result(y.astype(v.dtype), loss)
 
 

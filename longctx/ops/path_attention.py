@@ -41,7 +41,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from longctx.ops.attention import attention_partial
-from longctx.ops.chunks import cut_heads
+from longctx.ops.chunks import cut
 from longctx.ops.family import Keyed, Result
 from longctx.ops.partial import Partial, merge, of_logits, over_blocks, softmax
 from longctx.ops.patterns import Causal
@@ -153,10 +153,8 @@ def attend(queries: Queries, keys: Keys, segments: Segments, held: Segments, opt
     beta = jnp.where(segments.valid[..., None], beta.astype(jnp.float32), 0)
 
     def blocks(x):
-        x = jnp.pad(x, ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x.ndim - 2))
-        if x.ndim == 4:
-            return cut_heads(x, chunk)
-        return jnp.moveaxis(x.reshape(batch, -1, chunk), 1, 0)
+        x = cut(x, chunk)
+        return jnp.swapaxes(x, 2, 3).astype(jnp.float32) if x.ndim == 5 else x
 
     ids = blocks(segments.ids)
     values, beta = blocks(v[:, before:]), blocks(beta[..., None])
