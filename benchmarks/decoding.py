@@ -102,7 +102,7 @@ def measure(model: LanguageModel, peer, tokens: int, room: int, rounds: int) -> 
         with torch.inference_mode():
             for _ in range(STEP):
                 chosen = peer(chosen, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        cache.crop(tokens - STEP)
+        cache.crop(-STEP)
 
     matrix = jnp.ones((2**16, 2**11))
     read = compiled(jnp.matmul, matrix, jnp.ones(2**11))
