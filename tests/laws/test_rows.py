@@ -40,7 +40,7 @@ def test_the_first_axis_is_the_row(name):
 def test_rows(name):
     """Rows at different places in their documents, by one program: read on, with a new document, idle, put together.
 
-    A row's output and state are those of a batch in another order, to 1e-5 of the largest entry. A row that is put back
+    A row's output and state are, to 1e-5 of the largest entry, those beside other rows and in another order. A row that is put back
     has lost what it has read since, and one that is cleared reads as a new one. A state that grows is that of a larger
     room.
 
@@ -68,10 +68,11 @@ def test_rows(name):
     expected, after = read(params, x, *then, state)
     idle = np.array([3])
     close(arrays(rows.take(after, idle)), arrays(rows.take(state, idle)), 1e-5, "an idle row: ")
-    order = np.array([2, 0, 3, 1])
-    found, mixed = read(params, x[order], *(each[order] for each in then), rows.take(state, order))
-    close(found, expected[order], 1e-5, "rows in another order: ")
-    close(arrays(mixed), arrays(rows.take(after, order)), 1e-5, "states in another order: ")
+    order, own = np.array([2, 0, 3, 1]), np.array([1, 3])
+    others = x[order] * np.array([10, 1, 10, 1])[:, None, None]
+    found, mixed = read(params, others, *(each[order] for each in then), rows.take(state, order))
+    close(found[own], expected[order[own]], 1e-5, "beside other rows: ")
+    close(arrays(rows.take(mixed, own)), arrays(rows.take(after, order[own])), 1e-5, "states beside other rows: ")
     back = rows.put(after, np.array([3, 0]), rows.take(state, np.array([3, 0])))
     back = rows.clear(back, np.array([2]), empty(1, 32))
     again, _ = read(params, x, np.array([8, 0, 0, 7], np.int32), then[1], back)
