@@ -40,9 +40,9 @@ def test_the_first_axis_is_the_row(name):
 def test_rows(name):
     """Rows at different places in their documents, by one program: read on, with a new document, idle, put together.
 
-    A row's output and state are, to 1e-5 of the largest entry, those beside other rows and in another order. A row that is put back
-    has lost what it has read since, and one that is cleared reads as a new one. A state that grows is that of a larger
-    room.
+    A row's output and state are, to 1e-5 of the largest entry, those beside other rows and in another order. A row that
+    is put back has lost what it has read since, and one that is cleared reads as a new one. A state that grows is that
+    of a larger room.
 
     Seen to fail: an output scaled by the largest of the batch; `put` of the rows in their order.
     """
