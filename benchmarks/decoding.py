@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import pathlib
 
 import jax
@@ -124,7 +125,8 @@ def report(lengths: list[int], rounds: int) -> str:
         raise ValueError(f"ours has {counts[0]:,} parameters and transformers' {counts[1]:,}; give both the same sizes")
     text = (
         "# Decoding's speed on a CPU\n\n"
-        f"`python benchmarks/decoding.py --write`, on {machine()}.\n\n"
+        f"`python benchmarks/decoding.py --write`, on {machine()}; load of the machine meanwhile "
+        f"{os.getloadavg()[2]:.1f}, which slows most what waits for all cores.\n\n"
         f"A Llama of {counts[0]:,} parameters ({LAYERS} layers, width {WIDTH}, {HEADS} heads, {KV_HEADS} of keys, "
         f"vocabulary {VOCABULARY:,}), random weights, float32, one row. Milliseconds a token; ours, transformers' "
         "`LlamaForCausalLM` (SDPA, dynamic cache) and the bound in turns, the best of all rounds. The bound is "
