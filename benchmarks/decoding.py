@@ -125,8 +125,7 @@ def report(lengths: list[int], rounds: int) -> str:
         raise ValueError(f"ours has {counts[0]:,} parameters and transformers' {counts[1]:,}; give both the same sizes")
     text = (
         "# Decoding's speed on a CPU\n\n"
-        f"`python benchmarks/decoding.py --write`, on {machine()}; load of the machine meanwhile "
-        f"{os.getloadavg()[2]:.1f}, which slows most what waits for all cores.\n\n"
+        f"`python benchmarks/decoding.py --write`, on {machine()}.\n\n"
         f"A Llama of {counts[0]:,} parameters ({LAYERS} layers, width {WIDTH}, {HEADS} heads, {KV_HEADS} of keys, "
         f"vocabulary {VOCABULARY:,}), random weights, float32, one row. Milliseconds a token; ours, transformers' "
         "`LlamaForCausalLM` (SDPA, dynamic cache) and the bound in turns, the best of all rounds. The bound is "
@@ -144,7 +143,8 @@ def report(lengths: list[int], rounds: int) -> str:
             cells += [f"{ours_best / found['bound']:.2f}", f"{found['peer'] / ours_best:.2f}"]
             text += "| " + " | ".join([*cells, f"{found['temporary'] / found['state']:.1%}"]) + " |\n"
             print(text.splitlines()[-1], flush=True)
-    return text
+    load = os.getloadavg()[2]
+    return text + f"\nThe machine's load at the end: {load:.1f}. Other work slows most what waits for all cores.\n"
 
 
 if __name__ == "__main__":
