@@ -246,3 +246,18 @@ def test_groups_that_straddle_shards_are_refused():
         pytest.raises(ValueError, match="cannot be cut into groups of 3"),
     ):
         sequence.coarsen(jnp.zeros((1, LENGTH, 2)), Segments.single(1, LENGTH), 3)
+
+
+def test_islands_leave_no_axis_of_one_device_to_the_compiler():
+    """Kernels refuse one. Seen to fail: the axes of the island alone."""
+    found = []
+
+    def shard(x):
+        found.append(set(jax.sharding.get_abstract_mesh().manual_axes))
+        return x
+
+    with jax.set_mesh(mesh.make(config.Mesh(data=1, context=8))):
+        sequence._island(shard, jax.P(None, "context"), jax.P(None, "context"))(jnp.zeros((1, 8)))
+    with jax.set_mesh(mesh.make(config.Mesh(data=2, context=4))):
+        sequence._island(shard, jax.P(None, "context"), jax.P(None, "context"))(jnp.zeros((2, 8)))
+    assert found == [{"data", "context", "model"}, {"context", "model"}]
