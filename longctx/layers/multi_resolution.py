@@ -30,18 +30,18 @@ _LAYERS = 16  # at most: they are no scan, and each is compiled
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MultiResolutionState:
-    """The last inputs, what the last whole group tells, and the states of the layers inside."""
+    """The last inputs, what tokens read of the last whole group, and the states of the layers inside."""
 
     conv: Float[Array, "B C-1 D"]
-    told: Float[Array, "B C D"]
+    read: Float[Array, "B C D"]
     inner: tuple[Any, ...]
 
 
 class MultiResolution(nnx.Module):
-    """Layers that see one token for every `factor` tokens of a document (`ops/resolution.py`).
+    """Layers over one token for every `factor` tokens of a document (`ops/resolution.py`).
 
     A coarse token is a learned weighted sum of its group, per channel, and a projection of that; then `layers` times
-    `z + mixer(norm(z))`, `z + mlp(norm(z))`; a projection makes of the result what each of the tokens after it is told,
+    `z + mixer(norm(z))`, `z + mlp(norm(z))`; a projection makes of the result what each of the tokens after it reads,
     to which the weighted sum at the token itself is added (Nawrot et al., 2021, Hourglass). State: `factor` - 1 inputs,
     `factor` outputs, and the states of the mixers for `capacity` / `factor` tokens.
     """
@@ -95,13 +95,13 @@ class MultiResolution(nnx.Module):
             z += mlp(self.norms[2 * n + 1](z), coarse)[0]
             states.append(after)
         u = self.up(z).reshape(*z.shape[:2], factor, -1)
-        told = jnp.zeros(u.shape[:1] + u.shape[2:], jnp.float32) if state is None else state.told
-        y = self.out(pooled + sequence.refine(u, told.astype(u.dtype), segments))
+        read = jnp.zeros(u.shape[:1] + u.shape[2:], jnp.float32) if state is None else state.read
+        y = self.out(pooled + sequence.refine(u, read.astype(u.dtype), segments))
         # By a sum, which devices that share the row can each begin.
         newest = coarse.valid & (jnp.cumsum(coarse.valid[:, ::-1], axis=1)[:, ::-1] == 1)
         latest = jnp.sum(jnp.where(newest[..., None, None], u.astype(jnp.float32), 0), axis=1)
-        told = jnp.where(coarse.valid.any(1)[:, None, None], latest, told)
-        return y, State(MultiResolutionState(tail, told, tuple(states)), last)
+        read = jnp.where(coarse.valid.any(1)[:, None, None], latest, read)
+        return y, State(MultiResolutionState(tail, read, tuple(states)), last)
 
     def init_state(self, batch: int, capacity: int, dtype=jnp.float32) -> MultiResolutionState:
         """The state before any token, with room for `capacity` tokens."""
