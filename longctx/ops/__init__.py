@@ -21,8 +21,8 @@ h_transformer  softmax over near tokens and means of 2^l far ones    state: that
 pyramid        softmax over near tokens and weighted means of c^l older      state: that of levels
 resolution     one token for every c of a document, and back         state: what the last of them gives
 attention      softmax over the keys that a pattern shows            state: all tokens, or the last W
-moba           softmax over the blocks with the likest mean key      state: all tokens
-nsa            softmax over pooled blocks, the likest of them, and a window         state: all tokens
+moba           softmax over the blocks whose mean key scores highest  state: all tokens
+nsa            softmax over pooled blocks, the best of them, and a window           state: all tokens
 indexer_topk   softmax over the tokens that an indexer scores highest               state: all tokens
 lsh            softmax over the keys of the query's own bucket       state: all tokens
 cope           softmax with positions that count the tokens between  state: all tokens
