@@ -1,7 +1,7 @@
 """Softmax attention on TPU by JAX's splash attention, a Pallas kernel that skips blocks outside the mask.
 
-The project's own machines have no TPU: the forward pass was run in Pallas's interpret mode, and both were compiled for a
-v5p; it was never run on a TPU.
+The project's own machines have no TPU: the forward pass was run in Pallas's interpret mode, and forward and backward
+were compiled for a v5p; it was never run on a TPU.
 """
 
 from __future__ import annotations
