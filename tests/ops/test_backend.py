@@ -11,8 +11,9 @@ from longctx import architecture, config
 from longctx.layers import MIXERS, MLPS
 from longctx.layers.basic import Linear
 from longctx.models import LanguageModel
-from longctx.ops import backend, causal_conv
+from longctx.ops import backend
 from longctx.ops.backend import platform
+from longctx.ops.causal_conv import CAUSAL_CONV
 from longctx.ops.positions import rope
 from longctx.ops.rotary import rotate
 from longctx.typing import Segments
@@ -55,7 +56,7 @@ def _projected(x, scale):
 
 
 def _convolved(x, scale):
-    return causal_conv.chunked(x, jnp.stack([scale, -scale]), None, Segments.single(*x.shape[:2]))[0]
+    return CAUSAL_CONV(x, parameters=(jnp.stack([scale, -scale]),), segments=Segments.single(*x.shape[:2]))[0]
 
 
 def _rotated(x, scale):
