@@ -46,7 +46,7 @@ class LSH(nnx.Module):
 
     What differs from Reformer: a query sees all of its bucket, not two chunks of the sorted row; a key that shares R
     buckets counts R times (`ops/lsh.py`); the random directions have norm 1 and are the same at every step; positions
-    are rotary, turned after the bucket is chosen.
+    are rotary, applied after the bucket is chosen.
     State: `capacity` keys and values, [B, S, H, K] each, and R numbers of buckets per head.
     """
 

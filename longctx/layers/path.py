@@ -35,7 +35,7 @@ class Path(nnx.Module):
     """Causal softmax attention in which every token passed over turns the key (sections 2 and 3).
 
     logit_ij = q_i^T H_i ... H_{j+1} k_j / √K with H_t = I - β_t w_t w_t^T; w = silu(conv(x W_1 W_2)) normalised, with
-    W_1 W_2 of low rank; β = 2 σ(x W_β + b). State: `capacity` keys, float32 for they are turned at every token, and
+    W_1 W_2 of low rank; β = 2 σ(x W_β + b). State: `capacity` keys, float32 since every token changes them, and
     values, [B, S, H, K] each; W-1 inputs of the convolution.
 
     What differs: the paper's variant with forget gates is left out, and β begins small.

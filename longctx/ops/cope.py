@@ -10,7 +10,7 @@ with N learned embeddings e_0 ... e_{N-1}, which heads share, and between two of
     e(p) = (p - n) e_{ceil p} + (1 - p + n) e_n,    n = floor p.
 
 The paper's formulas leave the scale out; this is the code in its appendix, where gates are of the scaled products and
-the term of positions has no scale. The released code scales that term too unless told not to (`--cope-nodiv`): its
+the term of positions has no scale. The released code scales that term too unless `--cope-nodiv` is given: its
 embeddings are then those here over the scale.
 
 Block form. q_t . e(p) lies between two of the N products q_t . e_n, which are made once for each query. Blocks of keys
