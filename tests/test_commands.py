@@ -64,7 +64,8 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 TASK = """
 from ml_collections import ConfigDict
 
-from longctx.layers import GLA, MIXERS
+from longctx.layers import MIXERS
+from longctx.layers.gla import GLA
 
 class Mine(GLA): ...
 
@@ -252,6 +253,7 @@ def test_what_cannot_be_used(ends, case):
     assert all(line.startswith("error: ") for line in told.splitlines()), told
 
 
+@pytest.mark.system
 def test_train(folder, tmp_path):
     """The whole command: trained, evaluated, nothing on stderr but the bars; then evaluated again, without training."""
     small = {"factors": "(1,)", "depths": 1, "samples": 1, "final_block": 8, "documents": 2}
@@ -279,6 +281,7 @@ def test_train(folder, tmp_path):
     assert b"did you mean 'evaluation.samples'" in ended.stderr
 
 
+@pytest.mark.system
 def test_a_synthetic_task(folder, tmp_path):
     """Trained, evaluated and reported as a corpus is; its config tells another process where the layer is."""
     environment = ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}

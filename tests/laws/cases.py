@@ -136,26 +136,48 @@ SAME_OP = {
     "s5",
 }  # fmt: skip
 
+# One layer of each family of ops: what the op and its place in a mesh decide, and not the layer, is asked of these.
+ONE_A_FAMILY = [
+    "attention", "attention/cope", "attention/everything", "attention/longnet", "attention/t5", "block_recurrent",
+    "gated_delta", "gated_delta_product", "gla", "h_transformer", "indexer_topk", "infini", "inplace_ttt", "lact",
+    "log_linear_gated_delta", "lsh", "mamba", "mlstm", "moba", "multi_resolution", "nsa", "path", "pyramid", "rglru",
+    "rwkv7", "slstm", "swiglu", "titans", "titans_context", "ttt_linear",
+]  # fmt: skip
+
 
 def cases(often):
     """All layers, those not named left to `pytest -m slow`."""
     return pytest.mark.parametrize("name", [*often, *slow(*(name for name in LAYERS if name not in often))])
 
 
-layers, ops_once = cases(OFTEN), cases([name for name in OFTEN if name not in SAME_OP])
+layers, families, ops_once = cases(OFTEN), cases(ONE_A_FAMILY), cases([name for name in OFTEN if name not in SAME_OP])
+
+
+@functools.cache
+def shapes(name):
+    """The layer of a name: its graph, and its parameters as shapes, of which nothing is computed."""
+    graph, params = nnx.split(nnx.eval_shape(functools.partial(_layer, name)))
+    return graph, nnx.as_pure(params)
 
 
 @functools.cache
 def make(name):
     """The layer of a name, with every parameter moved off its initial value (zeros and ones hide faults)."""
+
+    @jax.jit
+    def moved():
+        leaves, tree = jax.tree.flatten(nnx.as_pure(nnx.state(_layer(name))))
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        noise = (0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True))
+        return jax.tree.unflatten(tree, map(jnp.add, leaves, noise))
+
+    return shapes(name)[0], moved()
+
+
+def _layer(name):
     kind, options = LAYERS[name]
     cls = MIXERS.get(kind) or MLPS[kind]
-    layer = cls(D, cls.Config(**options), nnx.Rngs(params=0))
-    graph, params = nnx.split(layer)
-    leaves, tree = jax.tree.flatten(nnx.as_pure(params))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return graph, jax.tree.unflatten(tree, noisy)
+    return cls(D, cls.Config(**options), nnx.Rngs(params=0))
 
 
 @functools.cache

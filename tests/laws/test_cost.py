@@ -1,12 +1,14 @@
-"""The law of cost."""
+"""The law of cost: what a layer takes in memory and sends between devices, read off its programs."""
 
+import functools
 import math
 import re
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from laws.cases import GATHERED, GROWING_STATE, UNBOUNDED, D, layers, make, ops_once
+from jax.extend.core import jaxprs_in_params
+from laws.cases import GATHERED, GROWING_STATE, UNBOUNDED, D, layers, make, ops_once, shapes
 from laws.compare import with_losses
 
 from longctx import config
@@ -31,38 +33,51 @@ def collectives(text):
     return [(match["kind"], sum(map(size, ARRAY.findall(match["types"])))) for match in found]
 
 
-def compiled(name, length, context):
+def arrays(jaxpr):
+    """Bytes of all that a traced program computes, the bodies of its loops once."""
+    total = 0
+    for equation in jaxpr.eqns:
+        total += sum(variable.aval.size * variable.aval.dtype.itemsize for variable in equation.outvars)
+        total += sum(map(arrays, jaxprs_in_params(equation.params)))
+    return total
+
+
+def traced(name, length):
+    """Forward and backward of one row, on the devices of the mesh."""
     graph, params = make(name)
-    with jax.set_mesh(meshes.make(config.Mesh(1, context, 1))):
-        place = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P(None, "context"))
+    place = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P(None, "context"))
 
-        def loss(params, x, segments):
-            (y, _), losses = with_losses(nnx.merge(graph, params), x, segments)
-            return losses + jnp.sum(jnp.square(y))
+    def loss(params, x, segments):
+        (y, _), losses = with_losses(nnx.merge(graph, params), x, segments)
+        return losses + jnp.sum(jnp.square(y))
 
-        x = jax.ShapeDtypeStruct((1, length, D), jnp.float32, sharding=place)
-        segments = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
-            jax.eval_shape(lambda: Segments.single(1, length)),
-        )
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, x, segments).compile()
+    def placed(array):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+
+    x, segments = jax.eval_shape(lambda: (jnp.zeros((1, length, D)), Segments.single(1, length)))
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(params, placed(x), jax.tree.map(placed, segments))
 
 
 @ops_once
 def test_cost(name):
-    """Read off the compiled programs of forward and backward, at T and 4T.
+    """Read off the programs of forward and backward, at T and 4T: traced for one device, compiled for four.
 
-    Temporary memory grows linearly. On 4 devices no layer gathers the sequence, and one whose state is bounded
-    sends the same bytes whatever T.
+    Arrays of the traced program, and temporary memory of the compiled one, grow linearly. No layer gathers the
+    sequence, and one whose state is bounded sends the same bytes whatever T.
 
-    Seen to fail: attention by dense masks (memory grew 16 times); the island removed, so that the compiler
+    Seen to fail: attention by dense masks (arrays and memory grew 16 times); the island removed, so that the compiler
     gathered the sequence around the recurrence.
     """
     short, long = 1024, 4096
-    memory = [compiled(name, length, 1).memory_analysis().temp_size_in_bytes for length in (short, long)]
-    assert memory[1] <= 4.6 * memory[0], f"temporary bytes at T={short}, {long}: {memory}"
+    with jax.set_mesh(meshes.make(config.Mesh(1, 1, 1))):
+        held = [arrays(traced(name, length).jaxpr.jaxpr) for length in (short, long)]
+    assert held[1] <= 4.6 * held[0], f"bytes of arrays at T={short}, {long}: {held}"
 
-    sent = [collectives(compiled(name, length, 4).as_text()) for length in (short, long)]
+    with jax.set_mesh(meshes.make(config.Mesh(1, 4, 1))):
+        programs = [traced(name, length).lower().compile() for length in (short, long)]
+    memory = [program.memory_analysis().temp_size_in_bytes for program in programs]
+    assert memory[1] <= 4.6 * memory[0], f"temporary bytes at T={short}, {long}: {memory}"
+    sent = [collectives(program.as_text()) for program in programs]
     limit = 4 * long * (1 + GATHERED.get(name, 0))
     gathered = [size for kind, size in sent[1] if kind in ("all-gather", "all-to-all") and size >= limit]
     assert not gathered, f"gathers of {gathered} bytes at T={long}"
@@ -76,7 +91,11 @@ def test_state_size(name):
 
     Seen to fail: a window's cache with room for all tokens.
     """
-    layer = nnx.merge(*make(name))
-    states = [jax.eval_shape(lambda room=room: layer.init_state(1, room, jnp.float32)) for room in (1024, 4096)]
+    graph, params = shapes(name)
+
+    def empty(room, params):
+        return nnx.merge(graph, params).init_state(1, room, jnp.float32)
+
+    states = [jax.eval_shape(functools.partial(empty, room), params) for room in (1024, 4096)]
     sizes = [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) for state in states]
     assert (sizes[0] == sizes[1]) == (name not in GROWING_STATE), f"state bytes for 1,024 and 4,096 tokens: {sizes}"

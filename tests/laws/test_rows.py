@@ -1,12 +1,14 @@
 """Laws 9 and 10: the row of the batch is the first axis of every array of a state, and a ring is the whole cache."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from laws.cases import LAYERS, D, inputs, make, ops_once
+from laws.cases import LAYERS, D, inputs, make, ops_once, shapes
 from laws.compare import close
 
 from longctx.inference import rows
@@ -22,14 +24,15 @@ def test_the_first_axis_is_the_row(name):
 
     Nothing is computed. Seen to fail: a counter that all rows share.
     """
-    layer = nnx.merge(*make(name))
+    graph, params = shapes(name)
 
-    def states(batch):
-        x = jax.ShapeDtypeStruct((batch, SPAN, D), jnp.float32)
-        before = jax.eval_shape(lambda: layer.init_state(batch, 16, jnp.float32))
-        return before, jax.eval_shape(lambda x, state: layer(x, Segments.single(batch, SPAN), state)[1], x, before)
+    def states(batch, params):
+        layer = nnx.merge(graph, params)
+        before = layer.init_state(batch, 16, jnp.float32)
+        return before, layer(jnp.zeros((batch, SPAN, D)), Segments.single(batch, SPAN), before)[1]
 
-    for one, three in zip(states(1), states(3), strict=True):
+    of_one, of_three = (jax.eval_shape(functools.partial(states, batch), params) for batch in (1, 3))
+    for one, three in zip(of_one, of_three, strict=True):
         chex.assert_trees_all_equal_dtypes(one, three)
         for few, many in zip(jax.tree.leaves(one), jax.tree.leaves(three), strict=True):
             assert (few.shape[:1], many.shape[:1]) == ((1,), (3,)), f"{few.shape} of one row, {many.shape} of three"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from laws.cases import GROWING_STATE, ROWS, T, inputs, layers, make, ops_once, packed, slow
+from laws.cases import GROWING_STATE, ROWS, T, families, inputs, layers, make, packed, slow
 from laws.compare import compare, with_losses
 
 from longctx import config
@@ -31,7 +31,7 @@ def test_shard(name):
     _shard(name, "1x8x1")
 
 
-@ops_once
+@families
 @pytest.mark.parametrize("sharding", ["2x2x2", *slow("1x1x1", "1x2x1", "1x4x1")])
 def test_shard_on_other_meshes(name, sharding):
     """The same where rows and heads are split as well, and on fewer devices; see `test_shard`."""

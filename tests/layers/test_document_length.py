@@ -55,22 +55,26 @@ def test_the_document_alone_counts(kind):
     layer = make(kind)
     x = tokens()
     run = jax.jit(lambda x, segments, state=None: layer(x, segments, state)[0])
-    documents = {(first, n): x[:, first : first + n] for first, n in ((SHIFT, LENGTH), (54, 10))}
-    alone = {at: np.asarray(run(x, Segments.single(*x.shape[:2]))[0]) for at, x in documents.items()}
+    document = x[:, SHIFT : SHIFT + LENGTH]
+
+    @jax.jit
+    def documents(x, segments):
+        return [layer(x, segments, state)[0][0] for state in (None, layer.init_state(1, 256))]
+
+    alone, cached = map(np.asarray, documents(document, Segments.single(1, LENGTH)))
+    np.testing.assert_allclose(cached, alone, rtol=0, atol=3e-6)
 
     segments = packed([[(3, 5), (SHIFT, LENGTH), (54, 10)], [(SHIFT, LENGTH)]])
     rows = jnp.concatenate([x, x])
     whole = run(rows, segments)
+    last = run(rows, packed([[(54, 10)], []]))[0, 54:]
     with jax.set_mesh(meshes.make(config.Mesh(1, 4, 1))):
         place = jax.NamedSharding(jax.sharding.get_mesh(), jax.P(None, "context"))
         split = jax.device_get(run(*jax.device_put((rows, segments), place)))
-    for (first, n), expected in alone.items():
-        for found in (whole, split):
-            np.testing.assert_allclose(found[0, first : first + n], expected, rtol=0, atol=3e-6)
-    expected = alone[SHIFT, LENGTH]
-    np.testing.assert_allclose(whole[1, SHIFT : SHIFT + LENGTH], expected, rtol=0, atol=3e-6)
-    cached = run(documents[SHIFT, LENGTH], Segments.single(1, LENGTH), layer.init_state(1, 256))
-    np.testing.assert_allclose(cached[0], expected, rtol=0, atol=3e-6)
+    for found in (whole, split):
+        np.testing.assert_allclose(found[0, SHIFT : SHIFT + LENGTH], alone, rtol=0, atol=3e-6)
+        np.testing.assert_allclose(found[1, SHIFT : SHIFT + LENGTH], alone, rtol=0, atol=3e-6)
+        np.testing.assert_allclose(found[0, 54:], last, rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("kind", BY_LENGTH)

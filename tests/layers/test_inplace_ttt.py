@@ -24,9 +24,10 @@ def test_unchanged_at_initialisation(dtype):
     """No bit of the output differs over several mini-batches. Seen to fail: taps that begin with noise."""
     mlp, layer = layers()
     x, segments = jax.random.normal(jax.random.key(2), (2, T, D), dtype), Segments.single(2, T)
-    y, state = layer(x, segments)
+    run = jax.jit(lambda layer, x: layer(x, segments))
+    y, state = run(layer, x)
     assert y.dtype == dtype
-    np.testing.assert_array_equal(y, mlp(x, segments)[0])
+    np.testing.assert_array_equal(y, run(mlp, x)[0])
     assert not any(np.any(leaf) for leaf in (state.memory.weights, state.memory.pending))
 
 
@@ -60,19 +61,20 @@ def test_targets_are_made_of_the_embeddings():
     model.blocks[0].mlp.target[...] *= 50
 
     tokens, segments = jax.random.randint(jax.random.key(2), (2, 10), 0, 16), Segments.single(2, 10)
-    hidden, _ = model(tokens, segments)
+    run = jax.jit(lambda layer, *inputs: layer(*inputs))
+    hidden, _ = run(model, tokens, segments)
     x = embedded = model.embedding[...][tokens] * D**0.5
     inputs = x
     for i in range(2):
         one = jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks[0])
-        x, _ = one(x, segments, None, embedded)
-        inputs, _ = one(inputs, segments)
+        x, _ = run(one, x, segments, None, embedded)
+        inputs, _ = run(one, inputs, segments)
     np.testing.assert_allclose(hidden, model.norm(x), rtol=0, atol=1e-5)
     assert np.abs(model.norm(inputs) - hidden).max() > 1e-2
 
     state, steps = model.init_state(2, 10), []
     for t in range(10):
         place = Segments(jnp.ones((2, 1), jnp.int32), jnp.full((2, 1), t), jnp.zeros((2, 1), bool))
-        step, state = model(tokens[:, t : t + 1], place, state)
+        step, state = run(model, tokens[:, t : t + 1], place, state)
         steps.append(step)
     np.testing.assert_allclose(jnp.concatenate(steps, axis=1), hidden, rtol=0, atol=1e-4)

@@ -32,10 +32,11 @@ def test_repeats_are_blocks_in_turn():
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
     segments = Segments.single(2, 12)
     x = model.embedding[...][tokens] * 4.0
+    run = jax.jit(lambda layer, x: layer(x, segments))
     for repeat in range(2):
         for block in model.blocks:
-            x, _ = jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], block)(x, segments)
-    hidden, state = jax.jit(lambda model: model(tokens, segments))(model)
+            x, _ = run(jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], block), x)
+    hidden, state = run(model, tokens)
     assert state is None
     np.testing.assert_allclose(hidden, model.norm(x), atol=1e-4)
     first, second = (np.asarray(model.blocks[0].mixer.query.weight[...][i]) for i in range(2))
@@ -91,9 +92,9 @@ def test_groups_are_layers_in_turn():
     assert model.options.layers[4] == architecture.Layer("delta", 1, 2, 0)
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
     x = model.embedding[...][tokens] * 4.0
+    run = jax.jit(lambda block, x: block(x, Segments.single(2, 12)))
     for layer in model.options.layers:
-        block = jax.tree.map(lambda leaf, i=layer.repeat: leaf[i], model.blocks[layer.place])
-        x, _ = block(x, Segments.single(2, 12))
+        x, _ = run(jax.tree.map(lambda leaf, i=layer.repeat: leaf[i], model.blocks[layer.place]), x)
     expected = model.norm(x)
     for each in (model, model.unrolled()):
         np.testing.assert_allclose(jax.jit(lambda model: model(tokens)[0])(each), expected, atol=1e-4)
