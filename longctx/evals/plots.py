@@ -160,6 +160,8 @@ def length_axis(axes: Axes, ticks: Iterable[float]) -> None:
     axes.set_xscale("log", base=2)
     ticks = sorted(set(ticks))
     low, high = axes.get_xlim()
+    if low <= 0:  # nothing is drawn over it
+        low, high = axes.set_xlim(ticks[0], ticks[-1])
     if high < 4 * low:  # a single length, or nearly so
         middle = math.sqrt(low * high)
         low, high = axes.set_xlim(middle / 2, middle * 2)

@@ -84,3 +84,13 @@ def test_number_axis_shows_whole_steps():
     plots.number_axis(axes.xaxis, whole=True)
     figure.draw_without_rendering()
     assert [label.get_text() for label in axes.get_xticklabels() if 1 <= label.get_position()[0] <= 2] == ["1", "2"]
+
+
+def test_an_axis_of_lengths_over_nothing():
+    """As in the differences of runs that share no text. Seen to fail: limits below 0."""
+    axes = plots.Figure().subplots()
+    axes.errorbar([], [], [])
+    axes.axhline(0)
+    plots.length_axis(axes, [64, 512, 4096])
+    assert axes.get_xlim() == (64, 4096)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["64", "512", "4,096"]
