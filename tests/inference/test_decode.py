@@ -37,7 +37,7 @@ def test_greedy_is_the_most_likely_of_full_passes(model, full_passes):
 
 def test_draws_are_those_of_full_passes(model, full_passes):
     """A token's key is made from the row's seed and its number, so drawn text can be checked too; equal seeds, equal
-    text, in steps or together, and whatever the room. Seen to fail: a room that grows one token late.
+    text, in steps or together, and whatever the room.
     """
     sampling = Sampling(temperature=2.0, top_p=0.9)
     prefill, decode = Prefill(model), Decode(model)
