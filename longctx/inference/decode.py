@@ -87,8 +87,8 @@ class Decode:
         how, number = (seeds, *sampling.rows(batch)), length
         tokens = last = self._choose(logits, np.full(batch, length, np.int32), *how)
         while number < end:
-            if number == room:
-                room = capacity_for(room + 1)
+            if room is not None and number >= room:
+                room = capacity_for(number + 1)
                 state = self._grow(state, batch, room)
             numbers = np.full(batch, number, np.int32)
             if together:

@@ -33,11 +33,10 @@ import numpy as np
 from jax.numpy import float32 as f32
 from jaxtyping import Array, Float, Int
 
-from longctx.ops.backend import platform
 from longctx.ops.biases import Bias
 from longctx.ops.patterns import Pattern, Range, touched_pairs
+from longctx.ops.sizes import sizes
 
-_CPU_LOGITS = 1 << 20  # logits a step, all heads together, that a CPU's cache holds; accelerators want long steps
 _ESTIMATED = 1 << 15  # tokens of a row that are looked at to choose blocks
 
 
@@ -82,7 +81,7 @@ class Plan:
         Fine blocks leave out more, coarse ones are quicker for their size: measured on a CPU, a step's time grows with
         its logits to the power 3/4. Steps are counted as if the row were one document.
         """
-        budget = _CPU_LOGITS if platform() == "cpu" else np.inf
+        budget = sizes().logits
         sides = places or tuple(Range(np.arange(tokens), np.arange(tokens)) for tokens in (queries, keys))
         sides = jax.tree.map(lambda x: x[:_ESTIMATED], sides)
         chosen, least = 64, np.inf
@@ -93,8 +92,8 @@ class Plan:
             if steps * block**1.5 >= least:
                 break
             chosen, least = block, steps * block**1.5
-        sizes = (min(given or chosen, tokens) for given, tokens in ((self.q_block, queries), (self.k_block, keys)))
-        return dataclasses.replace(self, **dict(zip(("q_block", "k_block"), sizes, strict=True)))
+        blocks = (min(given or chosen, tokens) for given, tokens in ((self.q_block, queries), (self.k_block, keys)))
+        return dataclasses.replace(self, **dict(zip(("q_block", "k_block"), blocks, strict=True)))
 
 
 def blockwise(

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
+from longctx.ops.sizes import sizes
 from longctx.typing import Segments
-
-MATRICES = 128  # chunks times heads at once: about what a CPU's cache holds
 
 
 def cut(rows: Any, size: int) -> Any:
@@ -58,7 +57,7 @@ def by_spans(span: Callable, state: Any, inputs: Any, segments: Segments, chunk:
     """
     batch, length, heads = inputs.v.shape[:3]
     chunks = -(-length // chunk)
-    spans = -(-chunks // max(1, MATRICES // (batch * heads)))
+    spans = -(-chunks // max(1, sizes().matrices // (batch * heads)))
     size = -(-chunks // spans) * chunk
     return scan(lambda state, rows: span(state, *rows, chunk), state, (*inputs, segments), size)
 

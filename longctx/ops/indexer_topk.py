@@ -32,9 +32,8 @@ from longctx.ops.family import Keyed, Result
 from longctx.ops.key_blocks import choose
 from longctx.ops.partial import softmax, terms
 from longctx.ops.row import WHOLE, Row
+from longctx.ops.sizes import sizes
 from longctx.typing import Segments
-
-_QUERIES, _KEYS = 128, 1 << 16  # at most, that attend at once, and of keys for all these together
 
 
 class Queries(NamedTuple):
@@ -111,7 +110,7 @@ def chunked(
         return jax.vmap(each, (0,) * 7 + (None,))(*queries, visible, *keys, scale)  # rows
 
     length = q.shape[1]
-    step = min(length, max(8, min(_QUERIES, _KEYS // count)))
+    step = min(length, max(8, min(sizes().chosen, sizes().fetched // count)))
 
     tokens = (segments.ids, segments.positions) if chosen is None else chosen
     y, loss = jax.lax.map(lambda args: some(*args), cut(((q, index_q, weights), tokens), step))

@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from longctx.ops.row import Row
+from longctx.ops.sizes import sizes
 from longctx.typing import Segments
-
-_QUERIES = 64  # whose scores are held at once: few enough for the cache of a CPU
 
 
 class KeyBlocks(NamedTuple):
@@ -90,7 +89,7 @@ def choose(
       indices of blocks, the best first, the first of equal ones; -1 where there are none left.
     """
     length = queries[0].shape[1]
-    step = min(length, _QUERIES)
+    step = min(length, sizes().choosing)
 
     def chunks(x):
         x = jnp.pad(x.swapaxes(0, 1), ((0, -length % step), *((0, 0),) * (x.ndim - 1)))

@@ -31,10 +31,8 @@ from jaxtyping import Array, Inexact
 
 from longctx.ops.chunks import cut_beside, join_beside
 from longctx.ops.family import Options, Recurrence, by_token
+from longctx.ops.sizes import sizes
 from longctx.typing import Segments
-
-NUMBERS = 2**18  # in the states of a span's tokens: about what a CPU's cache holds;
-CHUNKS = 16  # but at least so many side by side, for fewer steps in sequence
 
 
 class Inputs(NamedTuple):
@@ -121,7 +119,8 @@ def _spans(inputs: Inputs, segments: Segments, options: Options):
     starts, valid = segments.starts[..., None], segments.valid[..., None]
     x = jnp.where(valid, x, 0)
     log_decay = jnp.where(valid, jnp.where(starts, -jnp.inf, log_decay), 0)
-    return cut_beside((x, log_decay), options.chunk, max(CHUNKS, NUMBERS // (options.chunk * x[:, 0].size)))
+    most = max(sizes().beside, sizes().vectors // (options.chunk * x[:, 0].size))
+    return cut_beside((x, log_decay), options.chunk, most)
 
 
 def _wide(x):

@@ -24,8 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from longctx.ops.partial import Partial, merge, of_logits
-
-_TILE = 64  # assignments a tile
+from longctx.ops.sizes import sizes
 
 
 class Tiles(NamedTuple):
@@ -73,19 +72,19 @@ def _by_head(f):
 
 def _tiles(chosen: Int[Array, "T n"], blocks: int) -> Tiles:
     """The tiles of all assignments; as many as there can be."""
-    length, count = chosen.shape
-    most = length * count // _TILE + min(blocks, length * count)
+    tile, (length, count) = sizes().tile, chosen.shape
+    most = length * count // tile + min(blocks, length * count)
     block = jnp.where(chosen < 0, blocks, chosen).reshape(-1)  # none is a block after the last
     order = jnp.argsort(block, stable=True)
-    sizes = jnp.bincount(block, length=blocks + 1)[:blocks]
-    tiles = -(-sizes // _TILE)
+    counts = jnp.bincount(block, length=blocks + 1)[:blocks]
+    tiles = -(-counts // tile)
     ends = jnp.cumsum(tiles)
     owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(most), side="right"), blocks - 1)
     # Numbers of each tile's assignments among those of its block; beyond the last block's last there are none.
-    number = (jnp.arange(most) - (ends - tiles)[owner])[:, None] * _TILE + jnp.arange(_TILE)
-    place = (jnp.cumsum(sizes) - sizes)[owner][:, None] + number
+    number = (jnp.arange(most) - (ends - tiles)[owner])[:, None] * tile + jnp.arange(tile)
+    place = (jnp.cumsum(counts) - counts)[owner][:, None] + number
     queries = order.at[place].get(mode="clip") // count
-    return Tiles(owner, jnp.where(number < sizes[owner][:, None], queries, length))
+    return Tiles(owner, jnp.where(number < counts[owner][:, None], queries, length))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

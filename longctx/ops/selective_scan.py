@@ -6,8 +6,9 @@ Recurrence, for D channels with a state of N numbers each (A negative):
 
 Chunk form. What a chunk does to a state is elementwise affine: its decay is exp(A sum_t delta_t), what it writes is its
 last state from the zero state. All chunks step through their tokens together to find it, a scan over chunks carries the
-state, and all chunks step through their tokens again, from the state before them, to give y. A row is cut into spans,
-which take turns: the states of tokens are never held, but those of one span in its backward pass.
+state, and all chunks step through their tokens again, from the state before them, to give y. Where a state is so large
+that chunks are not worked on side by side, a chunk is read once. A row is cut into spans, which take turns: the states
+of tokens are never held, but those of one span in its backward pass.
 
 Transition of a span: (a, B), h -> a * h + B elementwise; (a_2, B_2) after (a_1, B_1) is (a_2 a_1, a_2 B_1 + B_2).
 
@@ -27,9 +28,8 @@ from jaxtyping import Array, Float
 from longctx.ops.chunks import cut_beside, join_beside
 from longctx.ops.family import Options, Recurrence, by_token
 from longctx.ops.products import einsum
+from longctx.ops.sizes import sizes
 from longctx.typing import Segments
-
-NUMBERS = 2**16  # in the states of chunks side by side; the backward pass of a span holds C times as many
 
 
 class Inputs(NamedTuple):
@@ -90,6 +90,9 @@ def chunked(inputs: Inputs, parameters: Parameters, state: Float[Array, "B D N"]
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def span(h, rows):
+        if rows[0].shape[1] == 1:  # a chunk alone is read once
+            h, y = _states(h[None], *rows, a)
+            return h[0], y
         h, before = jax.lax.scan(lambda h, chunk: (apply(chunk, h), h), h, _ends(*rows, a))
         return h, _states(before, *rows, a)[1]
 
@@ -124,7 +127,7 @@ def _spans(inputs: Inputs, a, segments: Segments, options: Options):
     """The tokens in float32, cut into spans; padding has a step of 0."""
     x, delta, b, c = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tuple(inputs))
     delta = jnp.where(segments.valid[..., None], delta, 0)
-    return cut_beside((x, delta, b, c, segments.starts), options.chunk, NUMBERS // (x.shape[0] * a.size))
+    return cut_beside((x, delta, b, c, segments.starts), options.chunk, sizes().states // (x.shape[0] * a.size))
 
 
 def _ends(x, delta, b, c, starts, a):
