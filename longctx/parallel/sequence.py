@@ -222,7 +222,14 @@ def _by_hand(family: Keyed, call: Attending) -> tuple[str | None, str | None]:
 def _island(f: Callable, in_specs: Any, out_specs: Any, axes: set[str] = frozenset({"context"})) -> Callable:
     """`f` on the shards of each device along `axes`, and along axes of one device, since kernels want no axis left."""
     ambient = jax.sharding.get_abstract_mesh()
-    axes = {*axes, *(name for name in ambient.auto_axes if ambient.shape[name] == 1)}
+    alone = [name for name in ambient.auto_axes if ambient.shape[name] == 1 and name not in axes]
+
+    def over(spec):  # also over these axes, or gradients would be summed over them, which is a copy
+        first = spec[0] if spec and isinstance(spec[0], tuple) else spec[:1]
+        return PartitionSpec(tuple(filter(None, (*first, *alone))), *spec[1:]) if spec and alone else spec
+
+    in_specs, out_specs = jax.tree.map(over, (in_specs, out_specs), is_leaf=lambda x: isinstance(x, PartitionSpec))
+    axes = {*axes, *alone}
     # Without the check of varying axes: ops know no mesh, and start their scans from plain zeros. Inside a jit: an
     # island over some of the mesh's axes does not run eagerly.
     island = jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)

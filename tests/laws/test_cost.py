@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
-from laws.cases import GATHERED, GROWING_STATE, UNBOUNDED, D, layers, make, ops_once, shapes
+from laws.cases import GATHERED, GROWING_STATE, UNBOUNDED, D, layers, ops_once, shapes
 from laws.compare import with_losses
 
 from longctx import config
@@ -44,18 +44,19 @@ def arrays(jaxpr):
 
 def traced(name, length):
     """Forward and backward of one row, on the devices of the mesh."""
-    graph, params = make(name)
-    place = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P(None, "context"))
+    graph, params = shapes(name)  # no arrays, which would be on the devices of one mesh
 
     def loss(params, x, segments):
         (y, _), losses = with_losses(nnx.merge(graph, params), x, segments)
         return losses + jnp.sum(jnp.square(y))
 
-    def placed(array):
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+    def placed(tree, *axes):
+        place = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P(*axes))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
-    x, segments = jax.eval_shape(lambda: (jnp.zeros((1, length, D)), Segments.single(1, length)))
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(params, placed(x), jax.tree.map(placed, segments))
+    span = jax.eval_shape(lambda: (jnp.zeros((1, length, D)), Segments.single(1, length)))
+    arguments = placed(params), *placed(span, None, "context")
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(*arguments)
 
 
 @ops_once
