@@ -2,7 +2,6 @@
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from longctx.layers import reports
@@ -25,20 +24,6 @@ def with_losses(run, *arguments):
     with reports.collected() as recorded:
         out = run(*arguments)
     return out, sum(record.weighted for record in recorded.values())
-
-
-def with_gradients(run):
-    """`run(params, x) -> y`, jitted, as a function that also returns gradients: of a mixture of y, and of losses."""
-
-    def loss(params, x):
-        y, losses = with_losses(run, params, x)
-        return losses + jnp.vdot(y, jnp.sin(jnp.arange(y.size, dtype=jnp.float32) * 0.7).reshape(y.shape)), y
-
-    def both(params, x):
-        (_, y), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
-        return y, gradients
-
-    return jax.jit(both)
 
 
 def compare(actual, expected):

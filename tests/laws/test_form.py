@@ -1,10 +1,10 @@
-"""The law of form."""
+"""The law of form: the fast form of a layer computes what its definition does."""
 
-import jax.numpy as jnp
+import numpy as np
 import pytest
-from flax import nnx
-from laws.cases import grow, inputs, layers, make, packed, slow
-from laws.compare import compare, with_gradients
+from laws.cases import inputs, layers, packed, slow
+from laws.compare import compare
+from laws.spans import compiled, empty, real, span, weights
 
 from longctx.ops.family import definitions
 
@@ -20,15 +20,14 @@ def test_form(name, rows):
     Seen to fail: gated_delta's inverse without its last power; the blockwise executor without the rescaling of its
     running sum.
     """
-    graph, params = make(name)
     length = sum(rows[0])
-    segments, after = packed(rows, length), grow(None, jnp.asarray([row[-1] for row in rows]), 3)
+    x, segments = np.asarray(inputs(length)), packed(rows, length)
+    dy, dstate = weights(x), weights(real(empty(name, length)))
 
-    def run(params, x):
-        layer = nnx.merge(graph, params)
-        y, state = layer(x[:, :length], segments, layer.init_state(2, length + 3, x.dtype))
-        return jnp.concatenate([y, layer(x[:, length:], after, state)[0]], axis=1)
+    def run():
+        return span(name, x, segments, None, dy, dstate, 1, room=length, run=compiled(name, length, length))
 
-    fast = with_gradients(run)(params, inputs(length + 3))
+    fast = run()
     with definitions():
-        compare(fast, with_gradients(lambda *a: run(*a))(params, inputs(length + 3)))
+        definition = run()
+    compare((fast[:2], fast.gradients), (definition[:2], definition.gradients))

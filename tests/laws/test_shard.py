@@ -1,13 +1,14 @@
-"""The law of shard."""
+"""The law of shard: a sequence split over devices gives what one device gives."""
 
 import functools
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from laws.cases import GROWING_STATE, ROWS, T, families, inputs, layers, make, packed, slow
-from laws.compare import compare, with_losses
+from laws.compare import compare
+from laws.spans import differentiated, empty, real, span, weights
 
 from longctx import config
 from longctx.parallel import mesh as meshes
@@ -40,43 +41,20 @@ def test_shard_on_other_meshes(name, sharding):
 
 def _shard(name, sharding):
     graph, params = make(name)
-    segments = packed(ROWS, T)
-
-    def run(params, x, segments):
-        layer = nnx.merge(graph, params)
-        y, state = layer(x, segments)
-        return y if name in GROWING_STATE else (y, state)
-
-    x = inputs(T)
-    expected = _state_and_gradients(run, params, x, segments)
+    x, segments = np.asarray(inputs(T)), packed(ROWS, T)
+    dy, dstate = weights(x), None if name in GROWING_STATE else weights(real(empty(name, T)))
+    expected = span(name, x, segments, dy=dy, dstate=dstate, losses=1)
+    run = jax.jit(functools.partial(differentiated, graph))
     with jax.set_mesh(meshes.make(SHARDINGS[sharding])):
         spec = jax.P("data", "context")
         mesh = jax.sharding.get_mesh()
         place = functools.partial(jax.device_put, device=jax.sharding.NamedSharding(mesh, spec))
         variables = nnx.state(nnx.merge(graph, params), nnx.Param)
         params = jax.device_put(params, nnx.as_pure(rules.shardings(mesh, variables)))
-        actual = _state_and_gradients(run, params, place(x), jax.tree.map(place, segments))
-    compare(actual, expected)
+        x, segments, dy = jax.tree.map(place, (x, segments, dy))
+        actual = jax.device_get(run(params, x, segments, None, dy, dstate, np.float32(1)))
 
+    def asked(out):
+        return out.y if name in GROWING_STATE else out[:2], out.gradients[:2]
 
-def _state_and_gradients(run, params, x, segments):
-    """Like `with_gradients`, for outputs that are a tree (y and the state)."""
-
-    def loss(params, x):
-        out, losses = with_losses(run, params, x, segments)
-        leaves = [part for leaf in jax.tree.leaves(out) for part in _real_parts(leaf)]
-        mixture = [jnp.sin(jnp.arange(leaf.size) * 0.7).reshape(leaf.shape) for leaf in leaves]
-        return losses + sum(jnp.vdot(leaf, weight) for leaf, weight in zip(leaves, mixture, strict=True)), out
-
-    def both(params, x):
-        (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
-        return out, gradients
-
-    return jax.device_get(jax.jit(both)(params, x))
-
-
-def _real_parts(leaf):
-    """The numbers of an array that a loss may depend on."""
-    if jnp.iscomplexobj(leaf):
-        return [leaf.real, leaf.imag]
-    return [leaf] if jnp.issubdtype(leaf.dtype, jnp.floating) else []
+    compare(asked(actual), asked(expected))

@@ -1,14 +1,15 @@
-"""The law of split."""
+"""The law of split: a span is its parts, one after another; and what a state knows of the tokens before it."""
 
-import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
-from laws.cases import COUNTING, ROWS, T, grow, inputs, layers, make, packed, part, slow
-from laws.compare import OUTPUT_TOLERANCE, close, compare, with_gradients
+from laws.cases import COUNTING, ROWS, T, grow, inputs, layers, make, packed, part, shapes, slow
+from laws.compare import OUTPUT_TOLERANCE, close, compare
+from laws.spans import PART, span, weights
 
 from longctx.layers import MIXERS, MLPS
 from longctx.typing import Segments
@@ -21,20 +22,23 @@ def test_split(name):
     Seen to fail: the causal convolution's tail taken one token early; a document start ignored when the cache is
     appended to.
     """
-    graph, params = make(name)
-    segments = packed(ROWS, T)
-
-    def run(cuts, params, x):
-        layer = nnx.merge(graph, params)
-        state, outputs = layer.init_state(2, T, x.dtype), []
-        for start, stop in itertools.pairwise(cuts):
-            y, state = layer(x[:, start:stop], part(segments, start, stop), state)
-            outputs.append(y)
-        return jnp.concatenate(outputs, axis=1)
-
-    x = inputs(T)
-    whole = with_gradients(functools.partial(run, (0, T)))(params, x)
-    compare(with_gradients(functools.partial(run, (0, 1, 14, 54, T)))(params, x), whole)
+    x, segments, state = np.asarray(inputs(T)), packed(ROWS, T), None
+    dy = weights(x)
+    whole = span(name, x, segments, dy=dy, losses=1)
+    cuts = list(itertools.pairwise((0, 1, *range(1 + PART, T + 1, PART))))
+    before, outputs = [], []
+    for start, stop in cuts:
+        before.append(state)
+        y, state, _ = span(name, x[:, start:stop], part(segments, start, stop), state)
+        outputs.append(y)
+    of_params, of_x, of_state = [], [], None
+    for (start, stop), state in zip(reversed(cuts), reversed(before), strict=True):
+        pulled = span(name, x[:, start:stop], part(segments, start, stop), state, dy[:, start:stop], of_state, 1)
+        params, along, of_state = pulled.gradients
+        of_params.append(params)
+        of_x.append(along)
+    gradients = jax.tree.map(lambda *leaves: sum(leaves), *of_params), np.concatenate(of_x[::-1], axis=1)
+    compare((np.concatenate(outputs, axis=1), gradients), (whole.y, whole.gradients[:2]))
 
 
 GOING_ON = [name for name in (*MIXERS, *MLPS) if name not in COUNTING]
@@ -60,9 +64,14 @@ def test_without_segments_the_document_goes_on(name):
 
 @pytest.mark.parametrize("name", sorted(COUNTING))
 def test_who_cannot_know_where_a_span_stands_says_so(name):
-    layer = nnx.merge(*make(name))
+    graph, params = shapes(name)
+
+    def run(params, x):
+        layer = nnx.merge(graph, params)
+        return layer(x, None, layer.init_state(2, 24, x.dtype))
+
     with pytest.raises(ValueError, match=r"how many tokens of the document came before.*offset"):
-        jax.eval_shape(lambda x: layer(x, None, layer.init_state(2, 24, x.dtype)), inputs(24))
+        jax.eval_shape(run, params, inputs(24))
 
 
 @layers
@@ -71,21 +80,12 @@ def test_padding_leaves_the_state(name):
 
     Seen to fail: the decay of padding left at its gate's value; padding written to the cache.
     """
-    graph, params = make(name)
-    layer = nnx.merge(graph, params)
-    x, length, padding = inputs(40), 21, 11
-    after = grow(None, jnp.full(2, length), 8)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(padded, x):
-        width = length + padded
-        segments = Segments.from_ids(*(jnp.where(jnp.arange(width) < length, a, 0) for a in _ones(width)))
-        _, state = layer(x[:, :width], segments, layer.init_state(2, 40, x.dtype))
-        return layer(x[:, 32:], after, state)[0]
-
-    close(run(padding, x), run(0, x), OUTPUT_TOLERANCE, "output")
-
-
-def _ones(width):
-    positions = jnp.broadcast_to(jnp.arange(width), (2, width))
-    return jnp.ones_like(positions), positions
+    x, length = np.asarray(inputs(T)), 13
+    ids = np.broadcast_to(np.arange(PART) < length, (2, PART)).astype(np.int32)
+    padded = span(name, x[:, :PART], Segments.from_ids(ids, ids * np.arange(PART, dtype=np.int32))).state
+    alone = None
+    for t in range(length):
+        alone = span(name, x[:, t : t + 1], Segments.single(2, 1, t), alone).state
+    after, following = grow(None, np.full(2, length), PART), x[:, PART : 2 * PART]
+    actual, expected = (span(name, following, after, state).y for state in (padded, alone))
+    close(actual, expected, OUTPUT_TOLERANCE, "output")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attending import attend
+from laws import spans
 
 from longctx import config
 from longctx.ops import LINEAR_SCAN
@@ -265,6 +266,7 @@ def test_the_law_that_catches_a_fault(name, monkeypatch):
     }[rows()[name][3].strip("`")]
     law = getattr(importlib.import_module(module), rows()[name][3].strip("`"))
     plant(monkeypatch)
+    monkeypatch.setattr("laws.spans.program", spans.compiled)  # none that was compiled without the fault, or with it
     with pytest.raises(AssertionError):
         law(*arguments)
 
