@@ -66,7 +66,7 @@ def test_cost(name):
     Arrays of the traced program, and temporary memory of the compiled one, grow linearly. No layer gathers the
     sequence, and one whose state is bounded sends the same bytes whatever T.
 
-    Seen to fail: attention by dense masks (arrays and memory grew 16 times); the island removed, so that the compiler
+    Seen to fail: attention by dense masks (memory grew 16 times); the island removed, so that the compiler
     gathered the sequence around the recurrence.
     """
     short, long = 1024, 4096

@@ -18,7 +18,7 @@ ROWS, LENGTH = ([1, 65, 14], [14, 1, 65]), 80
 def test_form_at_the_default_level(name):
     """Fast form = definition: outputs and state, the fast form with the compiler's default optimisations.
 
-    Seen to fail: the running maximum of a softmax taken after its sums.
+    Guards against what the compiler's optimisations change of a fast form.
     """
     graph, params = make(name)
     x, segments = inputs(LENGTH), packed(ROWS, LENGTH)

@@ -45,7 +45,7 @@ def test_bfloat16(name):
     """Outputs and gradients in bfloat16 are finite and of that dtype; outputs are those of float32, see `BFLOAT16`.
 
     Parameters, activations and outputs are rounded to eight bits, states and decays are not. Seen to fail: an output
-    left in float32; a decay rounded.
+    left in float32.
     """
     x, segments = np.asarray(inputs(T)), packed(ROWS, T)
     exact = span(name, x, segments).y

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import operator
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -256,7 +257,7 @@ class Both(Pattern):
     second: Pattern
 
     def __repr__(self):
-        return " & ".join(f"({one})" if isinstance(one, Either) else f"{one}" for one in (self.first, self.second))
+        return f"{_within(self.first, Either)} & {_within(self.second, Both | Either)}"
 
     @property
     def band(self) -> bool:
@@ -344,7 +345,7 @@ class Either(Pattern):
     second: Pattern
 
     def __repr__(self):
-        return f"{self.first} | {self.second}"
+        return f"{self.first} | {_within(self.second, Either)}"
 
     @property
     def band(self) -> bool:
@@ -401,7 +402,8 @@ class Sum(Either):
     band = False
 
     def __repr__(self):
-        return " + ".join(f"({one})" if type(one) is Either else f"{one}" for one in (self.first, self.second))
+        first = self.first if isinstance(self.first, Sum) else _within(self.first, Either)
+        return f"{first} + {_within(self.second, Either)}"
 
     def times(self, q_positions, k_positions):
         first, second = (one.times(q_positions, k_positions) for one in (self.first, self.second))
@@ -450,6 +452,11 @@ def terms(pattern: Pattern) -> tuple[Pattern, ...]:
     lies together; each of the others is thin or scattered.
     """
     return tuple(part for summand in pattern.summands for part in _disjoint(summand))
+
+
+def _within(pattern: Pattern, kinds: type | types.UnionType) -> str:
+    """The text of a pattern in that of another, in parentheses if it is one of these kinds."""
+    return f"({pattern})" if isinstance(pattern, kinds) else str(pattern)
 
 
 def _disjoint(pattern: Pattern) -> tuple[Pattern, ...]:
