@@ -177,21 +177,6 @@ class Recurrence:
         return Call(inputs, parameters, state, segments, options)
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """A fused program for a family.
-
-    Attributes:
-      refusal: of the family's arguments, a sentence that says why it does not run on these, or None.
-      run: the same function as the family's fast form.
-      partial: it gives partial results, too.
-    """
-
-    refusal: Callable[..., str | None]
-    run: Callable[..., Any]
-    partial: bool = False
-
-
 class Queries(NamedTuple):
     """Queries alone; head h reads the keys and values of group h // (H // G)."""
 
